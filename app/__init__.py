@@ -1,0 +1,1 @@
+"""What a person touches: the command line today, the window in a later version. Never imports torch."""

@@ -1,0 +1,1 @@
+"""The work: data, adapters, the training step, rendering, files. Never imports `app`."""

@@ -1,0 +1,157 @@
+"""Puts adapters into a model's parts and lays all trainable factors out in one flat buffer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from trainers.adapters.layer import AdaptedLayer, Adapter, Strength
+
+TRAINED = "trained"  # name of the adapter that a run trains
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """Where one adapter goes: canonical layer name, rank, scale, and which learning-rate group it belongs to."""
+
+    name: str
+    rank: int
+    scale: float
+    group: str
+
+
+@dataclass(frozen=True)
+class FlatParameters:
+    """All trainable factors of a run as views of one buffer: one optimizer call per group, one norm, one write.
+
+    `weights` and `gradient` are float32 (N,); `groups` gives each learning-rate group's slice of them;
+    `views` holds nn.Parameters whose data and gradient share the buffers' memory.
+    """
+
+    weights: torch.Tensor
+    gradient: torch.Tensor
+    groups: dict[str, slice]
+    views: dict[str, dict[str, nn.Parameter]]  # layer name -> factor name -> view
+    shapes: dict[str, dict[str, tuple[int, slice, tuple[int, ...]]]]
+
+    def parameters(self, group: str, as_views: bool) -> list[nn.Parameter]:
+        """What an optimizer gets for `group`: its factors as matrices, or one flat parameter that shares their memory."""
+        part = self.groups[group]
+        if as_views:
+            return [
+                view
+                for layer, factors in self.views.items()
+                for factor, view in factors.items()
+                if part.start <= self.shapes[layer][factor][1].start < part.stop
+            ]
+        flat = nn.Parameter(self.weights[part])
+        flat.grad = self.gradient[part]
+        return [flat]
+
+    def split(self, flat: torch.Tensor) -> dict[str, dict[str, torch.Tensor]]:
+        """Another flat tensor (N,), for example the running mean, cut into layer name -> factor name -> tensor."""
+        return {
+            layer: {factor: flat[place].view(shape) for factor, (_, place, shape) in factors.items()}
+            for layer, factors in self.shapes.items()
+        }
+
+
+def lay_out(
+    plans: Sequence[LayerPlan], layers: Mapping[str, AdaptedLayer], kind: object, device: torch.device
+) -> FlatParameters:
+    """Flat float32 buffers for all `plans`, group after group in the order given, and the parameters that view them."""
+    shapes: dict[str, dict[str, tuple[int, slice, tuple[int, ...]]]] = {}
+    groups: dict[str, slice] = {}
+    offset = 0
+    for group in dict.fromkeys(plan.group for plan in plans):
+        start = offset
+        for plan in (plan for plan in plans if plan.group == group):
+            wanted = kind.factor_shapes(tuple(layers[plan.name].weight.shape), plan.rank)  # type: ignore[attr-defined]
+            shapes[plan.name] = {}
+            for factor, shape in wanted.items():
+                size = torch.Size(shape).numel()
+                shapes[plan.name][factor] = (plan.rank, slice(offset, offset + size), shape)
+                offset += size
+        groups[group] = slice(start, offset)
+    weights = torch.zeros(offset, dtype=torch.float32, device=device)
+    gradient = torch.zeros_like(weights)
+    views: dict[str, dict[str, nn.Parameter]] = {}
+    for layer, factors in shapes.items():
+        views[layer] = {}
+        for factor, (_, place, shape) in factors.items():
+            view = nn.Parameter(weights[place].view(shape))
+            view.grad = gradient[place].view(shape)  # autograd then adds into the flat gradient in place
+            views[layer][factor] = view
+    return FlatParameters(weights, gradient, groups, views, shapes)
+
+
+def find_layers(parts: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Canonical name -> layer, for every Linear and Conv2d (adapted or not) of the given parts, in module order."""
+    found: dict[str, nn.Module] = {}
+    for part, module in parts.items():
+        for path, child in module.named_modules():
+            inside = any(isinstance(module.get_submodule(above), AdaptedLayer) for above in _ancestors(path))
+            if isinstance(child, nn.Linear | nn.Conv2d | AdaptedLayer) and not inside:
+                found[canonical_name(part, path)] = child
+    return found
+
+
+def _ancestors(path: str) -> list[str]:
+    pieces = path.split(".")
+    return [".".join(pieces[:n]) for n in range(1, len(pieces))]
+
+
+def canonical_name(part: str, path: str) -> str:
+    """`<part>.<path>`; CLIP's paths lose `text_model.`, which transformers wrote before 5.6 and dropped since."""
+    return f"{part}.{path.removeprefix('text_model.')}"
+
+
+def adapt_layers(parts: Mapping[str, nn.Module], names: Sequence[str]) -> dict[str, AdaptedLayer]:
+    """Replaces the named layers by AdaptedLayers (kept where already there). Raises KeyError for an unknown name."""
+    layers: dict[str, AdaptedLayer] = {}
+    paths = {canonical_name(part, path): (module, path) for part, module in parts.items() for path, _ in module.named_modules()}
+    for name in names:
+        root, path = paths[name]
+        child = root.get_submodule(path)
+        if not isinstance(child, AdaptedLayer):
+            child = AdaptedLayer(child)  # type: ignore[arg-type]
+            parent, _, leaf = path.rpartition(".")
+            setattr(root.get_submodule(parent), leaf, child)
+        layers[name] = child
+    return layers
+
+
+def inject_trainable(
+    parts: Mapping[str, nn.Module], plans: Sequence[LayerPlan], kind: object, seed: int, device: torch.device
+) -> FlatParameters:
+    """Freezes `parts`, adds the adapter named TRAINED to every planned layer, and initialises it from `seed`.
+
+    Every layer draws from its own generator, so a layer's start does not depend on which others are adapted.
+    """
+    from trainers.objective import generator_for
+
+    for module in parts.values():
+        module.requires_grad_(False)
+    layers = adapt_layers(parts, [plan.name for plan in plans])
+    flat = lay_out(plans, layers, kind, device)
+    for plan in plans:
+        factors = flat.views[plan.name]
+        start = {factor: torch.empty(view.shape) for factor, view in factors.items()}
+        kind.initialise(start, generator_for(seed, "adapter", plan.name))  # type: ignore[attr-defined]
+        with torch.no_grad():
+            for factor, view in factors.items():
+                view.copy_(start[factor])
+        layers[plan.name].adapters[TRAINED] = Adapter(kind, factors, plan.scale)
+        layers[plan.name].strengths[TRAINED] = 1.0
+    return flat
+
+
+def set_strength(parts: Mapping[str, nn.Module], adapter: str, strength: Strength) -> None:
+    """Sets the strength of one adapter on every layer of `parts` that has it. A tensor (B,) gives one per batch row."""
+    for module in parts.values():
+        for child in module.modules():
+            if isinstance(child, AdaptedLayer) and adapter in child.adapters:
+                child.strengths[adapter] = strength

@@ -1,0 +1,83 @@
+"""AdaptedLayer: stands in for a frozen Linear or Conv2d and adds any number of adapters, each at its own strength."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+Strength = float | torch.Tensor  # one number, or (B,) with one strength for each row of the batch
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One adapter on one layer: its mathematics, its factors and its scale (alpha / rank for LoRA)."""
+
+    kind: Any  # an entry of ADAPTERS
+    factors: Mapping[str, torch.Tensor]
+    scale: float
+
+    def delta(self) -> torch.Tensor:
+        """The update at strength 1 in float64, of the frozen weight's shape."""
+        delta: torch.Tensor = self.kind.delta({k: v.detach() for k, v in self.factors.items()}, self.scale)
+        return delta
+
+
+class AdaptedLayer(nn.Module):
+    """y = frozen(x) + sum over adapters of strength * low-rank path(x), factored.
+
+    At strength 0, and with no adapter, the output is the frozen layer's, bit for bit: the path is not even computed.
+    """
+
+    def __init__(self, frozen: nn.Linear | nn.Conv2d) -> None:
+        super().__init__()
+        self.frozen = frozen
+        self.adapters: dict[str, Adapter] = {}
+        self.strengths: dict[str, Strength] = {}
+        self._kept: torch.Tensor | None = None  # the frozen weight's own copy while adapters are merged into it
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The frozen weight; some models look at its shape or dtype."""
+        return self.frozen.weight
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """The frozen bias."""
+        return self.frozen.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, ..., in) -> (B, ..., out), or (B, in, H, W) -> (B, out, H', W')."""
+        y: torch.Tensor = self.frozen(x)
+        if self._kept is not None:
+            return y
+        for name, adapter in self.adapters.items():
+            strength = self.strengths[name]
+            if isinstance(strength, float) and strength == 0.0:
+                continue
+            y = y + adapter.kind.forward(self.frozen, x, adapter.factors, adapter.scale * strength)
+        return y
+
+    def merge(self) -> None:
+        """Puts all adapters at their present strengths into the frozen weight. `unmerge` restores its exact bits."""
+        if self._kept is None:
+            self._kept = self.frozen.weight.detach().clone()
+        total = self._kept.double()
+        for name, adapter in self.adapters.items():
+            strength = self.strengths[name]
+            if not isinstance(strength, float):
+                raise ValueError("A strength per row cannot be merged: one weight serves all rows.")
+            if strength != 0.0:
+                total = total + strength * adapter.delta()
+        with torch.no_grad():
+            self.frozen.weight.copy_(total)
+
+    def unmerge(self) -> None:
+        """Undoes `merge` from the kept copy."""
+        if self._kept is not None:
+            with torch.no_grad():
+                self.frozen.weight.copy_(self._kept)
+            self._kept = None

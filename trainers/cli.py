@@ -1,0 +1,211 @@
+"""The `impasto` commands. A contract that other programs use: see README. Heavy imports stand inside the commands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from trainers.errors import TrainingError
+
+cli = typer.Typer(
+    name="impasto",
+    help="Turn a folder of pictures into a Stable Diffusion LoRA.",
+    add_completion=False,
+    no_args_is_help=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Images = Annotated[Path, typer.Argument(help="Folder of pictures, with .txt captions beside them if you have any.", show_default=False)]
+Base = Annotated[str, typer.Option(help="Base model: pocket, a folder in diffusers layout, or a hub id.")]
+Preset = Annotated[str | None, typer.Option(help="Preset to start from; see `impasto presets`. Default: the base's own.")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="Any setting, as adapter.rank=16. May be repeated.")]
+Steps = Annotated[int | None, typer.Option(help="Optimizer updates (train.steps).")]
+Seed = Annotated[int | None, typer.Option(help="Seed that everything random comes from (train.seed).")]
+Trigger = Annotated[str | None, typer.Option(help="Trigger word put in front of every caption (dataset.trigger).")]
+Force = Annotated[bool, typer.Option("--force", help="Pass advisory checks; broken input is refused all the same.")]
+Json = Annotated[bool, typer.Option("--json", help="Print events as JSON lines instead of a progress bar.")]
+
+
+def given_settings(
+    images: Path, base: str, steps: int | None, seed: int | None, trigger: str | None
+) -> dict[str, Any]:
+    """The settings that have options of their own, as nested values; unset ones left out."""
+    values: dict[str, Any] = {"base": {"model": base}, "dataset": {"images": str(images.expanduser().resolve())}, "train": {}}
+    if steps is not None:
+        values["train"]["steps"] = steps
+    if seed is not None:
+        values["train"]["seed"] = seed
+    if trigger is not None:
+        values["dataset"]["trigger"] = trigger
+    return values
+
+
+@cli.command()
+def train(
+    images: Images,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Run folder to make.", show_default=False)],
+    base: Base = "pocket",
+    preset: Preset = None,
+    steps: Steps = None,
+    seed: Seed = None,
+    overrides: Overrides = None,
+    trigger: Trigger = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would happen, and write nothing.")] = False,
+    force: Force = False,
+    json_lines: Json = False,
+) -> None:
+    """Train a LoRA on a folder of pictures."""
+    from trainers.console import print_plan
+    from trainers.launch import execute, plan_run
+    from trainers.run_folder import new_run, write_atomically
+
+    values = given_settings(images, base, steps, seed, trigger)
+    plan = plan_run(preset, values, overrides or [], force)
+    if dry_run:
+        print_plan(plan)
+        return
+    run = new_run(output)
+    with run.lock():
+        write_atomically(run.config, plan.toml().encode())
+        raise typer.Exit(execute(run, json_lines))
+
+
+@cli.command()
+def resume(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder of an earlier `train`.", show_default=False)],
+    json_lines: Json = False,
+) -> None:
+    """Go on with a run that was stopped, paused or killed."""
+    from trainers.launch import execute, is_finished
+    from trainers.run_folder import open_run
+
+    run = open_run(run_folder)
+    with run.lock():
+        if is_finished(run):
+            typer.echo(f"This run is finished: {run.result}")
+            return
+        raise typer.Exit(execute(run, json_lines))
+
+
+@cli.command()
+def generate(
+    output: Annotated[Path, typer.Option("--output", "-o", help="FILE.png: one picture or a labelled grid. FOLDER/: one PNG each.")],
+    prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="What to draw. May be repeated.", show_default=False)],
+    base: Base = "pocket",
+    lora: Annotated[list[str] | None, typer.Option(help="A LoRA file, with its strength after a colon. May be repeated.")] = None,
+    negative: Annotated[str, typer.Option(help="What the picture should not show.")] = "",
+    strengths: Annotated[str, typer.Option(help="Strengths to draw, comma-separated; multiplies each LoRA's own.")] = "1",
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the noise.")] = 42,
+    steps: Annotated[int, typer.Option(min=1, max=200, help="Sampling steps.")] = 20,
+    guidance: Annotated[float, typer.Option(min=0, max=30, help="How hard the prompt is followed.")] = 5.0,
+    scheduler: Annotated[str, typer.Option(help="Sampler: dpm++, dpm++-karras, ddim, euler, euler-a, unipc.")] = "dpm++",
+    size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels. Default: the base's own.")] = None,
+) -> None:
+    """Draw prompts, at one or several strengths of any number of LoRAs."""
+    from trainers.draw import DrawRequest, draw, parse_lora, parse_size, parse_strengths
+
+    as_folder = str(output).endswith(("/", "\\")) or output.is_dir() or not output.suffix
+    request = DrawRequest(
+        base=base,
+        loras=tuple(parse_lora(text) for text in lora or []),
+        prompts=tuple(prompt),
+        strengths=parse_strengths(strengths),
+        output=output,
+        as_folder=as_folder or _typed_as_folder(),
+        negative=negative,
+        seed=seed,
+        steps=steps,
+        guidance=guidance,
+        scheduler=scheduler,
+        size=parse_size(size) if size else None,
+    )
+    for path in draw(request):
+        typer.echo(path)
+
+
+def _typed_as_folder() -> bool:
+    """Whether --output was typed with a slash at its end, which pathlib forgets."""
+    import sys
+
+    words = sys.argv[1:]
+    after = [words[at + 1] for at, word in enumerate(words[:-1]) if word in ("--output", "-o")]
+    joined = [word.partition("=")[2] for word in words if word.startswith("--output=")]
+    return any(word.endswith(("/", "\\")) for word in after + joined)
+
+
+@cli.command()
+def check(
+    images: Images,
+    base: Base = "pocket",
+    preset: Preset = None,
+    steps: Steps = None,
+    seed: Seed = None,
+    overrides: Overrides = None,
+    trigger: Trigger = None,
+    measure: Annotated[bool, typer.Option(help="Also run two real steps to measure time and memory.")] = True,
+) -> None:
+    """Say what a run would meet: problems by file, buckets, steps, memory, time. Writes nothing."""
+    from trainers.console import print_measure, print_plan
+    from trainers.launch import measure_steps, plan_run
+
+    plan = plan_run(preset, given_settings(images, base, steps, seed, trigger), overrides or [], force=True)
+    print_plan(plan)
+    if measure:
+        print_measure(plan, *measure_steps(plan))
+
+
+@cli.command("inspect")
+def inspect_command(file: Annotated[Path, typer.Argument(metavar="FILE", help="A LoRA file (.safetensors).", show_default=False)]) -> None:
+    """Tell what is in a LoRA file: family, type, modules, rank, alpha, norms, metadata, problems."""
+    from trainers.tools.inspect_file import describe, inspect_file
+
+    inspection = inspect_file(file)
+    typer.echo(describe(inspection))
+    if any(problem.severity == "error" for problem in inspection.problems):
+        raise typer.Exit(1)
+
+
+@cli.command()
+def presets(name: Annotated[str | None, typer.Argument(help="Show this preset.", show_default=False)] = None) -> None:
+    """List the presets, or show one."""
+    from trainers.presets import list_presets, preset_summary, preset_text
+
+    if name:
+        typer.echo(preset_text(name).rstrip())
+        return
+    for preset in list_presets():
+        typer.echo(f"{preset:18} {preset_summary(preset)[0].removeprefix('For whom: ')}")
+
+
+@cli.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the run and the picture.")] = Path("demo"),
+) -> None:
+    """The whole journey on what ships: sample pictures -> LoRA -> a picture of what its strength does."""
+    from trainers.demo import run_demo
+
+    raise typer.Exit(run_demo(output))
+
+
+def run_cli(app: typer.Typer, arguments: list[str] | None = None) -> int:
+    """Runs a typer app and returns the exit code: 0 done, 1 failed, 2 wrong use, 3 stopped with everything saved."""
+    try:
+        result = typer.main.get_command(app).main(args=arguments, prog_name="impasto", standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except TrainingError as error:
+        typer.secho(f"impasto: {error}", err=True, fg="red")
+        return error.exit_code
+    except typer.Exit as error:
+        return error.exit_code
+    except typer.TyperException as error:  # wrong options; shows itself with the command's usage
+        error.show()
+        return 2
+    except (typer.Abort, KeyboardInterrupt):
+        typer.secho("impasto: interrupted before anything was trained; nothing is lost.", err=True)
+        return 1
+    except OSError as error:
+        typer.secho(f"impasto: {error.strerror or error} ({error.filename or 'no file named'}).", err=True, fg="red")
+        return 1

@@ -1,0 +1,268 @@
+"""TrainConfig: everything a training run is told. Importable without torch; a preset is a part of it as TOML."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from trainers.adapters import AdapterConfig
+from trainers.adapters.lora import LoraSettings
+from trainers.errors import SettingError
+from trainers.optimizers import OptimizerConfig
+from trainers.optimizers.adamw import AdamWSettings
+from trainers.settings import Settings, explain, iterate_fields
+
+Strength = Annotated[float, Field(ge=-4, le=4)]
+TextTarget = Literal["attention", "mlp"]
+
+
+class BaseSettings(Settings):
+    """The base model that the LoRA is trained on."""
+
+    model: str = "pocket"
+    """Base model: `pocket` (ships with the program), a folder in diffusers layout, or a hub id (owner/name)."""
+    family: Literal["auto", "sd1", "sd2", "sdxl"] = "auto"
+    """Model family that these settings are meant for; a base of another family is refused. `auto` takes any."""
+
+
+class DatasetSettings(Settings):
+    """The folder of pictures and how they are prepared."""
+
+    images: str = ""
+    """Folder of pictures; sub-folders are read too, and `10_name` repeats its pictures 10 times."""
+    trigger: str = ""
+    """Trigger word put in front of every caption that lacks it."""
+    resolution: int | None = Field(default=None, ge=32, le=4096)
+    """Side in pixels of the square whose area a picture is scaled to. Unset: the base model's own."""
+    repeats: int = Field(default=1, ge=1, le=1000)
+    """How often each picture is shown in one epoch, times the repeats of its folder."""
+    holdout: float = Field(default=0.1, ge=0, le=0.5)
+    """Share of the pictures kept aside for the held-out loss. They are not trained on."""
+    buckets: bool = True
+    """Keep each picture's shape by aspect-ratio buckets; off crops everything to a square."""
+    flip: bool = False
+    """Show every picture mirrored half of the time. Off for text, faces with a parting, or anything with a side."""
+    caption_shuffle: bool = False
+    """Shuffle the comma-separated parts of a caption, anew at each step."""
+    caption_keep: int = Field(default=1, ge=0, le=100)
+    """How many leading parts of a caption stay in place when it is shuffled."""
+    caption_dropout: float = Field(default=0.0, ge=0, le=1)
+    """Share of steps in which a caption is left empty, which keeps guidance working."""
+
+
+class PriorSettings(Settings):
+    """Prior preservation: pictures that the base itself draws, learnt beside yours so that it forgets nothing."""
+
+    prompts: tuple[str, ...] = ()
+    """Prompts without the trigger word that the base draws before training. None: no prior preservation."""
+    images: int = Field(default=1, ge=1, le=100)
+    """Pictures drawn for each prior prompt."""
+    weight: float = Field(default=1.0, ge=0, le=10)
+    """Weight of a prior picture's loss against one of yours."""
+    repeats: int = Field(default=1, ge=1, le=1000)
+    """How often each prior picture is shown in one epoch."""
+    steps: int = Field(default=20, ge=1, le=200)
+    """Sampling steps of a prior picture."""
+    guidance: float = Field(default=3.0, ge=0, le=30)
+    """Guidance of a prior picture."""
+
+
+class TextEncoderSettings(Settings):
+    """The LoRA on the text encoder."""
+
+    rank: int | None = Field(default=None, ge=1, le=1024)
+    """Rank in the text encoder. Unset: the adapter's."""
+    alpha: float | None = Field(default=None, gt=0, le=4096)
+    """Alpha in the text encoder. Unset: the adapter's, or the text encoder's rank where that is set alone."""
+    learning_rate: float | None = Field(default=None, ge=0)
+    """Learning rate in the text encoder. 0: nothing is injected or exported there. Unset: the optimizer's."""
+    targets: tuple[TextTarget, ...] = ("attention", "mlp")
+    """Which layers learn: `attention` (q, k, v, out) and `mlp` (fc1, fc2)."""
+
+    @field_validator("targets")
+    @classmethod
+    def _some_target(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not value:
+            raise ValueError("name at least one target, or set text_encoder.learning_rate to 0")
+        return value
+
+
+class ScheduleSettings(Settings):
+    """How the learning rate moves over the run."""
+
+    type: Literal["constant", "linear", "cosine"] = "cosine"
+    """Shape after the warm-up: constant, linear or cosine down to the floor."""
+    warmup: int = Field(default=0, ge=0, le=100_000)
+    """Steps in which the rate rises from zero."""
+    floor: float = Field(default=0.0, ge=0, le=1)
+    """Share of the rate that is left at the end."""
+
+
+class TrainSettings(Settings):
+    """Length, batch, precision and the loss."""
+
+    steps: int | None = Field(default=None, ge=1, le=10_000_000)
+    """Optimizer updates. Unset: as many as `train.epochs` asks for."""
+    epochs: int = Field(default=10, ge=1, le=100_000)
+    """Passes over the pictures, used when `train.steps` is unset."""
+    batch_size: int = Field(default=1, ge=1, le=4096)
+    """Pictures in one forward and backward pass."""
+    accumulation: int = Field(default=1, ge=1, le=4096)
+    """Micro-batches added up to one step: the same result as a larger batch, with less memory."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Number format of the frozen base. The adapter and its optimizer are always float32."""
+    seed: int = Field(default=0, ge=0, le=2**63 - 1)
+    """Everything random comes from this number, the step and the picture."""
+    max_grad_norm: float = Field(default=1.0, ge=0)
+    """The gradient is scaled down to this norm. 0: never."""
+    min_snr_gamma: float | None = Field(default=5.0, gt=0, le=1000)
+    """Min-SNR weighting of the loss (arXiv 2303.09556). Set to 1000 for practically none."""
+    noise_offset: float = Field(default=0.0, ge=0, le=1)
+    """Adds this much of a constant per channel to the noise, for darker darks and lighter lights."""
+    ema: float = Field(default=0.0, ge=0, lt=1)
+    """Decay of a running mean of the adapter that is exported instead of its last value. 0: off."""
+    checkpointing: bool = False
+    """Gradient checkpointing: less memory, about a third more time."""
+    save_state_seconds: float = Field(default=30.0, ge=0, le=30)
+    """Longest time between two training states on disk."""
+
+
+class SampleSettings(Settings):
+    """Sample images drawn while training."""
+
+    every: int = Field(default=100, ge=0)
+    """Steps between samples; also drawn at step 0 and at the end. 0: none."""
+    prompts: tuple[str, ...] = ()
+    """Prompts to draw. None: the first two captions."""
+    negative: str = ""
+    """What samples should not show."""
+    seed: int = Field(default=42, ge=0)
+    """Noise that every sample starts from, the same at each step so that they can be compared."""
+    steps: int = Field(default=20, ge=1, le=200)
+    """Sampling steps."""
+    guidance: float = Field(default=5.0, ge=0, le=30)
+    """How hard the prompt is followed (classifier-free guidance). 1 and below: off."""
+    strength: Strength = 1.0
+    """Strength of the LoRA in samples."""
+    scheduler: str = "dpm++"
+    """Sampler: one of `impasto generate --help`."""
+
+
+class CheckpointSettings(Settings):
+    """Exported adapters along the way."""
+
+    every: int = Field(default=0, ge=0)
+    """Steps between checkpoints. 0: only the result."""
+    keep: int = Field(default=3, ge=1)
+    """How many of the newest checkpoints are kept."""
+
+
+class OutputSettings(Settings):
+    """The file that comes out."""
+
+    name: str = ""
+    """File name without ending. Empty: the run folder's name."""
+    dtype: Literal["fp16", "bf16", "fp32"] = "fp16"
+    """Number format of the exported file."""
+    author: str = ""
+    """Author written into the file's metadata."""
+    description: str = ""
+    """Description written into the file's metadata."""
+    caption_words: bool = False
+    """Write how often each caption part occurs into the file, as some galleries show. It tells your captions to everyone."""
+
+
+class TrainConfig(Settings):
+    """A complete training run."""
+
+    base: BaseSettings = BaseSettings()
+    dataset: DatasetSettings = DatasetSettings()
+    prior: PriorSettings = PriorSettings()
+    adapter: AdapterConfig = LoraSettings()
+    text_encoder: TextEncoderSettings = TextEncoderSettings()
+    optimizer: OptimizerConfig = AdamWSettings()
+    schedule: ScheduleSettings = ScheduleSettings()
+    train: TrainSettings = TrainSettings()
+    samples: SampleSettings = SampleSettings()
+    checkpoints: CheckpointSettings = CheckpointSettings()
+    output: OutputSettings = OutputSettings()
+
+    @model_validator(mode="after")
+    def _text_encoder_rate_fits_the_optimizer(self) -> TrainConfig:
+        rate = self.text_encoder.learning_rate
+        if rate:
+            self.optimizer.check_rate(rate, "text_encoder.learning_rate")
+        return self
+
+    @property
+    def text_encoder_rate(self) -> float:
+        """The text encoder's learning rate, resolved; 0 means that it is frozen."""
+        rate = self.text_encoder.learning_rate
+        return self.optimizer.learning_rate if rate is None else rate
+
+    @property
+    def text_encoder_rank(self) -> int:
+        """The text encoder's rank, resolved."""
+        return self.text_encoder.rank or self.adapter.rank
+
+    @property
+    def text_encoder_alpha(self) -> float:
+        """The text encoder's alpha, resolved: its own, else its own rank's if only that is set, else the adapter's."""
+        if self.text_encoder.alpha is not None:
+            return self.text_encoder.alpha
+        return float(self.text_encoder.rank) if self.text_encoder.rank else self.adapter.effective_alpha
+
+    @property
+    def examples_per_step(self) -> int:
+        """Pictures that one optimizer update sees."""
+        return self.train.batch_size * self.train.accumulation
+
+
+def known_settings() -> list[str]:
+    """Dotted names of all settings."""
+    return [name for name, _ in iterate_fields(TrainConfig)]
+
+
+def build_config(values: dict[str, Any]) -> TrainConfig:
+    """Validates nested values into a TrainConfig. Raises SettingError that names the dotted setting."""
+    try:
+        return TrainConfig.model_validate(values)
+    except ValidationError as error:
+        raise explain(error, known_settings()) from error
+
+
+def parse_override(text: str) -> dict[str, Any]:
+    """`adapter.rank=16` -> {'adapter': {'rank': 16}}. The value is TOML, or else taken as text. Raises SettingError."""
+    import tomllib
+
+    name, equals, raw = text.partition("=")
+    if not equals or not name.strip():
+        raise SettingError(f"--set {text!r} is not NAME=VALUE", hint="For example --set adapter.rank=16")
+    try:
+        value = tomllib.loads(f"value = {raw.strip()}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = raw.strip()
+    nested: Any = value
+    for part in reversed(name.strip().split(".")):
+        nested = {part: nested}
+    return dict(nested)
+
+
+def write_config(config: TrainConfig) -> str:
+    """The complete settings as TOML text; unset settings are left out, so the text is itself a valid preset."""
+    import tomlkit
+
+    return tomlkit.dumps(config.model_dump(mode="json", exclude_none=True))
+
+
+def read_config(path: Path) -> TrainConfig:
+    """Reads a config.toml. Raises SettingError when it is not TOML or not a valid configuration."""
+    import tomllib
+
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SettingError(f"Not readable as TOML: {error}", where=str(path), hint="Correct that line.") from error
+    return build_config(values)

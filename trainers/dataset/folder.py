@@ -1,0 +1,225 @@
+"""Scans a folder of pictures into examples, and names everything that was left out or changed, with the reason."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from trainers.dataset.captions import caption_from_name, read_caption_file, with_trigger
+from trainers.dataset.files import CAPTION_ENDINGS, FoundFile, Walk, walk_folder
+from trainers.dataset.pictures import PICTURE_ENDINGS, hash_file, load_pixels, read_picture
+from trainers.errors import DatasetError, Problem
+
+__all__ = ["MIN_SIDE", "Example", "Scan", "check_pixels", "hash_file", "load_pixels", "scan_folder"]
+
+MIN_SIDE = 16
+"""Pictures with a shorter side than this many pixels are left out: enlarged they would teach blur."""
+# Pictures to a person, but in formats that are not read: named with the way out.
+_OTHER_PICTURES = frozenset((".heic", ".heif", ".avif", ".jxl", ".jp2", ".psd", ".svg", ".raw", ".dng", ".cr2", ".nef", ".arw"))
+
+
+@dataclass(frozen=True)
+class Example:
+    """One usable picture and its caption."""
+
+    path: Path
+    name: str
+    """Posix path relative to the scanned folder, unique in a scan."""
+    caption: str
+    """One cleaned line with the trigger word in it; may be empty when there is neither caption, name nor trigger."""
+    caption_source: Literal["file", "name", "trigger"]
+    width: int
+    """Pixels, upright by EXIF."""
+    height: int
+    repeats: int
+    """How often the picture is shown in one epoch, >= 1."""
+    sha256: str
+    """Of the file's bytes, hexadecimal."""
+
+
+@dataclass(frozen=True)
+class Scan:
+    """A scanned folder: examples in order of name, and one problem for each thing left out or changed."""
+
+    folder: Path
+    examples: tuple[Example, ...]
+    problems: tuple[Problem, ...]
+
+
+@dataclass
+class _Captions:
+    """Caption files by the picture they stand beside, and what is to be said about them."""
+
+    beside: dict[Path, FoundFile] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+
+
+def scan_folder(folder: Path, *, trigger: str = "", repeats: int = 1, decode: bool = True) -> Scan:
+    """Reads all pictures under `folder`; never writes there. The same folder always gives the same Scan.
+
+    `repeats` multiplies those of `10_name` folders. `decode` proves every picture by decoding it, so that none can end
+    a run; without it only headers and file ends are looked at. Raises DatasetError for a missing, unreadable or empty
+    folder, or one without a usable picture, with counts and the first reasons.
+    """
+    folder = Path(folder)
+    walk = walk_folder(folder)
+    pictures = [file for file in walk.files if file.path.suffix.lower() in PICTURE_ENDINGS]
+    captions = _match_captions(pictures, [file for file in walk.files if file.path.suffix.lower() in CAPTION_ENDINGS])
+    examples: list[Example] = []
+    left_out: list[Problem] = []
+    remarks: list[Problem] = []
+    for file in pictures:
+        example, problems = _read_example(file, captions.beside.get(file.path), trigger, repeats, decode)
+        if example is None:
+            left_out += problems
+        else:
+            examples.append(example)
+            remarks += problems
+    if not examples:
+        raise _nothing_usable(folder, walk, left_out)
+    named = [*walk.problems, *left_out, *remarks, *captions.problems, *_duplicates(examples)]
+    named.sort(key=lambda problem: (problem.where, problem.what))
+    return Scan(folder, tuple(examples), (*named, *_missing_captions(examples), *_ignored(walk)))
+
+
+def check_pixels(example: Example) -> Problem | None:
+    """Decodes the whole picture; the problem if that fails, else None."""
+    try:
+        read_picture(example.path, decode=True)
+    except DatasetError as error:
+        return Problem("note", f"{error.what}; left out", example.name, error.hint)
+    return None
+
+
+def _read_example(
+    file: FoundFile, caption_file: FoundFile | None, trigger: str, repeats: int, decode: bool
+) -> tuple[Example | None, list[Problem]]:
+    """The example with notes on what was converted, or None with the note on why it is left out."""
+    try:
+        picture = read_picture(file.path, decode=decode)
+    except DatasetError as error:
+        return None, [Problem("note", f"{error.what}; left out", file.name, error.hint)]
+    if min(picture.width, picture.height) < MIN_SIDE:
+        what = f"Only {picture.width}x{picture.height} pixels; a side under {MIN_SIDE} is too small to learn from; left out"
+        return None, [Problem("note", what, file.name)]
+    problems = [_remark(text, file.name) for text in picture.remarks]
+    caption = ""
+    source: Literal["file", "name", "trigger"] = "file"
+    if caption_file is not None:
+        caption, remarks = _read_beside(caption_file)
+        problems += remarks
+    if not caption:
+        source = "name"
+        caption = caption_from_name(file.path.stem)
+    if not caption and trigger:
+        source = "trigger"
+    text = with_trigger(caption, trigger)
+    total = file.repeats * repeats
+    return Example(file.path, file.name, text, source, picture.width, picture.height, total, picture.sha256), problems
+
+
+def _read_beside(file: FoundFile) -> tuple[str, list[Problem]]:
+    """A caption file's text, empty when it gives none, and notes on it."""
+    try:
+        caption = read_caption_file(file.path)
+    except DatasetError as error:
+        return "", [Problem("note", f"{error.what}; the picture's file name is used instead", file.name, error.hint)]
+    if not caption.text:
+        return "", [Problem("note", "The caption is empty; the picture's file name is used instead", file.name)]
+    return caption.text, [_remark(text, file.name) for text in caption.remarks]
+
+
+def _remark(text: str, where: str) -> Problem:
+    return Problem("note", text[:1].upper() + text[1:], where)
+
+
+def _match_captions(pictures: list[FoundFile], captions: list[FoundFile]) -> _Captions:
+    """Finds each picture's caption: cat.txt, cat.caption or cat.jpg.txt beside cat.jpg, in this order."""
+    exact: dict[tuple[Path, str], dict[str, FoundFile]] = {}
+    folded: dict[tuple[Path, str], dict[str, FoundFile]] = {}
+    for file in captions:
+        ending = file.path.suffix.lower()
+        stem = _composed(file.path.stem)
+        exact.setdefault((file.path.parent, stem), {})[ending] = file
+        # Upper and lower case differ on some disks only; an exact match comes first.
+        folded.setdefault((file.path.parent, stem.casefold()), {}).setdefault(ending, file)
+    result = _Captions()
+    used: set[Path] = set()
+    for picture in pictures:
+        choices: list[FoundFile] = []
+        for stem in (_composed(picture.path.stem), _composed(picture.path.name)):
+            parent = picture.path.parent
+            found = exact.get((parent, stem)) or folded.get((parent, stem.casefold())) or {}
+            choices += [found[ending] for ending in CAPTION_ENDINGS if ending in found]
+        if not choices:
+            continue
+        result.beside[picture.path] = choices[0]
+        used.update(choice.path for choice in choices)
+        for other in choices[1:]:
+            result.problems.append(Problem("note", f"Another caption, {choices[0].name}, comes first; ignored", other.name))
+    for file in captions:
+        if file.path not in used:
+            result.problems.append(Problem("note", "A caption without a picture; ignored", file.name))
+    return result
+
+
+def _composed(text: str) -> str:
+    # Archives from macOS hold decomposed names, those typed elsewhere are composed.
+    return unicodedata.normalize("NFC", text)
+
+
+def _duplicates(examples: list[Example]) -> Iterable[Problem]:
+    first: dict[str, Example] = {}
+    for example in examples:
+        original = first.setdefault(example.sha256, example)
+        if original is not example:
+            what = f"The same picture as {original.name}; both are kept, so it counts double"
+            yield Problem("warning", what, example.name, "Delete one of them, unless that is meant.")
+
+
+def _missing_captions(examples: list[Example]) -> Iterable[Problem]:
+    """One problem for all pictures named by their files, one for those that are left without any caption."""
+    total = len(examples)
+    named = [example for example in examples if example.caption_source != "file" and example.caption]
+    if named:
+        what = f"No caption for {len(named)} of {total} pictures ({_some(named)}); the file name or trigger word is used"
+        yield Problem("note", what, hint=f"Write {Path(named[0].name).stem}.txt beside it to describe it.")
+    silent = [example for example in examples if not example.caption]
+    if silent:
+        what = f"No caption, and a file name that says nothing, for {len(silent)} of {total} pictures ({_some(silent)})"
+        hint = f"Write {Path(silent[0].name).stem}.txt beside it, or set a trigger word."
+        yield Problem("warning", f"{what}; they are learnt with an empty caption", hint=hint)
+
+
+def _some(examples: list[Example]) -> str:
+    return ", ".join(example.name for example in examples[:3]) + (", ..." if len(examples) > 3 else "")
+
+
+def _ignored(walk: Walk) -> Iterable[Problem]:
+    """Counts of what was passed over: other files by their endings, hidden files and litter."""
+    known = (*PICTURE_ENDINGS, *CAPTION_ENDINGS)
+    others = Counter(file.path.suffix.lower() for file in walk.files if file.path.suffix.lower() not in known)
+    if others:
+        kinds = ", ".join(f"{ending or 'without ending'}: {count}" for ending, count in sorted(others.items())[:8])
+        hint = "Save pictures as PNG or JPEG to use them." if _OTHER_PICTURES & others.keys() else ""
+        yield Problem("note", f"{others.total()} other files are ignored ({kinds})", hint=hint)
+    if walk.hidden:
+        yield Problem("note", f"{walk.hidden} hidden or system files and folders are passed over")
+
+
+def _nothing_usable(folder: Path, walk: Walk, left_out: list[Problem]) -> DatasetError:
+    where = str(folder)
+    hint = f"Put pictures into it ({', '.join(ending[1:] for ending in PICTURE_ENDINGS)})."
+    reasons = left_out + walk.problems
+    if not walk.files and not reasons:
+        return DatasetError("The folder is empty" if not walk.hidden else "The folder holds hidden files only", where, hint)
+    if not reasons:
+        others = "; ".join(problem.what for problem in _ignored(walk)) or "captions only"
+        return DatasetError(f"The folder holds no picture: {others}", where, hint)
+    first = "; ".join(f"{problem.where}: {problem.what}" for problem in reasons[:3])
+    more = f"; and {len(reasons) - 3} more" if len(reasons) > 3 else ""
+    return DatasetError(f"No picture in the folder can be used. {first}{more}", where, hint)

@@ -1,0 +1,83 @@
+"""From a folder of pictures to what a run trains on: kept and held-out examples in buckets, and the order of steps."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from trainers.config import TrainConfig
+from trainers.dataset.buckets import Placement, assign_buckets
+from trainers.dataset.folder import Example, Scan, scan_folder
+from trainers.dataset.plan import StepPlan, split_holdout
+from trainers.families import BaseModelFacts
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An example with its place in a bucket and the weight of its loss."""
+
+    example: Example
+    placement: Placement
+    weight: float
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """What a run trains on. `steps` is the number of optimizer updates of the whole run."""
+
+    training: tuple[Prepared, ...]
+    held_out: tuple[Prepared, ...]
+    plan: StepPlan
+    steps: int
+
+    def bucket_counts(self) -> dict[tuple[int, int], int]:
+        """(height, width) -> pictures in that bucket."""
+        return dict(sorted(Counter(prepared.placement.bucket for prepared in self.training).items()))
+
+
+def scan_images(config: TrainConfig) -> Scan:
+    """Scans the run's folder of pictures. Raises DatasetError when nothing in it can be used."""
+    settings = config.dataset
+    return scan_folder(Path(settings.images), trigger=settings.trigger, repeats=settings.repeats)
+
+
+def planned_prior(config: TrainConfig, folder: Path, side: int) -> list[Example]:
+    """The prior pictures that a run will draw (or has drawn) into `folder`, before any of them is looked at."""
+    prompts = [prompt for prompt in config.prior.prompts for _ in range(config.prior.images)]
+    return [
+        Example(
+            path=folder / f"{number:03d}.png",
+            name=f"prior/{number:03d}.png",
+            caption=prompt,
+            caption_source="file",
+            width=side,
+            height=side,
+            repeats=config.prior.repeats,
+            sha256="",
+        )
+        for number, prompt in enumerate(prompts)
+    ]
+
+
+def prepare(config: TrainConfig, base: BaseModelFacts, examples: Sequence[Example], prior: Sequence[Example]) -> TrainingSet:
+    """Splits off the held-out part of `examples`, assigns buckets, and plans the steps over the rest and the prior."""
+    seed, per_step = config.train.seed, config.examples_per_step
+    kept, aside = split_holdout([example.sha256 for example in examples], config.dataset.holdout, seed)
+    resolution = config.dataset.resolution or base.resolution
+
+    def placed(chosen: Sequence[Example], weight: float) -> list[Prepared]:
+        sizes = [(example.height, example.width) for example in chosen]
+        places = assign_buckets(sizes, resolution, base.step, enabled=config.dataset.buckets)
+        return [Prepared(example, place, weight) for example, place in zip(chosen, places, strict=True)]
+
+    training = placed([examples[index] for index in kept], 1.0) + placed(prior, config.prior.weight)
+    plan = StepPlan(
+        buckets=tuple(prepared.placement.bucket for prepared in training),
+        repeats=tuple(prepared.example.repeats for prepared in training),
+        per_step=per_step,
+        seed=seed,
+    )
+    steps = config.train.steps or plan.steps_per_epoch * config.train.epochs
+    return TrainingSet(tuple(training), tuple(placed([examples[index] for index in aside], 1.0)), plan, steps)

@@ -1,0 +1,159 @@
+"""`impasto generate`: prompts x strengths as single pictures or as one labelled grid."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trainers.errors import AdapterFileError, RunFolderError, SettingError
+from trainers.samplers import SAMPLERS
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from trainers.families.base import DiffusionModel
+
+LIMIT = 4.0  # strengths beyond this draw noise only
+
+
+@dataclass(frozen=True)
+class DrawRequest:
+    """What to draw. `strengths` multiplies each LoRA's own; `size` is (width, height) in pixels or None for the base's."""
+
+    base: str
+    loras: tuple[tuple[Path, float], ...]
+    prompts: tuple[str, ...]
+    strengths: tuple[float, ...]
+    output: Path
+    as_folder: bool
+    negative: str = ""
+    seed: int = 42
+    steps: int = 20
+    guidance: float = 5.0
+    scheduler: str = "dpm++"
+    size: tuple[int, int] | None = None
+
+
+def parse_lora(text: str) -> tuple[Path, float]:
+    """`FILE` or `FILE:STRENGTH`; the colon of a Windows drive is no strength. Raises AdapterFileError, SettingError."""
+    head, colon, tail = text.rpartition(":")
+    path, strength = Path(text), 1.0
+    if colon and len(head) > 1 and not path.is_file():
+        try:
+            path, strength = Path(head), float(tail)
+        except ValueError:
+            if "/" not in tail and "\\" not in tail:
+                raise SettingError(f"{tail!r} is not a strength", where=f"--lora {text}", hint="For example file:0.8") from None
+    if not path.is_file():
+        raise AdapterFileError("There is no such LoRA file", where=str(path), hint="Check the path.")
+    return path, _within_limit(strength, text)
+
+
+def parse_strengths(text: str) -> tuple[float, ...]:
+    """`0,0.5,1` -> (0.0, 0.5, 1.0). Raises SettingError."""
+    try:
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise SettingError(f"--strengths {text!r} is no list of numbers", hint="For example --strengths 0,0.5,1") from error
+    return tuple(_within_limit(value, text) for value in values)
+
+
+def _within_limit(value: float, text: str) -> float:
+    if not -LIMIT <= value <= LIMIT:  # also false for nan
+        raise SettingError(f"A strength of {value:g} is outside of -{LIMIT:g} to {LIMIT:g}", where=text, hint="1 is usual.")
+    return value
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """`512x768` -> (width 512, height 768). Raises SettingError."""
+    found = re.fullmatch(r"(\d{1,5})[xX](\d{1,5})", text.strip())
+    if not found:
+        raise SettingError(f"--size {text!r} is not WIDTHxHEIGHT", hint="For example --size 512x768")
+    return int(found[1]), int(found[2])
+
+
+def draw(request: DrawRequest) -> list[Path]:
+    """Renders and writes; returns the files made. Raises TrainingError before any weight is read where it can."""
+    if request.scheduler not in SAMPLERS:
+        raise SettingError(f"There is no scheduler {request.scheduler!r}", hint=f"Choose one of: {', '.join(SAMPLERS)}.")
+    if request.as_folder and request.output.exists() and not request.output.is_dir():
+        raise RunFolderError("The output folder is a file", where=str(request.output), hint="Choose another --output.")
+    if not request.as_folder and request.output.suffix.lower() != ".png":
+        raise SettingError("Pictures are written as .png", where=str(request.output), hint="End --output with .png or with /.")
+    from trainers.device import choose_device
+    from trainers.families import load_family, recognise_base
+
+    base = recognise_base(request.base)
+    size = request.size or (base.resolution, base.resolution)
+    if any(side % base.step or not base.step <= side <= 4096 for side in size):
+        raise SettingError(f"This base cannot draw {size[0]}x{size[1]}", hint=f"Both sides must be multiples of {base.step}.")
+    device = choose_device("auto", sum(file.stat().st_size for file in (base.folder / "unet").glob("*.safetensors")))
+    model = load_family(base, device.dtype, device.device)
+    names = attach_files(model, [path for path, _ in request.loras])
+    own = dict(zip(names, (strength for _, strength in request.loras), strict=True))
+    return list(_write_all(request, model, own, size))
+
+
+def attach_files(model: DiffusionModel, paths: list[Path]) -> list[str]:
+    """Adds LoRA files to a loaded model and returns the adapters' names. Raises AdapterFileError when one does not fit."""
+    from trainers.adapters import ADAPTERS
+    from trainers.adapters.inject import adapt_layers, find_layers
+    from trainers.adapters.layer import Adapter
+    from trainers.formats import read_adapter
+
+    found = find_layers(model.parts())
+    shapes = {name: tuple(layer.weight.shape) for name, layer in found.items()}  # type: ignore[union-attr, arg-type]
+    names = []
+    for number, path in enumerate(paths):
+        file = read_adapter(path, list(found), shapes)
+        name = f"file-{number}"
+        layers = adapt_layers(model.parts(), list(file.modules))
+        for layer, module in file.modules.items():
+            device = layers[layer].weight.device
+            factors = {key: tensor.to(device) for key, tensor in module.factors.items()}
+            layers[layer].adapters[name] = Adapter(ADAPTERS["lora"], factors, module.alpha / module.rank)
+            layers[layer].strengths[name] = 1.0
+        names.append(name)
+    return names
+
+
+def _write_all(request: DrawRequest, model: DiffusionModel, own: dict[str, float], size: tuple[int, int]) -> Iterator[Path]:
+    from trainers.generate import RenderSettings, label_grid
+
+    width, height = size
+    how = RenderSettings(height, width, request.steps, request.guidance, request.negative, request.scheduler)
+    grid: list[list[Image.Image]] = []
+    for number, prompt in enumerate(request.prompts):
+        images = [_one(model, prompt, strength, own, request.seed, how) for strength in request.strengths]
+        grid.append(images)
+        if request.as_folder:
+            for strength, image in zip(request.strengths, images, strict=True):
+                path = request.output / f"{number:03d}_s{strength:.2f}.png"
+                _save(image, path)
+                yield path
+    if not request.as_folder:
+        single = len(request.prompts) == len(request.strengths) == 1
+        columns = [f"strength {strength:g}" for strength in request.strengths]
+        _save(grid[0][0] if single else label_grid(grid, request.prompts, columns), request.output)
+        yield request.output
+
+
+def _one(model: DiffusionModel, prompt: str, multiplier: float, own: dict[str, float], seed: int, how: object) -> Image.Image:
+    """Each picture alone, so that it is the same whatever it is drawn beside."""
+    from trainers.generate import Picture, render
+
+    strengths = {name: strength * multiplier for name, strength in own.items()}
+    return render(model, [Picture(prompt, seed, strengths)], how)[0]  # type: ignore[arg-type]
+
+
+def _save(image: Image.Image, path: Path) -> None:
+    import io
+
+    from trainers.run_folder import write_atomically
+
+    data = io.BytesIO()
+    image.save(data, "PNG")
+    write_atomically(path, data.getvalue())

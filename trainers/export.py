@@ -1,0 +1,100 @@
+"""The trained adapter as a file: which numbers go in, and what the file tells about itself."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+from trainers.adapters import ADAPTERS
+from trainers.adapters.inject import FlatParameters, LayerPlan
+from trainers.config import TrainConfig, write_config
+from trainers.dataset.prepare import TrainingSet
+from trainers.families import BaseModelFacts
+from trainers.formats import ModuleWeights, write_adapter
+from trainers.formats.metadata import RunFacts, build_metadata
+
+
+def file_name(config: TrainConfig, base: BaseModelFacts) -> str:
+    """Name of the exported file without ending: the set name, else pictures, base and rank, as in blackcut-pocket-r16."""
+    if config.output.name:
+        return config.output.name
+    return f"{Path(config.dataset.images).name or 'lora'}-{base.name}-r{config.adapter.rank}"
+
+
+def export_adapter(
+    path: Path, flat: FlatParameters, weights: torch.Tensor, plans: list[LayerPlan], config: TrainConfig, metadata: dict[str, str]
+) -> None:
+    """Writes `weights` (N,), the masters or their running mean, in kohya form. Raises AdapterFileError if not finite."""
+    kind = ADAPTERS[config.adapter.type]
+    factors = flat.split(weights.detach())
+    modules = {
+        plan.name: ModuleWeights(
+            {name: tensor.cpu().contiguous() for name, tensor in factors[plan.name].items()},
+            kind.export_alpha(plan.scale, plan.rank),
+        )
+        for plan in plans
+    }
+    write_adapter(path, modules, metadata, config.output.dtype)
+
+
+def describe_run(
+    config: TrainConfig, base: BaseModelFacts, data: TrainingSet, base_hashes: tuple[str, str], step: int, started_at: float
+) -> dict[str, str]:
+    """The metadata of a file exported after `step` updates. Nothing in it tells of the person's disk."""
+    folder = Path(config.dataset.images)
+    groups: dict[str, list[int]] = {}
+    for prepared in (*data.training, *data.held_out):
+        if prepared.weight == 1.0 and prepared.example.path.is_relative_to(folder):
+            groups.setdefault(Path(prepared.example.name).parent.name or folder.name, []).append(prepared.example.repeats)
+    words: Counter[str] = Counter()
+    if config.output.caption_words:
+        words.update(
+            part.strip() for prepared in data.training for part in prepared.example.caption.split(",") if part.strip()
+        )
+    resolution = config.dataset.resolution or base.resolution
+    adapter, learns_text = config.adapter, config.text_encoder_rate > 0
+    return build_metadata(
+        RunFacts(
+            output_name=file_name(config, base),
+            base_name=base.name,
+            rank=adapter.rank,
+            alpha=adapter.scale_of(adapter.effective_alpha, adapter.rank) * adapter.rank,
+            resolution=(resolution, resolution),
+            started_at=started_at,
+            seed=config.train.seed,
+            steps=step,
+            base_hash_old=base_hashes[0],
+            base_hash_new=base_hashes[1],
+            text_encoder_rank=config.text_encoder_rank if learns_text else None,
+            text_encoder_alpha=_text_alpha(config) if learns_text else None,
+            network_args={"targets": list(adapter.targets), "scaling": adapter.scaling},
+            buckets=tuple((width, height, count) for (height, width), count in data.bucket_counts().items()),
+            dataset_dirs={name: (max(repeats), len(repeats)) for name, repeats in sorted(groups.items())},
+            tag_frequency={folder.name: dict(words)} if words else None,
+            learning_rate=config.optimizer.learning_rate,
+            text_encoder_learning_rate=config.text_encoder_rate,
+            optimizer=config.optimizer.type,
+            scheduler=config.schedule.type,
+            warmup_steps=config.schedule.warmup,
+            planned_steps=data.steps,
+            epochs=data.plan.epoch_of(max(0, step - 1)) + 1,
+            batch_size=config.train.batch_size,
+            accumulation=config.train.accumulation,
+            num_images=len(data.training),
+            noise_offset=config.train.noise_offset,
+            min_snr_gamma=config.train.min_snr_gamma,
+            precision=config.train.precision,
+            trigger=config.dataset.trigger,
+            prediction_type=base.prediction_type,
+            author=config.output.author,
+            description=config.output.description,
+            session_id=hashlib.sha256(write_config(config).encode()).hexdigest()[:16],
+        )
+    )
+
+
+def _text_alpha(config: TrainConfig) -> float:
+    return config.adapter.scale_of(config.text_encoder_alpha, config.text_encoder_rank) * config.text_encoder_rank

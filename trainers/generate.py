@@ -1,0 +1,174 @@
+"""Prompts and adapters at strengths -> images. The one renderer: samples while training, the prior, the CLI."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+
+from trainers.adapters.inject import set_strength
+from trainers.errors import SettingError
+from trainers.families.base import Conditioning, DiffusionModel
+from trainers.samplers import SAMPLERS
+
+@dataclass(frozen=True)
+class RenderSettings:
+    """How pictures are drawn. Size in pixels; guidance at or below 1 switches it off and halves the work."""
+
+    height: int
+    width: int
+    steps: int = 20
+    guidance: float = 5.0
+    negative: str = ""
+    scheduler: str = "dpm++"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture to draw: a prompt, the seed of its noise, and the strength of each adapter by name."""
+
+    prompt: str
+    seed: int
+    strengths: dict[str, float]
+
+
+def render(
+    model: DiffusionModel,
+    pictures: Sequence[Picture],
+    settings: RenderSettings,
+    on_step: Callable[[], None] = lambda: None,
+) -> list[Image.Image]:
+    """Draws `pictures` as one batch, each row at its own strengths; a single one at strength 0 is the base bit for bit.
+
+    Starts from the noise that diffusers' pipelines draw for the same seed. Raises SettingError for an unknown scheduler
+    or a size that the model cannot draw.
+    """
+    latents = render_latents(model, pictures, settings, on_step)
+    return [image_of(model.decode_latents(row[None])[0]) for row in latents]
+
+
+@torch.no_grad()
+def render_latents(
+    model: DiffusionModel, pictures: Sequence[Picture], settings: RenderSettings, on_step: Callable[[], None] = lambda: None
+) -> torch.Tensor:
+    """The same up to the latents (B, C, h, w)."""
+    check_size(model, settings)
+    scheduler = make_scheduler(settings.scheduler, model.scheduler_config)
+    guided = settings.guidance > 1
+    conditioning = _encode(model, pictures, settings.negative if guided else None)
+    device = conditioning.hidden_states.device
+    shape = (
+        1,
+        model.facts.latent_channels,
+        settings.height // model.facts.pixels_per_latent,
+        settings.width // model.facts.pixels_per_latent,
+    )
+    generators = [torch.Generator().manual_seed(picture.seed) for picture in pictures]
+    noise = torch.cat([torch.randn(shape, generator=generator) for generator in generators])
+    scheduler.set_timesteps(settings.steps, device=device)
+    latents = noise.to(device) * scheduler.init_noise_sigma
+    _set_row_strengths(model, pictures, "unet", copies=2 if guided else 1)
+    draws_noise = {"generator": generators} if settings.scheduler in {"euler-a"} else {}
+    for timestep in scheduler.timesteps:
+        rows = torch.cat([latents, latents]) if guided else latents
+        rows = scheduler.scale_model_input(rows, timestep)
+        prediction = model.predict(rows, timestep.expand(len(rows)), conditioning)
+        if guided:
+            without, with_prompt = prediction.chunk(2)
+            prediction = without + settings.guidance * (with_prompt - without)
+        latents = scheduler.step(prediction, timestep, latents, **draws_noise).prev_sample
+        on_step()
+    return latents
+
+
+def _encode(model: DiffusionModel, pictures: Sequence[Picture], negative: str | None) -> Conditioning:
+    """Text states of all rows (the unguided ones first), each encoded alone at its own text-encoder strengths."""
+    rows: dict[tuple[Any, ...], Conditioning] = {}
+    wanted = []
+    for text_of in ([lambda _: negative] if negative is not None else []) + [lambda picture: picture.prompt]:
+        for picture in pictures:
+            key = (text_of(picture), tuple(sorted(picture.strengths.items())))
+            if key not in rows:
+                for part in model.parts():
+                    if part != "unet":
+                        _set_strengths(model, part, picture.strengths)
+                rows[key] = model.encode_captions([key[0]])
+            wanted.append(rows[key])
+    return Conditioning.join(wanted)
+
+
+def _set_strengths(model: DiffusionModel, part: str, strengths: dict[str, float]) -> None:
+    for adapter, strength in strengths.items():
+        set_strength({part: model.parts()[part]}, adapter, float(strength))
+
+
+def _set_row_strengths(model: DiffusionModel, pictures: Sequence[Picture], part: str, copies: int) -> None:
+    for adapter in pictures[0].strengths:
+        values = [picture.strengths[adapter] for picture in pictures]
+        # One number for all rows keeps strength 0 exact: the layer then skips the adapter altogether.
+        same = len(set(values)) == 1
+        module = model.parts()[part]
+        device = next(module.parameters()).device
+        strength = float(values[0]) if same else torch.tensor(values * copies, dtype=torch.float32, device=device)
+        set_strength({part: module}, adapter, strength)
+
+
+def check_size(model: DiffusionModel, settings: RenderSettings) -> None:
+    """Raises SettingError when the model cannot draw this size."""
+    step = model.facts.step
+    for side in (settings.height, settings.width):
+        if side % step or side < step or side > 4096:
+            raise SettingError(
+                f"This base cannot draw {settings.width}x{settings.height}", hint=f"Both sides must be multiples of {step}."
+            )
+
+
+def make_scheduler(name: str, config: dict[str, Any]) -> Any:
+    """One of diffusers' schedulers with the base model's noise schedule. Raises SettingError for an unknown name."""
+    import diffusers
+
+    if name not in SAMPLERS:
+        raise SettingError(f"There is no scheduler {name!r}", hint=f"Choose one of: {', '.join(SAMPLERS)}.")
+    kind, extra = SAMPLERS[name]
+    return getattr(diffusers, kind).from_config(config, **extra)
+
+
+def image_of(pixels: torch.Tensor) -> Image.Image:
+    """(3, H, W) in [-1, 1] -> RGB image."""
+    array = ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+    return Image.fromarray(array)
+
+
+def label_grid(
+    images: Sequence[Sequence[Image.Image]], rows: Sequence[str], columns: Sequence[str], side: int = 160
+) -> Image.Image:
+    """A labelled grid: `images[row][column]`, row labels above each row, column labels on top; small pictures enlarged."""
+    from PIL import ImageDraw, ImageFont
+
+    zoom = max(1, math.ceil(side / images[0][0].width))
+    width, height = images[0][0].width * zoom, images[0][0].height * zoom
+    font = ImageFont.load_default(size=max(12, height // 11))
+    line = max(18, height // 8)
+    gap = 6
+    page = Image.new(
+        "RGB", (gap + len(columns) * (width + gap), line + len(rows) * (height + line + gap)), "white"
+    )
+    draw = ImageDraw.Draw(page)
+    for column, label in enumerate(columns):
+        draw.text((gap + column * (width + gap) + width // 2, line // 2), label, fill="#444444", font=font, anchor="mm")
+    for row, label in enumerate(rows):
+        top = line + row * (height + line + gap)
+        draw.text((gap, top + line // 2), _fit(label, draw, font, page.width - 2 * gap), fill="black", font=font, anchor="lm")
+        for column, image in enumerate(images[row]):
+            page.paste(image.resize((width, height), Image.Resampling.LANCZOS), (gap + column * (width + gap), top + line))
+    return page
+
+
+def _fit(text: str, draw: Any, font: Any, width: int) -> str:
+    while text and draw.textlength(text, font=font) > width:
+        text = text[:-2] + "…" if not text.endswith("…") else text[:-2] + "…"
+    return text

@@ -1,0 +1,198 @@
+"""From a typed command to a running process: resolve the settings, check them, run, and turn every ending into an exit code."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trainers import events
+from trainers.checks import Arithmetic, check_pictures, check_settings, count_steps, refuse
+from trainers.config import TrainConfig, read_config, write_config
+from trainers.console import make_display
+from trainers.dataset.prepare import TrainingSet, planned_prior, prepare, scan_images
+from trainers.errors import Problem, TrainingError
+from trainers.families import BaseModelFacts, recognise_base
+from trainers.presets import default_preset, resolve
+from trainers.run_folder import RunFolder, write_atomically
+
+DONE, FAILED, STOPPED = 0, 1, 3
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What a run would be, known before any weight is read."""
+
+    config: TrainConfig
+    preset: str
+    base: BaseModelFacts
+    data: TrainingSet
+    problems: tuple[Problem, ...]
+
+    @property
+    def arithmetic(self) -> Arithmetic:
+        """Pictures x repeats x epochs / batch = steps."""
+        return count_steps(self.config, self.data)
+
+    def toml(self) -> str:
+        """config.toml of the run: complete and resolved, itself a valid preset."""
+        return write_config(self.config)
+
+
+def plan_run(preset: str | None, given: dict[str, Any], overrides: Sequence[str], force: bool) -> RunPlan:
+    """Resolves and checks everything that can be known without weights, in the order of what is cheapest to find out.
+
+    Raises TrainingError for the first thing that may not pass.
+    """
+    base = recognise_base(given["base"]["model"])
+    name = preset or default_preset(base)
+    config = resolve(name, given, overrides)
+    if config.base.model != given["base"]["model"]:  # changed by --set base.model=...
+        base = recognise_base(config.base.model)
+    problems = check_settings(config, base)
+    refuse(problems, force)
+    scan = scan_images(config)
+    prior = planned_prior(config, Path("prior"), config.dataset.resolution or base.resolution)
+    data = prepare(config, base, scan.examples, prior)
+    problems += check_pictures(config, base, scan, data)
+    refuse(problems, force)
+    return RunPlan(config, name, base, data, tuple(problems))
+
+
+def is_finished(run: RunFolder) -> bool:
+    """Whether the run has its LoRA and has told so."""
+    told, _ = events.read_since(run.events)
+    return run.result is not None and any(event["type"] == "finished" for event in told)
+
+
+def execute(run: RunFolder, json_lines: bool = False, title: str = "") -> int:
+    """Trains in this process, writing events.jsonl and trainer.log. The one place that turns an error into `failed`."""
+    with _logged(run), make_display(run, json_lines, title) as show, _signals() as stop:
+
+        def emit(event: events.Event) -> None:
+            events.append(run.events, event)
+            logging.getLogger("impasto").info(event.to_json())
+            show(event)
+
+        _forget_what_is_done_again(run)
+        try:
+            from trainers.train import train
+
+            return DONE if train(run, emit, stop.is_set) else STOPPED
+        except TrainingError as error:
+            emit(events.Failed(message=str(error)))
+            return max(FAILED, error.exit_code if error.exit_code != 2 else FAILED)
+        except KeyboardInterrupt:
+            emit(events.Failed(message="Interrupted before training began. `impasto resume` starts it again."))
+            return FAILED
+        except Exception as error:
+            logging.getLogger("impasto").exception("unexpected error")
+            emit(events.Failed(message=_in_words(error, run)))
+            return FAILED
+
+
+def _in_words(error: Exception, run: RunFolder) -> str:
+    text = str(error).splitlines()[0] if str(error) else type(error).__name__
+    if isinstance(error, MemoryError) or "out of memory" in text.lower():
+        return "Out of memory. Lower train.batch_size or dataset.resolution, or set train.checkpointing=true; then resume."
+    if isinstance(error, OSError) and error.errno == 28:
+        return f"The disk is full ({error.filename or run.path}). Free some space; then `impasto resume` goes on."
+    return f"{type(error).__name__}: {text} (details in {run.log.name})."
+
+
+def _forget_what_is_done_again(run: RunFolder) -> None:
+    """Drops the events of steps after the newest training state: those steps are done again, alike, and told again."""
+    told, _ = events.read_since(run.events)
+    if not told:
+        return
+    from trainers.training_state import load_state
+
+    state = load_state(run)
+    done = state.step if state else 0
+    kept = [e for e in told if not (e["type"] in ("step", "sample", "checkpoint") and e["step"] > done)]
+    if state is None:
+        kept = [e for e in kept if e["type"] not in ("sample",)]
+    if len(kept) != len(told):
+        import json
+
+        write_atomically(run.events, "".join(json.dumps(event) + "\n" for event in kept).encode())
+
+
+@contextmanager
+def _signals() -> Iterator[threading.Event]:
+    """Ctrl-C and SIGTERM ask for a stop after the step; a second Ctrl-C does not wait."""
+    asked = threading.Event()
+
+    def handle(number: int, frame: Any) -> None:
+        if asked.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked.set()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _logged(run: RunFolder) -> Iterator[None]:
+    """Everything logged or warned goes into trainer.log, for the curious and for bug reports."""
+    handler = logging.FileHandler(run.log, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
+    root, ours = logging.getLogger(), logging.getLogger("impasto")
+    root.addHandler(handler)
+    ours.setLevel(logging.INFO)
+    logging.captureWarnings(True)
+    warnings.simplefilter("default")
+    try:
+        yield
+    finally:
+        logging.captureWarnings(False)
+        root.removeHandler(handler)
+        handler.close()
+
+
+def measure_steps(plan: RunPlan) -> tuple[float, int]:
+    """Seconds of one real step at the largest bucket, and bytes of memory: two steps in a throw-away run folder."""
+    import tempfile
+
+    from trainers.outputs import memory_used
+    from trainers.setup import set_up
+    from trainers.train import update
+
+    with tempfile.TemporaryDirectory(prefix="impasto-check-", ignore_cleanup_errors=True) as folder:
+        values = plan.config.model_dump()
+        values["prior"]["prompts"] = ()  # drawing the prior is no part of a step
+        training = set_up(TrainConfig.model_validate(values), RunFolder(Path(folder)), lambda _: None)
+        sizes = [prepared.placement.bucket for prepared in training.data.training]
+        largest = max(sizes, key=lambda size: size[0] * size[1])
+        step = next(s for s in range(training.data.plan.steps_per_epoch) if sizes[training.data.plan.indices(s)[0]] == largest)
+        for _ in range(2):  # the first one also encodes the pictures and warms up
+            training.step = step
+            begun = time.monotonic()
+            update(training)
+            seconds = time.monotonic() - begun
+        return seconds, memory_used(training.device.device)
+
+
+def read_run(run: RunFolder) -> TrainConfig:
+    """The settings of an existing run."""
+    return read_config(run.config)
+
+
+def python_command() -> list[str]:
+    """How another process starts the trainer: -P keeps a stray trainers.py in the working folder from running instead."""
+    return [sys.executable, "-P", "-m", "trainers"]

@@ -1,0 +1,152 @@
+"""What a run leaves behind while it goes on: events, sample images, checkpoints, and the LoRA at the end."""
+
+from __future__ import annotations
+
+import io
+import os
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+from trainers import events
+from trainers.adapters.inject import TRAINED
+from trainers.export import describe_run, export_adapter, file_name
+from trainers.generate import Picture, RenderSettings, render
+from trainers.run_folder import RunFolder, write_atomically
+from trainers.setup import Training, base_hashes
+
+
+class Outputs:
+    """Writes into one run folder for one `Training`; silent in all processes but the first."""
+
+    def __init__(self, run: RunFolder, training: Training, emit: events.Emit, started_at: float) -> None:
+        self._run, self._training, self._started_at = run, training, started_at
+        self._emit: events.Emit = emit if training.device.is_main else (lambda _: None)
+        self._name = file_name(training.config, training.model.facts)
+        self._sample_seconds = 0.0
+        self.process = os.getpid()
+
+    def tell(self, loss: float, norm: float, factor: float, held_out: float | None) -> None:
+        """The event of the step just done."""
+        training = self._training
+        pace = statistics.median(training.durations)
+        left = training.data.steps - training.step
+        every = training.config.samples.every
+        samples_left = left // every if every else 1
+        self._emit(
+            events.Step(
+                step=training.step,
+                steps=training.data.steps,
+                loss=loss,
+                held_out_loss=held_out,
+                learning_rates={group: self._rate(group) * factor for group in training.flat.groups},
+                gradient_norm=norm,
+                seconds_per_step=pace,
+                seconds_left=left * pace + samples_left * self._sample_seconds,
+                memory=memory_used(training.device.device),
+            )
+        )
+
+    def _rate(self, group: str) -> float:
+        config = self._training.config
+        return config.optimizer.learning_rate if group == "unet" else config.text_encoder_rate
+
+    def sample(self) -> None:
+        """Draws each sample prompt alone, so that a picture does not depend on the others."""
+        training, settings = self._training, self._training.config.samples
+        if not training.device.is_main or not settings.every:
+            return
+        begun = time.monotonic()
+        prompts = settings.prompts or tuple(dict.fromkeys(p.example.caption for p in training.data.training))[:2]
+        side = training.config.dataset.resolution or training.model.facts.resolution
+        side -= side % training.model.facts.step
+        how = RenderSettings(side, side, settings.steps, settings.guidance, settings.negative, settings.scheduler)
+        with _weights_in_use(training):
+            for number, prompt in enumerate(prompts):
+                picture = Picture(prompt, settings.seed, {TRAINED: settings.strength})
+                image = render(training.model, [picture], how)[0]
+                path = self._run.samples / f"{training.step:06d}_{number:02d}.png"
+                data = io.BytesIO()
+                image.save(data, "PNG")
+                write_atomically(path, data.getvalue())
+                self._emit(
+                    events.Sample(
+                        step=training.step,
+                        path=path.relative_to(self._run.path).as_posix(),
+                        prompt=prompt,
+                        seed=settings.seed,
+                        strength=settings.strength,
+                    )
+                )
+        self._sample_seconds = time.monotonic() - begun
+
+    def checkpoint(self) -> str:
+        """Exports the adapter as it stands, keeps the newest few, and returns the path inside the run folder."""
+        training = self._training
+        path = self._run.checkpoints / f"{self._name}-{training.step:06d}.safetensors"
+        if training.device.is_main:
+            self._export(path.parent, path.name)
+            kept = sorted(self._run.checkpoints.glob("*.safetensors"))
+            for old in kept[: -training.config.checkpoints.keep]:
+                old.unlink(missing_ok=True)
+        relative = path.relative_to(self._run.path).as_posix()
+        self._emit(events.Checkpoint(step=training.step, path=relative))
+        return relative
+
+    def stop(self, asked: str) -> None:
+        """The run ends early with everything saved."""
+        path = self.checkpoint()
+        self._run.take_flag("stop")
+        step = self._training.step
+        self._emit(events.Paused(step=step) if asked == "pause" else events.Stopped(step=step, path=path))
+
+    def finish(self, seconds: float) -> None:
+        """The run is complete: the LoRA appears at the top of the run folder, by rename."""
+        name = f"{self._name}.safetensors"
+        self._emit(events.Stage(name="export", detail=name))
+        if self._training.device.is_main:
+            self._export(self._run.path, name)
+        self._run.take_flag("stop")
+        self._emit(events.Finished(step=self._training.step, path=name, seconds=seconds))
+
+    def _export(self, folder: Path, name: str) -> None:
+        training = self._training
+        folder.mkdir(parents=True, exist_ok=True)
+        metadata = describe_run(
+            training.config,
+            training.model.facts,
+            training.data,
+            base_hashes(training.model.facts),
+            training.step,
+            self._started_at,
+        )
+        export_adapter(folder / name, training.flat, training.exported, training.plans, training.config, metadata)
+
+
+class _weights_in_use:
+    """While held, the layers compute with the weights that would be exported (the running mean, where there is one)."""
+
+    def __init__(self, training: Training) -> None:
+        self._training = training
+
+    def __enter__(self) -> None:
+        if self._training.mean is not None:
+            self._masters = self._training.flat.weights.clone()
+            with torch.no_grad():
+                self._training.flat.weights.copy_(self._training.mean)
+
+    def __exit__(self, *_: object) -> None:
+        if self._training.mean is not None:
+            with torch.no_grad():
+                self._training.flat.weights.copy_(self._masters)
+
+
+def memory_used(device: torch.device) -> int:
+    """Bytes that the process holds: on the GPU the most it ever allocated, else its resident memory."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated())
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)

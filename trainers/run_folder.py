@@ -1,0 +1,162 @@
+"""The run folder: names of the files in it, atomic writes, the lock, the stop flag."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from trainers.errors import RunFolderError
+
+
+def home_folder() -> Path:
+    """Where runs and caches live when nobody says otherwise: $IMPASTO_HOME, else the user's data folder."""
+    from platformdirs import user_data_path
+
+    return Path(os.environ["IMPASTO_HOME"]) if os.environ.get("IMPASTO_HOME") else user_data_path("impasto", appauthor=False)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Writes aside, flushes to the disk, then renames: readers see the old file or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with aside.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Names inside a run folder. DESIGN: config.toml is written once; events.jsonl and trainer.log are only added to."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """Complete, resolved settings."""
+        return self.path / "config.toml"
+
+    @property
+    def events(self) -> Path:
+        """One JSON line for each event."""
+        return self.path / "events.jsonl"
+
+    @property
+    def log(self) -> Path:
+        """What the process said."""
+        return self.path / "trainer.log"
+
+    @property
+    def manifest(self) -> Path:
+        """Content hashes of all that went in."""
+        return self.path / "manifest.json"
+
+    @property
+    def samples(self) -> Path:
+        """Sample images."""
+        return self.path / "samples"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Exported adapters along the way."""
+        return self.path / "checkpoints"
+
+    @property
+    def state(self) -> Path:
+        """Training states for resume."""
+        return self.path / "state"
+
+    @property
+    def prior(self) -> Path:
+        """Pictures drawn by the base for prior preservation."""
+        return self.path / "prior"
+
+    @property
+    def result(self) -> Path | None:
+        """The finished LoRA at the top level, once there is one."""
+        found = sorted(self.path.glob("*.safetensors"))
+        return found[0] if found else None
+
+    def stop_asked(self) -> Literal["stop", "pause"] | None:
+        """Whether somebody put the file `stop` there; `pause` written inside asks for a pause."""
+        try:
+            return "pause" if "pause" in (self.path / "stop").read_text(errors="replace") else "stop"
+        except FileNotFoundError:
+            return None
+
+    def take_flag(self, name: str) -> bool:
+        """True once after somebody put the file `name` (sample-now, save-now, stop) there; it is removed."""
+        try:
+            (self.path / name).unlink()
+        except FileNotFoundError:
+            return False
+        return True
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Holds the folder by an OS lock that dies with the process. Raises RunFolderError when another process has it."""
+        from filelock import FileLock, Timeout
+
+        lock = FileLock(self.path / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise RunFolderError(
+                "Another process is training in this run folder", where=str(self.path), hint="Wait for it, or stop it first."
+            ) from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def check_manifest(self, manifest: dict[str, Any]) -> None:
+        """Writes the manifest the first time; later compares. Raises RunFolderError naming what has changed since."""
+        text = json.dumps(manifest, indent=1, sort_keys=True)
+        if not self.manifest.exists():
+            write_atomically(self.manifest, text.encode())
+            return
+        before = json.loads(self.manifest.read_text(encoding="utf-8"))
+        now = json.loads(text)
+        changed = [key for key in sorted(now) if key != "versions" and before.get(key) != now[key]]
+        if changed:
+            raise RunFolderError(
+                f"Since this run began, something changed: {', '.join(changed)}",
+                where=str(self.path),
+                hint="Put it back, or train into a new run folder.",
+            )
+
+
+def new_run(path: Path) -> RunFolder:
+    """Prepares an empty run folder. Raises RunFolderError when it already holds a run or is a file."""
+    run = RunFolder(path.expanduser().resolve())
+    if run.config.exists():
+        raise RunFolderError(
+            "This folder already holds a run",
+            where=str(path),
+            hint=f"`impasto resume {path}` goes on with it; or choose another --output.",
+        )
+    try:
+        run.path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunFolderError(f"The run folder cannot be made: {error.strerror}", where=str(path), hint="Choose another.") from error
+    stray = run.result
+    if stray:
+        raise RunFolderError(f"This folder already holds {stray.name}", where=str(path), hint="Choose another --output.")
+    return run
+
+
+def open_run(path: Path) -> RunFolder:
+    """An existing run. Raises RunFolderError when there is none."""
+    run = RunFolder(path.expanduser().resolve())
+    if not run.config.is_file():
+        raise RunFolderError("There is no run in this folder", where=str(path), hint="A run has a config.toml. Check the path.")
+    return run

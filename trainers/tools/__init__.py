@@ -1,0 +1,1 @@
+"""What one does to finished files: inspect; later convert, merge, resize. One file each."""

@@ -1,0 +1,198 @@
+"""Looks into a LoRA file without any base model: what it is, what is in it, and what is wrong with it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from trainers.errors import AdapterFileError, Problem
+from trainers.formats.container import Header, open_regular, read_header
+from trainers.formats.hashes import FileHashes, file_hashes
+from trainers.formats.keys import KeyGroup, family_by_name, group_keys
+from trainers.formats.kohya import read_kohya_prefix
+from trainers.formats.peft import PARTS, PeftScaling, read_scaling
+from trainers.formats.reading import no_adapter, read_alpha, read_module
+from trainers.formats.text import printable
+from trainers.formats.weights import check_module
+from trainers.tools.file_problems import metadata_problems, module_problems, name_problems
+
+# Width of what cross-attention reads -> family; other programs tell families apart by the same numbers.
+TEXT_WIDTHS = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
+_CROSS_ATTENTION = ("attn2_to_k", "attn2_to_v", "attn2.to_k", "attn2.to_v", "attn2.processor.to_k", "attn2.processor.to_v")
+_TEXT_ATTENTION = ("q_proj", "k_proj", "v_proj")
+
+
+@dataclass(frozen=True)
+class ModuleReport:
+    """One module of the file. `norm` is that of its weight change at strength 1; None where it cannot be worked out."""
+
+    name: str
+    """The key prefix, made printable."""
+    part: str
+    """unet, text_encoder, text_encoder_2 or other."""
+    kind: str
+    """lora, locon (a LoRA of a convolution larger than 1x1), dora, loha, lokr, oft, full, or a mixture."""
+    dtype: str
+    inputs: int | None = None
+    """Input width of `down`."""
+    rank: int | None = None
+    alpha: float | None = None
+    """None where the file does not say: every reader then takes the rank."""
+    scale: float | None = None
+    norm: float | None = None
+    fault: str = ""
+    """Why it could not be read: a misfit, NaN, a part missing."""
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """All that is known of a LoRA file without its base. Texts from the file are printable and cut to length."""
+
+    path: Path
+    size: int
+    family: str
+    """sd1, sd2, sdxl, flux, sd3, or unknown."""
+    family_reason: str
+    schemes: tuple[str, ...]
+    kinds: tuple[str, ...]
+    dtypes: tuple[str, ...]
+    modules: tuple[ModuleReport, ...]
+    metadata: Mapping[str, str]
+    hashes: FileHashes
+    problems: tuple[Problem, ...]
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """Modules in each part, the denoiser's first."""
+        counts = Counter(module.part for module in self.modules)
+        return {part: counts[part] for part in (*PARTS, "other") if part in counts}
+
+    @property
+    def zero_modules(self) -> tuple[str, ...]:
+        """Names of modules that change nothing."""
+        return tuple(module.name for module in self.modules if module.norm == 0)
+
+    def part_norm(self, part: str) -> float:
+        """Norm of all weight changes of a part taken as one vector."""
+        return float(sum(module.norm**2 for module in self.modules if module.part == part and module.norm) ** 0.5)
+
+
+def inspect_file(path: Path) -> Inspection:
+    """Reads the whole file, one module at a time. Raises AdapterFileError for what is no LoRA or not safetensors."""
+    with open_regular(path) as handle:
+        header = read_header(handle, path)
+        groups, foreign = group_keys(header.entries)
+        if not any(group.kinds for group in groups):
+            raise no_adapter(header)
+        scaling, problems = _scaling_or_problem(header)
+        modules = tuple(_measure(handle, header, group, scaling) for group in groups)
+        handle.seek(8)
+        first = handle.read(2)
+    family, reason = _guess_family(groups, modules)
+    hashes = file_hashes(path, header.data_start)
+    problems += module_problems(modules) + name_problems(groups, foreign, header.metadata)
+    problems += metadata_problems(header.metadata, hashes, family, first)
+    return Inspection(
+        path=path,
+        size=header.size,
+        family=family,
+        family_reason=reason,
+        schemes=tuple(sorted({scheme for group in groups for scheme in group.schemes})),
+        kinds=tuple(sorted({module.kind for module in modules})),
+        dtypes=tuple(sorted({module.dtype for module in modules})),
+        modules=modules,
+        metadata={printable(key, 60): printable(value, 300) for key, value in header.metadata.items()},
+        hashes=hashes,
+        problems=tuple(sorted(problems, key=lambda problem: ("error", "warning", "note").index(problem.severity))),
+    )
+
+
+def describe(inspection: Inspection, every_module: bool = False) -> str:
+    """The inspection as lines of plain text for a terminal; print it without markup, as brackets are the file's own."""
+    modules = inspection.modules
+    parts = ", ".join(f"{count} {part}" for part, count in inspection.parts.items())
+    lines = [
+        f"{printable(inspection.path.name, 200)}  {inspection.size:,} bytes",
+        f"family      {inspection.family} ({inspection.family_reason})",
+        f"kind        {', '.join(inspection.kinds)}; {' and '.join(inspection.schemes) or 'unknown'} names",
+        f"modules     {len(modules)}: {parts}",
+        f"rank        {_values([module.rank for module in modules])}",
+        f"alpha       {_values([module.alpha for module in modules])}",
+        f"scale       {_values([module.scale for module in modules])}  (alpha / rank, the strength inside the file)",
+        f"numbers     {', '.join(inspection.dtypes)}",
+        f"hashes      AutoV2 {inspection.hashes.autov2}, AutoV3 {inspection.hashes.autov3}",
+    ]
+    lines += [f"norm        {part}: {inspection.part_norm(part):.4g}" for part in inspection.parts]
+    strongest = sorted((m for m in modules if m.norm is not None), key=lambda m: -(m.norm or 0.0))
+    for module in modules if every_module else strongest[:3]:
+        norm = "?" if module.norm is None else f"{module.norm:.4g}"
+        lines.append(f"  {norm:>10}  {module.name}")
+    if inspection.zero_modules:
+        lines.append(f"zero        {len(inspection.zero_modules)} modules change nothing")
+    lines += ["metadata"] + [f"  {key}: {value}" for key, value in inspection.metadata.items()]
+    lines += [f"{problem.severity:<11} {problem}" for problem in inspection.problems] or ["problems    none found"]
+    return "\n".join(lines)
+
+
+def _values(numbers: list[int | None] | list[float | None]) -> str:
+    """'16', or '8 (24 modules), 16 (72 modules)', rarest last; 'not said' for None."""
+    counts = Counter("not said" if number is None else f"{number:g}" for number in numbers)
+    if len(counts) == 1:
+        return next(iter(counts))
+    shown = [f"{value} ({count} modules)" for value, count in counts.most_common(6)]
+    return ", ".join(shown) + (f", {len(counts) - 6} more" if len(counts) > 6 else "")
+
+
+def _scaling_or_problem(header: Header) -> tuple[dict[str, PeftScaling], list[Problem]]:
+    try:
+        return read_scaling(header.metadata), []
+    except AdapterFileError as error:
+        return {}, [Problem("error", error.what, hint=error.hint)]
+
+
+def _measure(handle: BinaryIO, header: Header, group: KeyGroup, scaling: Mapping[str, PeftScaling]) -> ModuleReport:
+    """One module's numbers; a fault becomes text, so that one bad module does not hide the others."""
+    name, part = printable(group.prefix, 120), _part_of(group.prefix)
+    down = header.entries[group.parts["down"]] if "down" in group.parts else None
+    dtype = (down or header.entries[next(iter(group.parts.values()))]).dtype
+    inputs = down.shape[1] if down is not None and len(down.shape) > 1 else None
+    if group.kind != "lora":  # A DoRA's change needs the base's weights; the other kinds have no mathematics here yet.
+        return ModuleReport(name, part, group.kind or "unknown", dtype, inputs)
+    rank = down.shape[0] if down is not None and down.shape else None
+    kind = "locon" if "mid" in group.parts or (down is not None and max(down.shape[2:], default=1) > 1) else "lora"
+    alpha = None
+    try:
+        alpha = read_alpha(handle, header, group, scaling, rank or 0)
+        weights = read_module(handle, header, group, scaling)
+        check_module(group.prefix, weights)
+    except AdapterFileError as error:
+        return ModuleReport(name, part, kind, dtype, inputs, rank, alpha, fault=error.what)
+    return ModuleReport(name, part, kind, dtype, inputs, rank, alpha, weights.scale, weights.delta_norm())
+
+
+def _part_of(prefix: str) -> str:
+    kohya = read_kohya_prefix(prefix)
+    if kohya is not None:
+        return kohya[0]
+    first = prefix.partition(".")[0]
+    if first in PARTS:
+        return first
+    return "unet" if first in ("down_blocks", "mid_block", "up_blocks", "base_model") else "other"
+
+
+def _guess_family(groups: list[KeyGroup], modules: tuple[ModuleReport, ...]) -> tuple[str, str]:
+    """(family, why): by names that only one family has, else by the width that cross-attention reads, else the text's."""
+    family, start = family_by_name(group.prefix for group in groups)
+    if family:
+        return family, f"it has modules named {start}..."
+    sources = (("unet", _CROSS_ATTENTION, "cross-attention reads"), ("text_encoder", _TEXT_ATTENTION, "the text encoder has"))
+    for part, endings, words in sources:
+        fitting = (m.inputs for m in modules if m.part == part and m.name.endswith(endings))
+        width = next((inputs for inputs in fitting if inputs), None)
+        if width is not None:
+            family = TEXT_WIDTHS.get(width, "unknown")
+            return family, f"{words} width {width}" + ("" if family != "unknown" else ", as no published family does")
+    return "unknown", "it adapts neither cross-attention nor a text encoder, by which families are told apart"

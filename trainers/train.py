@@ -1,0 +1,162 @@
+"""train(run, emit): the stages of a run, the training step, and the one loop that serves every model."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+from trainers import events
+from trainers.config import read_config
+from trainers.dataset.batches import Batch
+from trainers.errors import DivergedError
+from trainers.families.base import DiffusionModel
+from trainers.objective import mean_of_squares
+from trainers.outputs import Outputs
+from trainers.run_folder import RunFolder
+from trainers.schedule import rate_factor
+from trainers.setup import Condition, Training, set_up
+from trainers.training_state import TrainingState, load_state, save_state
+
+def training_step(model: DiffusionModel, batch: Batch, condition: Condition, min_snr_gamma: float | None) -> torch.Tensor:
+    """The loss of one micro-batch: its share of the step's weighted mean of squared errors, a scalar."""
+    # ------------------------------------------------------------------------------------------------
+    objective = model.objective
+    noisy_latents = objective.add_noise(batch.latents, batch.noise, batch.timesteps)
+    prediction = model.predict(noisy_latents, batch.timesteps, condition(batch.captions))
+    target = objective.target(batch.latents, batch.noise, batch.timesteps)
+    weight = objective.weight(batch.timesteps, min_snr_gamma) * batch.weights
+    return mean_of_squares(prediction, target, weight).sum()
+    # ------------------------------------------------------------------------------------------------
+
+
+def update(training: Training) -> tuple[float, float]:
+    """One optimizer update. Returns the step's loss and the gradient's norm before clipping.
+
+    Raises DivergedError, with the weights untouched, when either is not finite.
+    """
+    flat, settings = training.flat, training.config.train
+    flat.gradient.zero_()
+    loss = torch.zeros((), device=training.device.device)
+    for batch in training.batches.step(training.step):
+        part = training_step(training.model, batch, training.condition, settings.min_snr_gamma)
+        part.backward()  # type: ignore[no-untyped-call]
+        loss += part.detach()
+    if training.device.count > 1:
+        flat.gradient.copy_(training.device.sum_over_processes(flat.gradient))
+        loss = training.device.sum_over_processes(loss)
+    norm = float(flat.gradient.norm())
+    if not math.isfinite(norm) or not math.isfinite(float(loss)):
+        raise DivergedError(
+            f"The {'gradient' if math.isfinite(float(loss)) else 'loss'} is no longer a finite number",
+            where=f"step {training.step + 1}",
+            hint="Lower optimizer.learning_rate, or use train.precision=fp32. The last training state is kept.",
+        )
+    if settings.max_grad_norm and norm > settings.max_grad_norm:
+        flat.gradient.mul_(settings.max_grad_norm / norm)
+    for group in training.optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * factor_now(training)
+    training.optimizer.step()
+    if training.mean is not None:
+        # A young mean follows faster, so that it is not held back by the start: min(decay, (1 + n) / (10 + n)).
+        decay = min(settings.ema, (1 + training.step) / (10 + training.step))
+        training.mean.lerp_(flat.weights, 1 - decay)
+    training.step += 1
+    return float(loss), norm
+
+
+def factor_now(training: Training) -> float:
+    """The schedule's factor on the learning rates of the next update."""
+    schedule = training.config.schedule
+    return rate_factor(schedule.type, schedule.warmup, schedule.floor, training.step, training.data.steps)
+
+
+@torch.no_grad()
+def held_out_loss(training: Training) -> float | None:
+    """Loss on the pictures kept aside, always with the same noise and timesteps, unweighted by SNR; None without any."""
+    if not training.data.held_out:
+        return None
+    parts = [
+        training_step(training.model, batch, training.condition, None)
+        for batch in training.batches.held_out(training.data.held_out)
+    ]
+    return float(torch.stack(parts).sum())
+
+
+def train(run: RunFolder, emit: events.Emit, interrupted: Callable[[], bool] = lambda: False) -> bool:
+    """Trains the run to its end, or goes on with it from its last training state. Returns False when it was stopped.
+
+    Every file it makes lies in the run folder. Raises TrainingError in words when it cannot go on; the last training
+    state and checkpoints then stay as they are.
+    """
+    training = set_up(read_config(run.config), run, emit)
+    started = _resume(training, run)
+    outputs = Outputs(run, training, emit, started["at"])
+    emit(
+        events.Started(
+            step=training.step,
+            steps=training.data.steps,
+            images=len(training.data.training),
+            held_out=len(training.data.held_out),
+            parameters=training.flat.weights.numel(),
+            device=training.device.reason,
+            process=outputs.process,
+        )
+    )
+    before, begun = started["seconds"], time.monotonic()
+    saved = begun
+    steps, every = training.data.steps, training.config.samples.every
+    loss_due = every or max(1, steps // 20)
+
+    def save() -> None:
+        facts = {"at": started["at"], "seconds": before + time.monotonic() - begun, "threads": torch.get_num_threads()}
+        weights, mean = training.flat.weights, training.mean
+        if training.device.is_main:
+            save_state(run, TrainingState(training.step, weights, mean, training.optimizer.state_dict(), facts))
+
+    emit(events.Stage(name="train", done=training.step, total=steps))
+    if training.step == 0:
+        outputs.sample()
+    while training.step < steps:
+        tick = time.monotonic()
+        factor = factor_now(training)
+        loss, norm = update(training)
+        training.durations.append(time.monotonic() - tick)
+        due = training.step % loss_due == 0 or training.step == steps
+        outputs.tell(loss, norm, factor, held_out_loss(training) if due else None)
+        if (every and training.step % every == 0) or training.step == steps or run.take_flag("sample-now"):
+            outputs.sample()
+        if training.config.checkpoints.every and training.step % training.config.checkpoints.every == 0:
+            outputs.checkpoint()
+        asked = "stop" if interrupted() else run.stop_asked()
+        if asked and training.step < steps:
+            save()
+            outputs.stop(asked)
+            return False
+        slow_disk = time.monotonic() - saved + 2 * statistics.median(training.durations)
+        if slow_disk > training.config.train.save_state_seconds or run.take_flag("save-now"):
+            save()
+            saved = time.monotonic()
+    save()
+    outputs.finish(before + time.monotonic() - begun)
+    return True
+
+
+def _resume(training: Training, run: RunFolder) -> dict[str, float]:
+    """Puts the newest training state back, if there is one. Returns when the run began and the seconds it has trained."""
+    state = load_state(run)
+    if state is None:
+        return {"at": time.time(), "seconds": 0.0}
+    training.step = state.step
+    with torch.no_grad():
+        training.flat.weights.copy_(state.weights)
+        if training.mean is not None and state.mean is not None:
+            training.mean.copy_(state.mean)
+    training.optimizer.load_state_dict(state.optimizer)
+    # Sums are cut into as many parts as there are threads, so another number would give other last bits.
+    if training.device.device.type == "cpu":
+        torch.set_num_threads(state.facts["threads"])
+    return {"at": state.facts["at"], "seconds": state.facts["seconds"]}

@@ -1,0 +1,115 @@
+"""Everything a resume needs, in one file: the adapter's float32 masters, the optimizer, the running mean, the step.
+
+The file is a .safetensors; what is not a tensor stands as JSON in its metadata, with a checksum over the tensors. It is
+written aside, flushed and renamed; the two newest are kept, and a damaged one falls back to the one before.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from trainers.errors import RunFolderError
+from trainers.run_folder import RunFolder, write_atomically
+
+GENERATIONS = 2
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """`step` optimizer updates are done. `optimizer` is a torch optimizer's state_dict; `mean` is the EMA or None."""
+
+    step: int
+    weights: torch.Tensor
+    mean: torch.Tensor | None
+    optimizer: dict[str, Any]
+    facts: dict[str, Any]  # what must be set again to go on alike: thread count, dtype, seconds trained
+
+
+def save_state(run: RunFolder, state: TrainingState) -> None:
+    """Writes one generation and removes the oldest beyond two."""
+    tensors = {"weights": state.weights}
+    if state.mean is not None:
+        tensors["mean"] = state.mean
+    plain = _take_tensors("optimizer", state.optimizer, tensors)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    values = {"step": state.step, "optimizer": plain, "facts": state.facts}
+    metadata = {"state": json.dumps(values), "sha256": _checksum(tensors)}
+    write_atomically(run.state / f"step-{state.step:08d}.safetensors", save(tensors, metadata))
+    for old in _newest_first(run)[GENERATIONS:]:
+        old.unlink(missing_ok=True)
+
+
+def load_state(run: RunFolder) -> TrainingState | None:
+    """The newest undamaged state, or None when there is none yet. Raises RunFolderError when all are damaged."""
+    paths = _newest_first(run)
+    for path in paths:
+        state = _read(path)
+        if state is not None:
+            return state
+    if paths:
+        raise RunFolderError("Every training state of this run is damaged", where=str(run.state), hint="Train into a new folder.")
+    return None
+
+
+def _newest_first(run: RunFolder) -> list[Path]:
+    return sorted(run.state.glob("step-*.safetensors"), reverse=True)
+
+
+def _read(path: Path) -> TrainingState | None:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+        values = json.loads(metadata["state"])
+    except (SafetensorError, OSError, KeyError, json.JSONDecodeError):
+        return None
+    if metadata.get("sha256") != _checksum(tensors):
+        return None
+    return TrainingState(
+        values["step"],
+        tensors["weights"],
+        tensors.get("mean"),
+        _put_tensors(values["optimizer"], tensors),
+        values["facts"],
+    )
+
+
+def _checksum(tensors: dict[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _take_tensors(name: str, value: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    """`value` as JSON, its tensors moved into `tensors` and replaced by their names. Whole-number keys are kept apart."""
+    if isinstance(value, torch.Tensor):
+        tensors[name] = value if value.dim() else value[None]
+        return {"tensor": name, "scalar": value.dim() == 0}
+    if isinstance(value, dict):
+        return {"pairs": [[key, _take_tensors(f"{name}.{key}", inner, tensors)] for key, inner in value.items()]}
+    if isinstance(value, list | tuple):
+        items = [_take_tensors(f"{name}.{index}", inner, tensors) for index, inner in enumerate(value)]
+        return {"list": items, "tuple": isinstance(value, tuple)}
+    return {"value": value}
+
+
+def _put_tensors(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    if "tensor" in value:
+        tensor = tensors[value["tensor"]]
+        return tensor[0] if value["scalar"] else tensor
+    if "pairs" in value:
+        return {key: _put_tensors(inner, tensors) for key, inner in value["pairs"]}
+    if "list" in value:
+        items = [_put_tensors(inner, tensors) for inner in value["list"]]
+        return tuple(items) if value["tuple"] else items
+    return value["value"]
