@@ -69,7 +69,7 @@ def refusal(version: "tuple[int, ...]", bits: int, executable: str) -> str:
 def has_own_sources(config_list: str) -> bool:
     """Whether `pip config list` (files and PIP_* variables) says where packages come from, other than PyPI itself."""
     found = re.findall(r"\.(?:index-url|extra-index-url|find-links|no-index)=(.*)", config_list.replace("_", "-"))
-    return any(value.strip("'\" /") != "https://pypi.org/simple" for value in found)
+    return any(value.strip("'\" /") not in ("", "https://pypi.org/simple") for value in found)
 
 
 def choose_torch(system: str, nvidia: bool, own_sources: bool, asked: str) -> "tuple[str, list[str]]":

@@ -45,6 +45,12 @@ def make_bad_folder(folder: Path) -> dict[str, str]:
     }
 
 
+def unlock(folder: Path) -> None:
+    """Makes what `make_bad_folder` made unreadable removable again."""
+    if (folder / "locked folder").exists():
+        (folder / "locked folder").chmod(0o700)
+
+
 def _broken_files(folder: Path) -> dict[str, str]:
     make_picture(200, 20).save(folder / "truncated.jpg", quality=95)
     os.truncate(folder / "truncated.jpg", os.path.getsize(folder / "truncated.jpg") // 2)

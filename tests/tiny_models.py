@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 from pathlib import Path
@@ -17,29 +18,30 @@ WIDTH = 32
 
 def tiny_unet(seed: int = 0) -> Any:
     """UNet2DConditionModel, SD1's layout at two levels: noisy latents (B, 4, h, w) with h and w even, context (B, n, 32)."""
-    from diffusers import UNet2DConditionModel
-
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return UNet2DConditionModel(
-            sample_size=16,
-            in_channels=4,
-            out_channels=4,
-            block_out_channels=(32, 64),
-            layers_per_block=1,
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-            cross_attention_dim=WIDTH,
-            attention_head_dim=4,
-            norm_num_groups=8,
-        ).eval()
+        return (
+            _library("diffusers")
+            .UNet2DConditionModel(
+                sample_size=16,
+                in_channels=4,
+                out_channels=4,
+                block_out_channels=(32, 64),
+                layers_per_block=1,
+                down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+                up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+                cross_attention_dim=WIDTH,
+                attention_head_dim=4,
+                norm_num_groups=8,
+            )
+            .eval()
+        )
 
 
 def tiny_text_encoder(seed: int = 1) -> Any:
     """CLIPTextModel of two layers and width 32 over CLIP's own 49408 tokens: ids (B, n <= 77) -> (B, n, 32)."""
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    config = CLIPTextConfig(
+    transformers = _library("transformers")
+    config = transformers.CLIPTextConfig(
         vocab_size=49408,
         hidden_size=WIDTH,
         intermediate_size=2 * WIDTH,
@@ -56,7 +58,7 @@ def tiny_text_encoder(seed: int = 1) -> Any:
         torch.manual_seed(seed)
         # At transformers' own start the states hardly depend on the words (deviation 0.02 at every layer); ten times
         # the token table makes two prompts as different as a trained encoder does.
-        model = CLIPTextModel(config)
+        model = transformers.CLIPTextModel(config)
         with torch.no_grad():
             model.get_input_embeddings().weight.mul_(10.0)
     return model.eval()
@@ -64,22 +66,24 @@ def tiny_text_encoder(seed: int = 1) -> Any:
 
 def tiny_vae(seed: int = 2) -> Any:
     """AutoencoderKL with f = 4: pixels (B, 3, H, W) in [-1, 1] <-> latents (B, 4, H/4, W/4)."""
-    from diffusers import AutoencoderKL
-
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return AutoencoderKL(
-            in_channels=3,
-            out_channels=3,
-            down_block_types=("DownEncoderBlock2D",) * 3,
-            up_block_types=("UpDecoderBlock2D",) * 3,
-            block_out_channels=(8, 16, 16),
-            layers_per_block=1,
-            latent_channels=4,
-            norm_num_groups=4,
-            sample_size=64,
-            scaling_factor=0.18215,
-        ).eval()
+        return (
+            _library("diffusers")
+            .AutoencoderKL(
+                in_channels=3,
+                out_channels=3,
+                down_block_types=("DownEncoderBlock2D",) * 3,
+                up_block_types=("UpDecoderBlock2D",) * 3,
+                block_out_channels=(8, 16, 16),
+                layers_per_block=1,
+                latent_channels=4,
+                norm_num_groups=4,
+                sample_size=64,
+                scaling_factor=0.18215,
+            )
+            .eval()
+        )
 
 
 def save_tiny_pipeline(folder: Path, *, prediction_type: str = "epsilon", seed: int = 0) -> Path:
@@ -98,6 +102,11 @@ def save_tiny_pipeline(folder: Path, *, prediction_type: str = "epsilon", seed: 
     _write_json(folder / "scheduler" / "scheduler_config.json", _SCHEDULER | {"prediction_type": prediction_type})
     _write_json(folder / "model_index.json", _MODEL_INDEX)
     return folder
+
+
+def _library(name: str) -> Any:
+    """Imported on use, as each takes seconds, and as Any: their type hints are too few to check against."""
+    return importlib.import_module(name)
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

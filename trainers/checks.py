@@ -52,10 +52,14 @@ def check_settings(config: TrainConfig, base: BaseModelFacts) -> list[Problem]:
             )
         )
     if base.prediction_type not in ("epsilon", "v_prediction"):
-        problems.append(Problem("error", f"The base predicts {base.prediction_type!r}, which cannot be trained here", base.name))
+        problems.append(
+            Problem("error", f"The base predicts {base.prediction_type!r}, which cannot be trained here", base.name)
+        )
     resolution = config.dataset.resolution or base.resolution
     if resolution < base.step:
-        problems.append(Problem("error", f"A resolution of {resolution} is below the smallest, {base.step}", "dataset.resolution"))
+        problems.append(
+            Problem("error", f"A resolution of {resolution} is below the smallest, {base.step}", "dataset.resolution")
+        )
     if resolution > 2 * base.resolution:
         problems.append(
             Problem(
@@ -67,7 +71,9 @@ def check_settings(config: TrainConfig, base: BaseModelFacts) -> list[Problem]:
         )
     if config.samples.scheduler not in SAMPLERS:
         problems.append(
-            Problem("error", f"There is no sampler {config.samples.scheduler!r}", "samples.scheduler", f"Use {', '.join(SAMPLERS)}.")
+            Problem(
+                "error", f"There is no sampler {config.samples.scheduler!r}", "samples.scheduler", f"Use {', '.join(SAMPLERS)}."
+            )
         )
     return problems + _check_adapter(config, base) + _check_rates(config)
 
@@ -77,7 +83,7 @@ def _check_adapter(config: TrainConfig, base: BaseModelFacts) -> list[Problem]:
     width = min(unet["block_out_channels"])
     if config.adapter.rank * 2 <= width:
         return []
-    what = f"Rank {config.adapter.rank} is not small against this base's narrowest layer ({width}); the adapter saves nothing there"
+    what = f"Rank {config.adapter.rank} is not small against this base's narrowest layer ({width})"
     return [Problem("advice", what, "adapter.rank", f"Use at most {width // 2}.")]
 
 

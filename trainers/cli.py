@@ -18,7 +18,9 @@ cli = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Images = Annotated[Path, typer.Argument(help="Folder of pictures, with .txt captions beside them if you have any.", show_default=False)]
+Images = Annotated[
+    Path, typer.Argument(help="Folder of pictures, with .txt captions beside them if you have any.", show_default=False)
+]
 Base = Annotated[str, typer.Option(help="Base model: pocket, a folder in diffusers layout, or a hub id.")]
 Preset = Annotated[str | None, typer.Option(help="Preset to start from; see `impasto presets`. Default: the base's own.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="Any setting, as adapter.rank=16. May be repeated.")]
@@ -29,9 +31,7 @@ Force = Annotated[bool, typer.Option("--force", help="Pass advisory checks; brok
 Json = Annotated[bool, typer.Option("--json", help="Print events as JSON lines instead of a progress bar.")]
 
 
-def given_settings(
-    images: Path, base: str, steps: int | None, seed: int | None, trigger: str | None
-) -> dict[str, Any]:
+def given_settings(images: Path, base: str, steps: int | None, seed: int | None, trigger: str | None) -> dict[str, Any]:
     """The settings that have options of their own, as nested values; unset ones left out."""
     values: dict[str, Any] = {"base": {"model": base}, "dataset": {"images": str(images.expanduser().resolve())}, "train": {}}
     if steps is not None:
@@ -92,10 +92,14 @@ def resume(
 
 @cli.command()
 def generate(
-    output: Annotated[Path, typer.Option("--output", "-o", help="FILE.png: one picture or a labelled grid. FOLDER/: one PNG each.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="FILE.png: one picture or a labelled grid. FOLDER/: one PNG each.")
+    ],
     prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="What to draw. May be repeated.", show_default=False)],
     base: Base = "pocket",
-    lora: Annotated[list[str] | None, typer.Option(help="A LoRA file, with its strength after a colon. May be repeated.")] = None,
+    lora: Annotated[
+        list[str] | None, typer.Option(help="A LoRA file, with its strength after a colon. May be repeated.")
+    ] = None,
     negative: Annotated[str, typer.Option(help="What the picture should not show.")] = "",
     strengths: Annotated[str, typer.Option(help="Strengths to draw, comma-separated; multiplies each LoRA's own.")] = "1",
     seed: Annotated[int, typer.Option(min=0, help="Seed of the noise.")] = 42,
@@ -158,7 +162,9 @@ def check(
 
 
 @cli.command("inspect")
-def inspect_command(file: Annotated[Path, typer.Argument(metavar="FILE", help="A LoRA file (.safetensors).", show_default=False)]) -> None:
+def inspect_command(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A LoRA file (.safetensors).", show_default=False)],
+) -> None:
     """Tell what is in a LoRA file: family, type, modules, rank, alpha, norms, metadata, problems."""
     from trainers.tools.inspect_file import describe, inspect_file
 
@@ -193,18 +199,15 @@ def demo(
 def run_cli(app: typer.Typer, arguments: list[str] | None = None) -> int:
     """Runs a typer app and returns the exit code: 0 done, 1 failed, 2 wrong use, 3 stopped with everything saved."""
     try:
-        result = typer.main.get_command(app).main(args=arguments, prog_name="impasto", standalone_mode=False)
-        return result if isinstance(result, int) else 0
+        typer.main.get_command(app).main(args=arguments, prog_name="impasto")
+        return 0
+    except SystemExit as end:  # typer's own way out: wrong options have been shown, with exit code 2
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
     except TrainingError as error:
         typer.secho(f"impasto: {error}", err=True, fg="red")
         return error.exit_code
-    except typer.Exit as error:
-        return error.exit_code
-    except typer.TyperException as error:  # wrong options; shows itself with the command's usage
-        error.show()
-        return 2
-    except (typer.Abort, KeyboardInterrupt):
-        typer.secho("impasto: interrupted before anything was trained; nothing is lost.", err=True)
+    except KeyboardInterrupt:
+        typer.secho("impasto: interrupted; nothing is lost.", err=True)
         return 1
     except OSError as error:
         typer.secho(f"impasto: {error.strerror or error} ({error.filename or 'no file named'}).", err=True, fg="red")

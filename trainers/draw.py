@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -75,8 +75,11 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def draw(request: DrawRequest) -> list[Path]:
-    """Renders and writes; returns the files made. Raises TrainingError before any weight is read where it can."""
+def draw(request: DrawRequest, on_picture: Callable[[int, int], object] = lambda done, total: None) -> list[Path]:
+    """Renders and writes; returns the files made. `on_picture` is told how many of how many pictures are drawn.
+
+    Raises TrainingError, before any weight is read where it can.
+    """
     if request.scheduler not in SAMPLERS:
         raise SettingError(f"There is no scheduler {request.scheduler!r}", hint=f"Choose one of: {', '.join(SAMPLERS)}.")
     if request.as_folder and request.output.exists() and not request.output.is_dir():
@@ -94,7 +97,7 @@ def draw(request: DrawRequest) -> list[Path]:
     model = load_family(base, device.dtype, device.device)
     names = attach_files(model, [path for path, _ in request.loras])
     own = dict(zip(names, (strength for _, strength in request.loras), strict=True))
-    return list(_write_all(request, model, own, size))
+    return list(_write_all(request, model, own, size, on_picture))
 
 
 def attach_files(model: DiffusionModel, paths: list[Path]) -> list[str]:
@@ -105,7 +108,7 @@ def attach_files(model: DiffusionModel, paths: list[Path]) -> list[str]:
     from trainers.formats import read_adapter
 
     found = find_layers(model.parts())
-    shapes = {name: tuple(layer.weight.shape) for name, layer in found.items()}  # type: ignore[union-attr, arg-type]
+    shapes = {name: tuple(layer.weight.shape) for name, layer in found.items()}  # type: ignore[arg-type]
     names = []
     for number, path in enumerate(paths):
         file = read_adapter(path, list(found), shapes)
@@ -120,14 +123,23 @@ def attach_files(model: DiffusionModel, paths: list[Path]) -> list[str]:
     return names
 
 
-def _write_all(request: DrawRequest, model: DiffusionModel, own: dict[str, float], size: tuple[int, int]) -> Iterator[Path]:
+def _write_all(
+    request: DrawRequest,
+    model: DiffusionModel,
+    own: dict[str, float],
+    size: tuple[int, int],
+    on_picture: Callable[[int, int], object],
+) -> Iterator[Path]:
     from trainers.generate import RenderSettings, label_grid
 
     width, height = size
     how = RenderSettings(height, width, request.steps, request.guidance, request.negative, request.scheduler)
     grid: list[list[Image.Image]] = []
     for number, prompt in enumerate(request.prompts):
-        images = [_one(model, prompt, strength, own, request.seed, how) for strength in request.strengths]
+        images = []
+        for strength in request.strengths:
+            images.append(_one(model, prompt, strength, own, request.seed, how))
+            on_picture(number * len(request.strengths) + len(images), len(request.prompts) * len(request.strengths))
         grid.append(images)
         if request.as_folder:
             for strength, image in zip(request.strengths, images, strict=True):

@@ -25,7 +25,12 @@ def file_name(config: TrainConfig, base: BaseModelFacts) -> str:
 
 
 def export_adapter(
-    path: Path, flat: FlatParameters, weights: torch.Tensor, plans: list[LayerPlan], config: TrainConfig, metadata: dict[str, str]
+    path: Path,
+    flat: FlatParameters,
+    weights: torch.Tensor,
+    plans: list[LayerPlan],
+    config: TrainConfig,
+    metadata: dict[str, str],
 ) -> None:
     """Writes `weights` (N,), the masters or their running mean, in kohya form. Raises AdapterFileError if not finite."""
     kind = ADAPTERS[config.adapter.type]
@@ -51,9 +56,7 @@ def describe_run(
             groups.setdefault(Path(prepared.example.name).parent.name or folder.name, []).append(prepared.example.repeats)
     words: Counter[str] = Counter()
     if config.output.caption_words:
-        words.update(
-            part.strip() for prepared in data.training for part in prepared.example.caption.split(",") if part.strip()
-        )
+        words.update(part.strip() for prepared in data.training for part in prepared.example.caption.split(",") if part.strip())
     resolution = config.dataset.resolution or base.resolution
     adapter, learns_text = config.adapter, config.text_encoder_rate > 0
     return build_metadata(

@@ -15,6 +15,7 @@ from trainers.errors import SettingError
 from trainers.families.base import Conditioning, DiffusionModel
 from trainers.samplers import SAMPLERS
 
+
 @dataclass(frozen=True)
 class RenderSettings:
     """How pictures are drawn. Size in pixels; guidance at or below 1 switches it off and halves the work."""
@@ -70,7 +71,7 @@ def render_latents(
     generators = [torch.Generator().manual_seed(picture.seed) for picture in pictures]
     noise = torch.cat([torch.randn(shape, generator=generator) for generator in generators])
     scheduler.set_timesteps(settings.steps, device=device)
-    latents = noise.to(device) * scheduler.init_noise_sigma
+    latents: torch.Tensor = noise.to(device) * scheduler.init_noise_sigma
     _set_row_strengths(model, pictures, "unet", copies=2 if guided else 1)
     draws_noise = {"generator": generators} if settings.scheduler in {"euler-a"} else {}
     for timestep in scheduler.timesteps:
@@ -154,9 +155,7 @@ def label_grid(
     font = ImageFont.load_default(size=max(12, height // 11))
     line = max(18, height // 8)
     gap = 6
-    page = Image.new(
-        "RGB", (gap + len(columns) * (width + gap), line + len(rows) * (height + line + gap)), "white"
-    )
+    page = Image.new("RGB", (gap + len(columns) * (width + gap), line + len(rows) * (height + line + gap)), "white")
     draw = ImageDraw.Draw(page)
     for column, label in enumerate(columns):
         draw.text((gap + column * (width + gap) + width // 2, line // 2), label, fill="#444444", font=font, anchor="mm")
@@ -169,6 +168,6 @@ def label_grid(
 
 
 def _fit(text: str, draw: Any, font: Any, width: int) -> str:
-    while text and draw.textlength(text, font=font) > width:
-        text = text[:-2] + "…" if not text.endswith("…") else text[:-2] + "…"
+    while len(text) > 2 and draw.textlength(text, font=font) > width:
+        text = text[:-2] + "…"
     return text

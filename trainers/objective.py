@@ -1,8 +1,8 @@
 """What the denoiser is asked: timesteps, noise, target and weight, all drawn from (seed, step, slot).
 
-    q(x_t | x_0) = N(sqrt(abar_t) x_0, (1 - abar_t) I)                    arXiv 2006.11239, eq. 4
-    epsilon target: the noise; v target: sqrt(abar) eps - sqrt(1-abar) x0  arXiv 2202.00512, appendix D
-    min-SNR weight: min(SNR, gamma) / SNR for epsilon, / (SNR + 1) for v   arXiv 2303.09556, section 3.4
+q(x_t | x_0) = N(sqrt(abar_t) x_0, (1 - abar_t) I)                    arXiv 2006.11239, eq. 4
+epsilon target: the noise; v target: sqrt(abar) eps - sqrt(1-abar) x0  arXiv 2202.00512, appendix D
+min-SNR weight: min(SNR, gamma) / SNR for epsilon, / (SNR + 1) for v   arXiv 2303.09556, section 3.4
 """
 
 from __future__ import annotations

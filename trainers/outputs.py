@@ -13,9 +13,10 @@ import torch
 from trainers import events
 from trainers.adapters.inject import TRAINED
 from trainers.export import describe_run, export_adapter, file_name
+from trainers.formats.hashes import base_file_hashes
 from trainers.generate import Picture, RenderSettings, render
 from trainers.run_folder import RunFolder, write_atomically
-from trainers.setup import Training, base_hashes
+from trainers.setup import Training
 
 
 class Outputs:
@@ -26,6 +27,7 @@ class Outputs:
         self._emit: events.Emit = emit if training.device.is_main else (lambda _: None)
         self._name = file_name(training.config, training.model.facts)
         self._sample_seconds = 0.0
+        self._hashes: tuple[str, str] | None = None
         self.process = os.getpid()
 
     def tell(self, loss: float, norm: float, factor: float, held_out: float | None) -> None:
@@ -111,17 +113,17 @@ class Outputs:
         self._run.take_flag("stop")
         self._emit(events.Finished(step=self._training.step, path=name, seconds=seconds))
 
+    def _base_hashes(self) -> tuple[str, str]:
+        """Of the denoiser's first weight file, read once: it can be gigabytes."""
+        if self._hashes is None:
+            self._hashes = base_file_hashes(sorted((self._training.model.facts.folder / "unet").glob("*.safetensors"))[0])
+        return self._hashes
+
     def _export(self, folder: Path, name: str) -> None:
         training = self._training
         folder.mkdir(parents=True, exist_ok=True)
-        metadata = describe_run(
-            training.config,
-            training.model.facts,
-            training.data,
-            base_hashes(training.model.facts),
-            training.step,
-            self._started_at,
-        )
+        base, step = training.model.facts, training.step
+        metadata = describe_run(training.config, base, training.data, self._base_hashes(), step, self._started_at)
         export_adapter(folder / name, training.flat, training.exported, training.plans, training.config, metadata)
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from trainers.config import TrainConfig
-from trainers.dataset.folder import Example
+from trainers.dataset.folder import Example, hash_file
 from trainers.families.base import DiffusionModel
 from trainers.generate import Picture, RenderSettings, render
 from trainers.run_folder import write_atomically
@@ -33,4 +32,4 @@ def draw_prior(
                 image.save(data, "PNG")
                 write_atomically(planned[number].path, data.getvalue())
         on_picture(numbers[-1] + 1)
-    return [replace(example, sha256=hashlib.sha256(example.path.read_bytes()).hexdigest()) for example in planned]
+    return [replace(example, sha256=hash_file(example.path)) for example in planned]

@@ -147,7 +147,9 @@ def new_run(path: Path) -> RunFolder:
     try:
         run.path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise RunFolderError(f"The run folder cannot be made: {error.strerror}", where=str(path), hint="Choose another.") from error
+        raise RunFolderError(
+            f"The run folder cannot be made: {error.strerror}", where=str(path), hint="Choose another."
+        ) from error
     stray = run.result
     if stray:
         raise RunFolderError(f"This folder already holds {stray.name}", where=str(path), hint="Choose another --output.")

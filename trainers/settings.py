@@ -44,7 +44,9 @@ def explain(error: ValidationError, known: list[str]) -> SettingError:
     if first["type"] == "extra_forbidden":
         name = where.split(".")[-1]
         near = difflib.get_close_matches(where, known, n=1) or [k for k in known if k.split(".")[-1] == name][:1]
-        return SettingError(f"There is no setting {where!r}", hint=f"Did you mean {near[0]}?" if near else "See `impasto presets`.")
+        return SettingError(
+            f"There is no setting {where!r}", hint=f"Did you mean {near[0]}?" if near else "See `impasto presets`."
+        )
     reason = str(first["msg"]).removeprefix("Value error, ")
     given = first.get("input")
     shown = f" = {given!r}" if isinstance(given, str | int | float) else ""
@@ -56,7 +58,7 @@ _LIMITS = {"greater_than", "greater_than_equal", "less_than", "less_than_equal",
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`over` laid over `base`, group by group. A group whose `type` changes starts afresh: its old numbers mean nothing there."""
+    """`over` laid over `base`, group by group. A group whose `type` changes starts afresh: its old numbers meant another."""
     result = dict(base)
     for key, value in over.items():
         old = result.get(key)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +20,7 @@ from trainers.dataset.cache import ContentCache
 from trainers.dataset.folder import Scan
 from trainers.dataset.prepare import TrainingSet, planned_prior, prepare, scan_images
 from trainers.device import Device, choose_device
-from trainers.families import BaseModelFacts, load_family, recognise_base
+from trainers.families import load_family, recognise_base
 from trainers.families.base import Conditioning, DiffusionModel
 from trainers.prior import draw_prior
 from trainers.run_folder import RunFolder, home_folder
@@ -69,9 +67,7 @@ def set_up(config: TrainConfig, run: RunFolder, emit: events.Emit) -> Training:
     prior = planned_prior(config, run.prior, config.dataset.resolution or base.resolution)
     if prior:
         emit(events.Stage(name="prior", detail="the base draws pictures that keep it from forgetting", total=len(prior)))
-        prior = draw_prior(
-            model, config, prior, lambda done: emit(events.Stage(name="prior", done=done, total=len(prior)))
-        )
+        prior = draw_prior(model, config, prior, lambda done: emit(events.Stage(name="prior", done=done, total=len(prior))))
     data = prepare(config, base, scan.examples, prior)
     # The text states are cached only while nothing about the text encoder learns; both facts are settled here.
     plans = plan_layers(config, model)
@@ -157,17 +153,3 @@ def _version(name: str) -> str:
         return version(name)
     except PackageNotFoundError:
         return "not installed"
-
-
-@functools.cache
-def base_hashes(base: BaseModelFacts) -> tuple[str, str]:
-    """Old (8 hex digits over a 64 KiB window) and full SHA-256 of the denoiser's first weight file, as others show them."""
-    path = next(iter(sorted(Path(base.folder / "unet").glob("*.safetensors"))))
-    full = hashlib.sha256()
-    with path.open("rb") as file:
-        file.seek(0x100000)
-        old = hashlib.sha256(file.read(0x10000)).hexdigest()[:8]
-        file.seek(0)
-        while block := file.read(1 << 20):
-            full.update(block)
-    return old, full.hexdigest()

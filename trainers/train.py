@@ -21,6 +21,7 @@ from trainers.schedule import rate_factor
 from trainers.setup import Condition, Training, set_up
 from trainers.training_state import TrainingState, load_state, save_state
 
+
 def training_step(model: DiffusionModel, batch: Batch, condition: Condition, min_snr_gamma: float | None) -> torch.Tensor:
     """The loss of one micro-batch: its share of the step's weighted mean of squared errors, a scalar."""
     # ------------------------------------------------------------------------------------------------

@@ -55,7 +55,7 @@ def load_state(run: RunFolder) -> TrainingState | None:
         if state is not None:
             return state
     if paths:
-        raise RunFolderError("Every training state of this run is damaged", where=str(run.state), hint="Train into a new folder.")
+        raise RunFolderError("Every training state of this run is damaged", str(run.state), "Train into a new folder.")
     return None
 
 
@@ -86,7 +86,7 @@ def _checksum(tensors: dict[str, torch.Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(name.encode())
-        digest.update(tensors[name].flatten().view(torch.uint8).numpy())
+        digest.update(tensors[name].flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -5,20 +5,22 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from tests.bad_input import GOOD, SILENT, make_bad_folder, make_picture
+from tests.bad_input import GOOD, SILENT, make_bad_folder, make_picture, unlock
 from trainers.dataset.folder import Example, Scan, check_pixels, hash_file, load_pixels, scan_folder
 from trainers.errors import DatasetError
 
 
 @pytest.fixture(scope="module")
-def bad(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
+def bad(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[str, str]]]:
     folder = tmp_path_factory.mktemp("pictures") / "bad"
-    return folder, make_bad_folder(folder)
+    yield folder, make_bad_folder(folder)
+    unlock(folder)
 
 
 @pytest.fixture(scope="module")
@@ -88,11 +90,12 @@ def test_a_scan_writes_nothing_into_the_folder(tmp_path: Path) -> None:
     before = {path: path.lstat().st_mtime_ns for path in (tmp_path / "in").rglob("*")}
     scan_folder(tmp_path / "in")
     assert {path: path.lstat().st_mtime_ns for path in (tmp_path / "in").rglob("*")} == before
+    unlock(tmp_path / "in")
 
 
 def test_other_and_hidden_files_are_counted(scanned: Scan) -> None:
-    assert "3 other files are ignored (.heic: 1, .json: 1, .npz: 1)" in told(scanned, "")
-    assert "6 hidden or system files and folders" in told(scanned, "")
+    assert "Files of other kinds are ignored: 3 (.heic: 1, .json: 1, .npz: 1)" in told(scanned, "")
+    assert "Hidden and system files and folders are passed over: 6" in told(scanned, "")
 
 
 def test_repeats_come_from_the_innermost_folder_that_asks_for_them(scanned: Scan) -> None:
@@ -177,7 +180,10 @@ def test_missing_captions_are_counted_with_what_to_do(tmp_path: Path) -> None:
         (lambda folder: (folder.rmdir(), folder.write_text("x")), "not a folder"),
         (lambda folder: None, "is empty"),
         (lambda folder: (folder / ".a.png").write_bytes(b"x"), "hidden files only"),
-        (lambda folder: (folder / "a.json").write_bytes(b"x"), r"no picture: 1 other files are ignored \(\.json: 1\)"),
+        (
+            lambda folder: (folder / "a.json").write_bytes(b"x"),
+            r"no picture: Files of other kinds are ignored: 1 \(\.json: 1\)",
+        ),
         (lambda folder: (folder / "a.png").write_bytes(b""), r"can be used\. a\.png: The file is empty"),
     ],
 )

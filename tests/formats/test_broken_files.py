@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -154,6 +155,21 @@ def test_a_damaged_file_is_refused_in_words(good: Path, damage: Callable[[Path],
     with pytest.raises(AdapterFileError, match=words) as caught:
         read_adapter(good, SHAPES)
     assert str(good) in str(caught.value)
+
+
+def test_random_damage_to_the_header_is_never_another_kind_of_error(good: Path) -> None:
+    raw, random_numbers = good.read_bytes(), random.Random(0)
+    header_end = 8 + int.from_bytes(raw[:8], "little")
+    refused = 0
+    for _ in range(300):
+        damaged = bytearray(raw)
+        damaged[random_numbers.randrange(header_end)] = random_numbers.choice(b'0123456789,:[]{}"-e. \xff')
+        good.write_bytes(damaged)
+        try:
+            read_adapter(good, SHAPES, SHAPES)
+        except AdapterFileError:
+            refused += 1
+    assert refused > 200
 
 
 def test_a_named_pipe_is_refused_without_waiting_for_it(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,14 @@ from tests.tiny_models import save_tiny_pipeline
 from trainers.formats import ModuleWeights, read_adapter, write_adapter
 
 
+def diffusers() -> Any:
+    return importlib.import_module("diffusers")
+
+
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    from diffusers import StableDiffusionPipeline
-
     folder = save_tiny_pipeline(tmp_path_factory.mktemp("tiny"))
-    return StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    return diffusers().StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
 
 
 @pytest.fixture
@@ -42,7 +45,8 @@ def loaded_deltas(pipeline: Any) -> dict[str, torch.Tensor]:
         for path, layer in getattr(pipeline, part).named_modules():
             if isinstance(layer, LoraLayer):
                 (name,) = layer.lora_A
-                down, up = layer.lora_A[name].weight.detach().double(), layer.lora_B[name].weight.detach().double()
+                factors: list[Any] = [layer.lora_A[name].weight, layer.lora_B[name].weight]
+                down, up = (factor.detach().double() for factor in factors)
                 delta = layer.scaling[name] * (up.flatten(1) @ down.flatten(1))
                 deltas[f"{part}.{path}"] = delta.reshape(up.shape[0], *down.shape[1:])
     return deltas
@@ -72,7 +76,6 @@ def test_diffusers_loads_a_file_of_the_text_encoder_alone(clean: Any, tmp_path: 
 
 def save_with_diffusers(pipeline: Any, folder: Path, **config: Any) -> Path:
     """A fresh peft LoRA with random numbers on both parts, saved by diffusers with its metadata."""
-    from diffusers import StableDiffusionPipeline
     from peft import LoraConfig, get_peft_model_state_dict
 
     targets = {"unet": ["to_q", "to_k", "to_v", "to_out.0", "proj_in"], "text_encoder": ["q_proj", "fc1"]}
@@ -82,7 +85,7 @@ def save_with_diffusers(pipeline: Any, folder: Path, **config: Any) -> Path:
         model.add_adapter(LoraConfig(target_modules=names, init_lora_weights=False, **config))
         arguments[f"{part}_lora_layers"] = get_peft_model_state_dict(model)
         arguments[f"{part}_lora_adapter_metadata"] = model.peft_config["default"].to_dict()
-    StableDiffusionPipeline.save_lora_weights(folder, weight_name="theirs.safetensors", **arguments)
+    diffusers().StableDiffusionPipeline.save_lora_weights(folder, weight_name="theirs.safetensors", **arguments)
     return folder / "theirs.safetensors"
 
 
@@ -109,11 +112,9 @@ def test_a_file_that_diffusers_wrote_is_read_with_its_weight_changes(
 
 
 def test_the_form_that_diffusers_wrote_before_peft_is_read(clean: Any, tmp_path: Path) -> None:
-    from diffusers.utils import convert_state_dict_to_diffusers
-
     path = save_with_diffusers(clean, tmp_path, r=4, lora_alpha=4)
     expected = loaded_deltas(clean)
-    converted = convert_state_dict_to_diffusers(load_file(path))
+    converted = diffusers().utils.convert_state_dict_to_diffusers(load_file(path))
     assert any(".lora.down.weight" in key or "_lora.down.weight" in key for key in converted)
     save_file({key: value.contiguous() for key, value in converted.items()}, tmp_path / "old.safetensors")
     known = {name.replace(".base_layer", "") for name in all_shapes(clean)}

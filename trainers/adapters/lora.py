@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, field_validator
 
@@ -71,22 +71,17 @@ class Lora:
         factors["up"].zero_()
 
     @staticmethod
-    def forward(
-        frozen: torch.nn.Module, x: torch.Tensor, factors: Mapping[str, torch.Tensor], scale: float | torch.Tensor
-    ) -> torch.Tensor:
+    def forward(frozen: Any, x: torch.Tensor, factors: Mapping[str, torch.Tensor], scale: float | torch.Tensor) -> torch.Tensor:
         """s B A x, factored: (B, ..., in) -> (B, ..., out), or (B, in, H, W) -> (B, out, H', W') beside a convolution.
 
+        `frozen` is the Linear or Conv2d beside which it runs.
         `scale` is a number, or a tensor (B,) with one scale for each row of the batch.
         """
         import torch.nn.functional as F
 
         down, up = factors["down"].to(x.dtype), factors["up"].to(x.dtype)
         convolution = down.dim() == 4
-        inner = (
-            F.conv2d(x, down, stride=frozen.stride, padding=frozen.padding, dilation=frozen.dilation)  # type: ignore[arg-type]
-            if convolution
-            else F.linear(x, down)
-        )
+        inner = F.conv2d(x, down, None, frozen.stride, frozen.padding, frozen.dilation) if convolution else F.linear(x, down)
         if not isinstance(scale, float):
             scale = scale.to(x.dtype).view(-1, *(1 for _ in inner.shape[1:]))
         inner = inner * scale

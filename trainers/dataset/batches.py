@@ -95,7 +95,7 @@ class BatchMaker:
         )
 
         def encode() -> Entry:
-            image = place(load_pixels(prepared.example.path), prepared.placement, flip)
+            image = place(load_pixels(prepared.example.path, prepared.example.sha256), prepared.placement, flip)
             mean, deviation = self._model.encode_pixels(pixels_of(numpy.asarray(image)))
             return {"mean": mean[0], "deviation": deviation[0]}
 

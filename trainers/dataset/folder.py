@@ -206,9 +206,9 @@ def _ignored(walk: Walk) -> Iterable[Problem]:
     if others:
         kinds = ", ".join(f"{ending or 'without ending'}: {count}" for ending, count in sorted(others.items())[:8])
         hint = "Save pictures as PNG or JPEG to use them." if _OTHER_PICTURES & others.keys() else ""
-        yield Problem("note", f"{others.total()} other files are ignored ({kinds})", hint=hint)
+        yield Problem("note", f"Files of other kinds are ignored: {others.total()} ({kinds})", hint=hint)
     if walk.hidden:
-        yield Problem("note", f"{walk.hidden} hidden or system files and folders are passed over")
+        yield Problem("note", f"Hidden and system files and folders are passed over: {walk.hidden}")
 
 
 def _nothing_usable(folder: Path, walk: Walk, left_out: list[Problem]) -> DatasetError:

@@ -96,9 +96,13 @@ def recognise_base(model: str) -> BaseModelFacts:
                 f"The base model has no weights for {part}", where=str(folder / part), hint=f"Expected a file like {pattern}."
             )
     if not any((folder / "tokenizer" / name).is_file() for name in ("vocab.json", "tokenizer.json")):
-        raise BaseModelError("The base model has no tokenizer", where=str(folder / "tokenizer"), hint="Add vocab.json and merges.txt.")
+        raise BaseModelError(
+            "The base model has no tokenizer", where=str(folder / "tokenizer"), hint="Add vocab.json and merges.txt."
+        )
     if unet.get("in_channels") != vae.get("latent_channels"):
-        raise BaseModelError("This is an inpainting or other special model", where=str(folder), hint="Use a plain text-to-image model.")
+        raise BaseModelError(
+            "This is an inpainting or other special model", where=str(folder), hint="Use a plain text-to-image model."
+        )
     context, width = unet.get("cross_attention_dim"), text.get("hidden_size")
     family = next((f for f in FAMILIES.values() if f.context == context), FAMILIES["sd1"])
     if context != width and family.name != "sdxl":
@@ -136,7 +140,9 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise BaseModelError(
-            f"The base model has no {name}", where=str(folder), hint="A folder in diffusers layout has one; is the download complete?"
+            f"The base model has no {name}",
+            where=str(folder),
+            hint="A folder in diffusers layout has one; is the download complete?",
         ) from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise BaseModelError(f"{name} is not readable: {error}", where=str(folder), hint="Download that file again.") from error

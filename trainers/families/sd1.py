@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers.utils import logging as diffusers_logging
 from torch import nn
 from transformers.models.clip.modeling_clip import CLIPTextModel
 from transformers.models.clip.tokenization_clip import CLIPTokenizer
+from transformers.utils import logging as transformers_logging
 
 from trainers.errors import BaseModelError
 from trainers.families import BaseModelFacts
@@ -55,6 +57,8 @@ class StableDiffusion1:
         self.facts, self.scheduler_config = facts, scheduler_config
         self.unet, self.text_encoder, self.vae, self.tokenizer = unet, text_encoder, vae, tokenizer
         self.objective = Objective(_alphas_cumprod(scheduler_config), scheduler_config.get("prediction_type", "epsilon"))
+        vae_config: Any = vae.config
+        self._factor, self._shift = float(vae_config.scaling_factor), float(vae_config.shift_factor or 0.0)
         self._fingerprints: dict[str, str] = {}
 
     def parts(self) -> dict[str, nn.Module]:
@@ -84,12 +88,12 @@ class StableDiffusion1:
 
     def scale_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """unscaled latents -> latents."""
-        return (latents - (self.vae.config.shift_factor or 0.0)) * self.vae.config.scaling_factor
+        return (latents - self._shift) * self._factor
 
     @torch.no_grad()
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """latents -> pixels float32 in [-1, 1]."""
-        unscaled = latents / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0.0)
+        unscaled = latents / self._factor + self._shift
         pixels: torch.Tensor = self.vae.decode(unscaled.to(self.vae.dtype)).sample
         return pixels.float().clamp(-1, 1)
 
@@ -120,6 +124,8 @@ def load(facts: BaseModelFacts, dtype: torch.dtype, device: torch.device) -> Sta
     Raises BaseModelError when weights are missing or damaged, or when the tokenizer is not CLIP's.
     """
     folder = str(facts.folder)
+    diffusers_logging.disable_progress_bar()  # bars of a tenth of a second, printed across our own
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", torch_dtype=dtype, local_files_only=True)
         vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=torch.float32, local_files_only=True)
@@ -131,8 +137,11 @@ def load(facts: BaseModelFacts, dtype: torch.dtype, device: torch.device) -> Sta
         ) from error
     # transformers builds an empty tokenizer without a word when its files are missing; training would learn nothing.
     if facts.family.name == "sd1" and tokenizer(CANARY[0]).input_ids != CANARY[1]:
-        raise BaseModelError("The tokenizer is not CLIP's", where=f"{folder}/tokenizer", hint="Copy vocab.json and merges.txt again.")
-    for part in (unet, vae, text_encoder):
+        raise BaseModelError(
+            "The tokenizer is not CLIP's", where=f"{folder}/tokenizer", hint="Copy vocab.json and merges.txt again."
+        )
+    parts: tuple[nn.Module, ...] = (unet, vae, text_encoder)
+    for part in parts:
         part.requires_grad_(False)
         part.to(device)
         part.eval()
