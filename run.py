@@ -186,8 +186,7 @@ def install_torch(asked: str, installed: "object", held: "object") -> str:
     """Installs the torch that constraints.txt pins and returns its build; its libraries come with the next step."""
     pip = [str(PYTHON), "-m", "pip", "install", "--no-deps"]
     own_sources = has_own_sources(output_of(str(PYTHON), "-m", "pip", "config", "list"))
-    nvidia = "GPU" in output_of("nvidia-smi", "-L")
-    build, source = choose_torch(platform.system(), nvidia, own_sources, asked)
+    build, source = choose_torch(platform.system(), "GPU" in output_of("nvidia-smi", "-L"), own_sources, asked)
     # A local build such as 2.13.0+cpu satisfies torch==2.13.0; to pip, any other build of it is installed already.
     pin = re.findall("^torch==.*", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE)[0]
     pip += ["--force-reinstall"] if installed not in (None, build) else []
@@ -218,12 +217,16 @@ def set_up(asked: str, extras: "list[str]") -> None:
         if is_ready(stamp, wanted) and PYTHON.exists():  # the other run.py has done it
             return
         say(f"Setting up Impasto in {VENV}; the log is setup.log there.")
-        found = output_of(str(PYTHON), "-c", "import sys, pip; print('%d.%d' % sys.version_info[:2])")
-        reason = reason_to_remake(stamp, wanted, usable=found == VERSION)
-        wanted["extras"] = sorted({*extras, *stamp.get("extras", [])})
-        wanted["asked"] = stamp.get("asked", "auto") if asked == "auto" else asked
-        if reason and (stamp or PYTHON.exists()):
+        usable = output_of(str(PYTHON), "-c", "import sys, pip; print('%d.%d' % sys.version_info[:2])") == VERSION
+        reason = reason_to_remake(stamp, wanted, usable)
+        asked = stamp.get("asked", "auto") if asked == "auto" else asked
+        wanted.update(asked=asked, extras=sorted({*extras, *stamp.get("extras", [])}))
+        if reason and stamp:
             say(f"Making .venv anew: {reason}.")
+        elif reason and PYTHON.exists():
+            raise SetupError(
+                f"{VENV} was not made by run.py and does not fit: {reason}. Rename or delete it, then start again."
+            )
         if reason and not (importlib.util.find_spec("ensurepip") and importlib.util.find_spec("venv")):
             raise SetupError(NO_VENV)
         write_stamp({**wanted, "state": "unfinished"})
@@ -275,9 +278,7 @@ def main(arguments: "list[str]") -> int:
     if problem:
         sys.exit(problem)  # on stderr, exit code 1
     sys.stderr.reconfigure(errors="replace")
-    asked = "auto"
-    if arguments[:1] in (["--cpu"], ["--cuda"]):
-        asked, arguments = arguments[0][2:], arguments[1:]
+    asked = arguments.pop(0)[2:] if arguments[:1] in (["--cpu"], ["--cuda"]) else "auto"
     name, rest = "".join(arguments[:1]), arguments[1:]
     try:
         set_up(asked, ["test"] if name == "test" else [])
@@ -287,12 +288,11 @@ def main(arguments: "list[str]") -> int:
     except KeyboardInterrupt:
         say("\nStopped. The same command sets up from what pip has downloaded.")
         return 130
-    if name == "demo":
-        return start(["-m", "trainers", "demo", "--output", str(ROOT / "demo"), *rest])
     if name == "test":
         os.chdir(str(ROOT))
         return start(["-m", "pytest", *rest])
-    return start(["-m", "app", *arguments])
+    demo = ["-m", "trainers", "demo", "--output", str(ROOT / "demo"), *rest]
+    return start(demo if name == "demo" else ["-m", "app", *arguments])
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ class TextEncoderSettings(Settings):
     rank: int | None = Field(default=None, ge=1, le=1024)
     """Rank in the text encoder. Unset: the adapter's."""
     alpha: float | None = Field(default=None, gt=0, le=4096)
-    """Alpha in the text encoder. Unset: the adapter's, or the text encoder's rank where that is set alone."""
+    """Alpha in the text encoder. Unset: the adapter's; unset there too, it equals the rank."""
     learning_rate: float | None = Field(default=None, ge=0)
     """Learning rate in the text encoder. 0: nothing is injected or exported there. Unset: the optimizer's."""
     targets: tuple[TextTarget, ...] = ("attention", "mlp")
@@ -163,7 +163,7 @@ class OutputSettings(Settings):
     """The file that comes out."""
 
     name: str = ""
-    """File name without ending. Empty: the run folder's name."""
+    """File name without ending. Empty: folder, base and rank, as in blackcut-pocket-r16."""
     dtype: Literal["fp16", "bf16", "fp32"] = "fp16"
     """Number format of the exported file."""
     author: str = ""
@@ -209,10 +209,9 @@ class TrainConfig(Settings):
 
     @property
     def text_encoder_alpha(self) -> float:
-        """The text encoder's alpha, resolved: its own, else its own rank's if only that is set, else the adapter's."""
-        if self.text_encoder.alpha is not None:
-            return self.text_encoder.alpha
-        return float(self.text_encoder.rank) if self.text_encoder.rank else self.adapter.effective_alpha
+        """The text encoder's alpha, resolved: its own, else the adapter's; unset in both it equals its rank (scale 1)."""
+        own = self.text_encoder.alpha if self.text_encoder.alpha is not None else self.adapter.alpha
+        return float(self.text_encoder_rank) if own is None else own
 
     @property
     def examples_per_step(self) -> int:

@@ -7,7 +7,6 @@ import signal
 import sys
 import threading
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -156,7 +155,6 @@ def _logged(run: RunFolder) -> Iterator[None]:
     root.addHandler(handler)
     ours.setLevel(logging.INFO)
     logging.captureWarnings(True)
-    warnings.simplefilter("default")
     try:
         yield
     finally:

@@ -137,8 +137,8 @@ def train(run: RunFolder, emit: events.Emit, interrupted: Callable[[], bool] = l
             save()
             outputs.stop(asked)
             return False
-        slow_disk = time.monotonic() - saved + 2 * statistics.median(training.durations)
-        if slow_disk > training.config.train.save_state_seconds or run.take_flag("save-now"):
+        age = time.monotonic() - saved + statistics.median(training.durations)  # as it would be after one more step
+        if age > training.config.train.save_state_seconds or run.take_flag("save-now"):
             save()
             saved = time.monotonic()
     save()

@@ -1,0 +1,68 @@
+"""What all tests share: a tiny base model, a folder of pictures, and a home of their own. One thread, no network."""
+
+from __future__ import annotations
+
+import os
+
+# Before torch is imported: with models this small one thread is the fastest, and sums come out the same everywhere.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["MKL_NUM_THREADS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image, ImageDraw
+
+# (width, height), colour of the ground, colour of the shape, caption
+PICTURES: tuple[tuple[tuple[int, int], str, str, str], ...] = (
+    ((48, 48), "white", "firebrick", "a red apple, test style"),
+    ((64, 48), "ivory", "seagreen", "a green leaf, test style"),
+    ((48, 64), "azure", "navy", "a blue fish, test style"),
+    ((64, 64), "black", "gold", "a golden coin, test style"),
+    ((32, 32), "beige", "purple", "a purple grape, test style"),
+    ((64, 64), "white", "saddlebrown", "a brown bear, test style"),
+)
+
+
+def make_pictures(folder: Path) -> Path:
+    """Writes 6 different PNGs of 32 to 64 px a side, each with its caption beside it as .txt; returns `folder`."""
+    folder.mkdir(parents=True)
+    for number, ((width, height), ground, colour, caption) in enumerate(PICTURES):
+        image = Image.new("RGB", (width, height), ground)
+        draw = ImageDraw.Draw(image)
+        draw.ellipse((width // 6, height // 6, width - width // 5, height - 4 - number), fill=colour, outline="black")
+        image.save(folder / f"{number:02d}.png")
+        (folder / f"{number:02d}.txt").write_text(caption + "\n", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _session_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """For fixtures that outlive one test, which `home` reaches too late: nothing may touch the person's own folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("IMPASTO_HOME", str(tmp_path_factory.mktemp("session-home")))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The program's home (caches, runs) of this one test, also for the processes it starts."""
+    folder = tmp_path_factory.mktemp("home")
+    monkeypatch.setenv("IMPASTO_HOME", str(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A complete tiny Stable Diffusion 1.x in diffusers layout, epsilon, made once. Read it, never write into it."""
+    from tests.tiny_models import save_tiny_pipeline
+
+    return save_tiny_pipeline(tmp_path_factory.mktemp("base") / "tiny")
+
+
+@pytest.fixture
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fresh folder `pictures` of 6 small PNGs with captions; a test may change it."""
+    return make_pictures(tmp_path_factory.mktemp("made") / "pictures")
