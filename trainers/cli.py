@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -19,7 +19,10 @@ cli = typer.Typer(
 )
 
 Images = Annotated[
-    Path, typer.Argument(help="Folder of pictures, with .txt captions beside them if you have any.", show_default=False)
+    Path,
+    typer.Argument(
+        metavar="IMAGES", help="Folder of pictures, with .txt captions beside them if you have any.", show_default=False
+    ),
 ]
 Base = Annotated[str, typer.Option(help="Base model: pocket, a folder in diffusers layout, or a hub id.")]
 Preset = Annotated[str | None, typer.Option(help="Preset to start from; see `impasto presets`. Default: the base's own.")]
@@ -29,18 +32,6 @@ Seed = Annotated[int | None, typer.Option(help="Seed that everything random come
 Trigger = Annotated[str | None, typer.Option(help="Trigger word put in front of every caption (dataset.trigger).")]
 Force = Annotated[bool, typer.Option("--force", help="Pass advisory checks; broken input is refused all the same.")]
 Json = Annotated[bool, typer.Option("--json", help="Print events as JSON lines instead of a progress bar.")]
-
-
-def given_settings(images: Path, base: str, steps: int | None, seed: int | None, trigger: str | None) -> dict[str, Any]:
-    """The settings that have options of their own, as nested values; unset ones left out."""
-    values: dict[str, Any] = {"base": {"model": base}, "dataset": {"images": str(images.expanduser().resolve())}, "train": {}}
-    if steps is not None:
-        values["train"]["steps"] = steps
-    if seed is not None:
-        values["train"]["seed"] = seed
-    if trigger is not None:
-        values["dataset"]["trigger"] = trigger
-    return values
 
 
 @cli.command()
@@ -59,7 +50,7 @@ def train(
 ) -> None:
     """Train a LoRA on a folder of pictures."""
     from trainers.console import print_plan
-    from trainers.launch import execute, plan_run
+    from trainers.launch import execute, given_settings, plan_run
     from trainers.run_folder import new_run, write_atomically
 
     values = given_settings(images, base, steps, seed, trigger)
@@ -153,7 +144,7 @@ def check(
 ) -> None:
     """Say what a run would meet: problems by file, buckets, steps, memory, time. Writes nothing."""
     from trainers.console import print_measure, print_plan
-    from trainers.launch import measure_steps, plan_run
+    from trainers.launch import given_settings, measure_steps, plan_run
 
     plan = plan_run(preset, given_settings(images, base, steps, seed, trigger), overrides or [], force=True)
     print_plan(plan)

@@ -189,11 +189,27 @@ class TrainConfig(Settings):
     checkpoints: CheckpointSettings = CheckpointSettings()
     output: OutputSettings = OutputSettings()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _an_optimizer_without_type_is_the_usual_one(cls, values: Any) -> Any:
+        given = values.get("optimizer") if isinstance(values, dict) else None
+        if isinstance(given, dict) and "type" not in given:
+            return {**values, "optimizer": {"type": "adamw", **given}}
+        return values
+
     @model_validator(mode="after")
     def _text_encoder_rate_fits_the_optimizer(self) -> TrainConfig:
         rate = self.text_encoder.learning_rate
         if rate:
-            self.optimizer.check_rate(rate, "text_encoder.learning_rate")
+            try:
+                self.optimizer.check_rate(rate)
+            except ValueError as error:
+                raise ValueError(f"text_encoder.learning_rate = {rate:g}: {error}") from error
+            if self.optimizer.one_rate and rate != self.optimizer.learning_rate:
+                raise ValueError(
+                    f"text_encoder.learning_rate = {rate:g} must be 0 or optimizer.learning_rate = "
+                    f"{self.optimizer.learning_rate:g}. {self.optimizer.type} finds one rate for all parts."
+                )
         return self
 
     @property

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import typer
 
-from trainers.cli import given_settings
 from trainers.console import time_in_words
 from trainers.draw import DrawRequest, draw
 from trainers.families import ASSETS
-from trainers.launch import execute, is_finished, plan_run
+from trainers.launch import execute, given_settings, is_finished, plan_run
 from trainers.run_folder import RunFolder, new_run, open_run, write_atomically
 
 # None of these is in the sample folder.

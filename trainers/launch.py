@@ -46,6 +46,18 @@ class RunPlan:
         return write_config(self.config)
 
 
+def given_settings(images: Path, base: str, steps: int | None, seed: int | None, trigger: str | None) -> dict[str, Any]:
+    """The settings that have options of their own, as nested values; unset ones left out."""
+    values: dict[str, Any] = {"base": {"model": base}, "dataset": {"images": str(images.expanduser().resolve())}, "train": {}}
+    if steps is not None:
+        values["train"]["steps"] = steps
+    if seed is not None:
+        values["train"]["seed"] = seed
+    if trigger is not None:
+        values["dataset"]["trigger"] = trigger
+    return values
+
+
 def plan_run(preset: str | None, given: dict[str, Any], overrides: Sequence[str], force: bool) -> RunPlan:
     """Resolves and checks everything that can be known without weights, in the order of what is cheapest to find out.
 

@@ -222,5 +222,7 @@ def test_strength_is_set_on_every_layer_of_the_given_parts_only() -> None:
     parts = make_parts()
     inject(parts)
     set_strength({"unet": parts["unet"]}, TRAINED, 0.25)
-    strengths = {name: layer.strengths[TRAINED] for name, layer in find_layers(parts).items() if isinstance(layer, AdaptedLayer)}
+    strengths = {
+        name: layer.strengths[TRAINED] for name, layer in find_layers(parts).items() if isinstance(layer, AdaptedLayer)
+    }
     assert strengths == {"unet.first": 0.25, "unet.second": 0.25, "text_encoder.words": 1.0}

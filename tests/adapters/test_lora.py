@@ -160,7 +160,7 @@ def test_factored_and_materialised_forms_give_the_same_gradients(name: str) -> N
 def test_a_strength_for_each_row_gives_each_row_as_if_alone(name: str) -> None:
     layer, x = make_layer(name)
     strengths = [0.0, 0.5, 1.0, -1.5]
-    together = adapted(layer, torch.tensor(strengths))(x)
+    together = adapted(layer, torch.tensor(strengths, dtype=torch.float64))(x)
     alone = torch.cat([adapted(layer, strength)(x[row : row + 1]) for row, strength in enumerate(strengths)])
     torch.testing.assert_close(together, alone, rtol=1e-12, atol=1e-12)
 

@@ -62,16 +62,19 @@ class AdaptedLayer(nn.Module):
         return y
 
     def merge(self) -> None:
-        """Puts all adapters at their present strengths into the frozen weight. `unmerge` restores its exact bits."""
-        if self._kept is None:
-            self._kept = self.frozen.weight.detach().clone()
-        total = self._kept.double()
+        """Puts all adapters at their present strengths into the frozen weight. `unmerge` restores its exact bits.
+
+        Raises ValueError for a strength per row, and leaves the layer as it was.
+        """
+        kept = self.frozen.weight.detach().clone() if self._kept is None else self._kept
+        total = kept.double()
         for name, adapter in self.adapters.items():
             strength = self.strengths[name]
             if not isinstance(strength, float):
                 raise ValueError("A strength per row cannot be merged: one weight serves all rows.")
             if strength != 0.0:
                 total = total + strength * adapter.delta()
+        self._kept = kept
         with torch.no_grad():
             self.frozen.weight.copy_(total)
 

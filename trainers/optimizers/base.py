@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import model_validator
+from pydantic import field_validator
 
 from trainers.settings import Settings
 
@@ -20,18 +20,20 @@ class OptimizerSettings(Settings):
 
     lowest: ClassVar[float] = 0.0
     highest: ClassVar[float] = 0.05
+    one_rate: ClassVar[bool] = False  # whether all parts must learn at the same rate
     usual: ClassVar[str] = "Around 1e-4 is usual (1e-3 on pocket); above 0.05 a LoRA breaks within a few steps."
 
     @classmethod
-    def check_rate(cls, rate: float, name: str) -> None:
-        """Raises ValueError when `rate` lies outside of what this optimizer can use."""
+    def check_rate(cls, rate: float) -> float:
+        """`rate`; raises ValueError when it lies outside of what this optimizer can use."""
         if not cls.lowest < rate <= cls.highest:
-            raise ValueError(f"{name} = {rate:g} must be above {cls.lowest:g} and at most {cls.highest:g}. {cls.usual}")
+            raise ValueError(f"must be above {cls.lowest:g} and at most {cls.highest:g}. {cls.usual}")
+        return rate
 
-    @model_validator(mode="after")
-    def _rate(self) -> OptimizerSettings:
-        self.check_rate(self.learning_rate, "learning_rate")
-        return self
+    @field_validator("learning_rate")
+    @classmethod
+    def _rate(cls, rate: float) -> float:
+        return cls.check_rate(rate)
 
     def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """The torch optimizer over parameter groups [{'params': [...], 'lr': rate}]; each group keeps its own rate."""

@@ -24,8 +24,9 @@ class ProdigySettings(OptimizerSettings):
     growth: float = Field(default=1.02, gt=1, le=1000)
     """Largest growth of the found rate from one step to the next."""
 
-    lowest: ClassVar[float] = 0.0999
+    lowest: ClassVar[float] = 0.05
     highest: ClassVar[float] = 2.0
+    one_rate: ClassVar[bool] = True  # its step fails on groups of different rates
     usual: ClassVar[str] = "Prodigy finds the rate by itself: 1 is right, 0.5 is cautious."
 
     def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
