@@ -18,8 +18,8 @@ TINY = ("--set", "adapter.rank=4", "--set", "samples.steps=2", "--set", "samples
 
 def impasto(*words: object) -> int:
     """`impasto WORDS` in this process; returns the exit code."""
-    from app.main import cli
-    from trainers.cli import run_cli
+    import app.main  # noqa: F401 - adds `ui` to the commands
+    from trainers.cli import cli, run_cli
 
     return run_cli(cli, [str(word) for word in words])
 

@@ -9,8 +9,10 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["MKL_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image, ImageDraw
@@ -66,3 +68,12 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A fresh folder `pictures` of 6 small PNGs with captions; a test may change it."""
     return make_pictures(tmp_path_factory.mktemp("made") / "pictures")
+
+
+@pytest.fixture
+def start(tiny_base: Path, pictures: Path, tmp_path: Path) -> Any:
+    """start("train.batch_size=4", ...) -> Training on `pictures`, before its first update, in a run folder of its own."""
+    from tests.tiny_runs import tiny_training
+
+    numbers = itertools.count()
+    return lambda *overrides: tiny_training(tiny_base, pictures, tmp_path / f"start-{next(numbers)}", *overrides)

@@ -30,6 +30,7 @@ PHRASES = {
     "assets/samples/": "three folders to try: blackcut, inkline, bluebot",
     "assets/licenses/": "licence texts of what ships",
     "assets/NOTICE.md": "where each asset comes from, and its licence",
+    "assets/strip.png": "the picture above",
     "tests/": "mirrors app and trainers",
     "CHANGELOG.md": "what changed",
     "LICENSE": "Apache-2.0",

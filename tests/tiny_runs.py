@@ -10,6 +10,7 @@ from trainers.config import TrainConfig, build_config, parse_override
 from trainers.run_folder import RunFolder
 from trainers.settings import merge
 from trainers.setup import Training, set_up
+from trainers.train import training_step, update
 
 DEFAULTS = ("dataset.resolution=32", "dataset.buckets=false", "dataset.holdout=0", "adapter.rank=2", "train.precision=fp32")
 
@@ -32,3 +33,16 @@ def shake(training: Training, size: float = 0.05) -> None:
     """Gives every factor, also the zero ones, a fixed random value, so that all gradients are there."""
     with torch.no_grad():
         training.flat.weights.normal_(0.0, size, generator=torch.Generator().manual_seed(1))
+
+
+def update_from(training: Training, updates: int) -> torch.Tensor:
+    """The weights (N,) after some more updates."""
+    for _ in range(updates):
+        update(training)
+    return training.flat.weights.clone()
+
+
+def first_loss(training: Training) -> torch.Tensor:
+    """The loss of the first step's only micro-batch."""
+    (batch,) = training.batches.step(0)
+    return training_step(training.model, batch, training.condition, training.config.train.min_snr_gamma)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -51,6 +52,9 @@ def check_settings(config: TrainConfig, base: BaseModelFacts) -> list[Problem]:
                 "Choose a preset without sdxl_ in its name." if wanted == "sdxl" else "Choose another preset or base.",
             )
         )
+    if not base.family.trainable:
+        what = f"The base {base.name} is {base.family.title}, which this version cannot train"
+        problems.append(Problem("error", what, "base.model", "Use a Stable Diffusion 1.x base or `pocket`."))
     if base.prediction_type not in ("epsilon", "v_prediction"):
         problems.append(
             Problem("error", f"The base predicts {base.prediction_type!r}, which cannot be trained here", base.name)
@@ -75,7 +79,15 @@ def check_settings(config: TrainConfig, base: BaseModelFacts) -> list[Problem]:
                 "error", f"There is no sampler {config.samples.scheduler!r}", "samples.scheduler", f"Use {', '.join(SAMPLERS)}."
             )
         )
-    return problems + _check_adapter(config, base) + _check_rates(config)
+    return problems + _check_package(config) + _check_adapter(config, base) + _check_rates(config)
+
+
+def _check_package(config: TrainConfig) -> list[Problem]:
+    package = config.optimizer.package
+    if not package or importlib.util.find_spec(package):
+        return []
+    hint = f"Run `pip install {package}` in the program's environment, or use optimizer.type=adamw."
+    return [Problem("error", f"{config.optimizer.type} needs the package {package}", "optimizer.type", hint)]
 
 
 def _check_adapter(config: TrainConfig, base: BaseModelFacts) -> list[Problem]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -24,7 +25,10 @@ Images = Annotated[
         metavar="IMAGES", help="Folder of pictures, with .txt captions beside them if you have any.", show_default=False
     ),
 ]
-Base = Annotated[str, typer.Option(help="Base model: pocket, a folder in diffusers layout, or a hub id.")]
+Base = Annotated[
+    str | None,
+    typer.Option(help="Base model: pocket, a folder in diffusers layout, or a hub id. Default: the preset's, else pocket."),
+]
 Preset = Annotated[str | None, typer.Option(help="Preset to start from; see `impasto presets`. Default: the base's own.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="Any setting, as adapter.rank=16. May be repeated.")]
 Steps = Annotated[int | None, typer.Option(help="Optimizer updates (train.steps).")]
@@ -38,7 +42,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print events as JSON lines i
 def train(
     images: Images,
     output: Annotated[Path, typer.Option("--output", "-o", help="Run folder to make.", show_default=False)],
-    base: Base = "pocket",
+    base: Base = None,
     preset: Preset = None,
     steps: Steps = None,
     seed: Seed = None,
@@ -70,13 +74,14 @@ def resume(
     json_lines: Json = False,
 ) -> None:
     """Go on with a run that was stopped, paused or killed."""
-    from trainers.launch import execute, is_finished
+    from trainers.launch import execute, last_words
     from trainers.run_folder import open_run
 
     run = open_run(run_folder)
     with run.lock():
-        if is_finished(run):
-            typer.echo(f"This run is finished: {run.result}")
+        finished = last_words(run)
+        if finished:
+            typer.echo(json.dumps(finished) if json_lines else f"This run is finished: {run.result}")
             return
         raise typer.Exit(execute(run, json_lines))
 
@@ -84,10 +89,11 @@ def resume(
 @cli.command()
 def generate(
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="FILE.png: one picture or a labelled grid. FOLDER/: one PNG each.")
+        str,  # not a Path, which forgets the slash at the end
+        typer.Option("--output", "-o", metavar="PATH", help="FILE.png: one picture or a labelled grid. FOLDER/: one PNG each."),
     ],
     prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="What to draw. May be repeated.", show_default=False)],
-    base: Base = "pocket",
+    base: Annotated[str, typer.Option(help="Base model: pocket, a folder in diffusers layout, or a hub id.")] = "pocket",
     lora: Annotated[
         list[str] | None, typer.Option(help="A LoRA file, with its strength after a colon. May be repeated.")
     ] = None,
@@ -101,15 +107,16 @@ def generate(
 ) -> None:
     """Draw prompts, at one or several strengths of any number of LoRAs."""
     from trainers.draw import DrawRequest, draw, parse_lora, parse_size, parse_strengths
+    from trainers.run_folder import absolute
 
-    as_folder = str(output).endswith(("/", "\\")) or output.is_dir() or not output.suffix
+    path = absolute(Path(output))
     request = DrawRequest(
         base=base,
         loras=tuple(parse_lora(text) for text in lora or []),
         prompts=tuple(prompt),
         strengths=parse_strengths(strengths),
-        output=output,
-        as_folder=as_folder or _typed_as_folder(),
+        output=path,
+        as_folder=output.endswith(("/", "\\")) or path.is_dir() or not path.suffix,
         negative=negative,
         seed=seed,
         steps=steps,
@@ -117,24 +124,14 @@ def generate(
         scheduler=scheduler,
         size=parse_size(size) if size else None,
     )
-    for path in draw(request):
-        typer.echo(path)
-
-
-def _typed_as_folder() -> bool:
-    """Whether --output was typed with a slash at its end, which pathlib forgets."""
-    import sys
-
-    words = sys.argv[1:]
-    after = [words[at + 1] for at, word in enumerate(words[:-1]) if word in ("--output", "-o")]
-    joined = [word.partition("=")[2] for word in words if word.startswith("--output=")]
-    return any(word.endswith(("/", "\\")) for word in after + joined)
+    for drawn in draw(request):
+        typer.echo(drawn)
 
 
 @cli.command()
 def check(
     images: Images,
-    base: Base = "pocket",
+    base: Base = None,
     preset: Preset = None,
     steps: Steps = None,
     seed: Seed = None,

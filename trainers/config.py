@@ -173,6 +173,13 @@ class OutputSettings(Settings):
     caption_words: bool = False
     """Write how often each caption part occurs into the file, as some galleries show. It tells your captions to everyone."""
 
+    @field_validator("name")
+    @classmethod
+    def _stays_in_its_folder(cls, value: str) -> str:
+        if value.startswith(".") or not value.isprintable() or set(value) & set('/\\:*?"<>|'):
+            raise ValueError("must be a plain file name, without folders or any of / \\ : * ? \" < > |")
+        return value
+
 
 class TrainConfig(Settings):
     """A complete training run."""

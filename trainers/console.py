@@ -25,7 +25,7 @@ def make_display(run: RunFolder, json_lines: bool, title: str = "") -> Iterator[
     if json_lines:
         yield lambda event: print(event.to_json(), flush=True)
         return
-    console = Console(highlight=False)
+    console = Console(highlight=False, emoji=False)
     if not console.is_terminal:
         yield PlainLines(run, console).show
         return
@@ -125,7 +125,7 @@ def time_in_words(seconds: float) -> str:
 
 def print_plan(plan: RunPlan) -> None:
     """Everything `check` and `--dry-run` can say without weights."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, emoji=False)
     config = plan.config
 
     def line(name: str, text: str) -> None:
@@ -151,7 +151,7 @@ def print_plan(plan: RunPlan) -> None:
 
 def print_measure(plan: RunPlan, seconds: float, memory: int) -> None:
     """What two real steps say about time and memory."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, emoji=False)
     total = time_in_words(seconds * plan.data.steps)
     console.print(
         f"{'time':12}{seconds:.2f} s a step at the largest bucket, about {total} for {plan.data.steps} steps", soft_wrap=True

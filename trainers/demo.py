@@ -10,7 +10,7 @@ import typer
 from trainers.console import time_in_words
 from trainers.draw import DrawRequest, draw
 from trainers.families import ASSETS
-from trainers.launch import execute, given_settings, is_finished, plan_run
+from trainers.launch import execute, given_settings, last_words, plan_run
 from trainers.run_folder import RunFolder, new_run, open_run, write_atomically
 
 # None of these is in the sample folder.
@@ -60,6 +60,6 @@ def _next_run(output: Path) -> tuple[RunFolder, bool]:
         if not (path / "config.toml").exists():
             return new_run(path), True
         run = open_run(path)
-        if not is_finished(run):
+        if not last_words(run):
             return run, False
         number += 1

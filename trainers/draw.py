@@ -84,6 +84,8 @@ def draw(request: DrawRequest, on_picture: Callable[[int, int], object] = lambda
         raise SettingError(f"There is no scheduler {request.scheduler!r}", hint=f"Choose one of: {', '.join(SAMPLERS)}.")
     if request.as_folder and request.output.exists() and not request.output.is_dir():
         raise RunFolderError("The output folder is a file", where=str(request.output), hint="Choose another --output.")
+    if request.as_folder and len({file_name(0, strength) for strength in request.strengths}) < len(request.strengths):
+        raise SettingError("Two strengths would be drawn into one file", where="--strengths", hint="Let them differ by 0.01.")
     if not request.as_folder and request.output.suffix.lower() != ".png":
         raise SettingError("Pictures are written as .png", where=str(request.output), hint="End --output with .png or with /.")
     from trainers.device import choose_device
@@ -143,7 +145,7 @@ def _write_all(
         grid.append(images)
         if request.as_folder:
             for strength, image in zip(request.strengths, images, strict=True):
-                path = request.output / f"{number:03d}_s{strength:.2f}.png"
+                path = request.output / file_name(number, strength)
                 _save(image, path)
                 yield path
     if not request.as_folder:
@@ -151,6 +153,11 @@ def _write_all(
         columns = [f"strength {strength:g}" for strength in request.strengths]
         _save(grid[0][0] if single else label_grid(grid, request.prompts, columns), request.output)
         yield request.output
+
+
+def file_name(prompt: int, strength: float) -> str:
+    """Name of one picture in a folder: number of the prompt, from 0, and strength."""
+    return f"{prompt:03d}_s{strength:.2f}.png"
 
 
 def _one(model: DiffusionModel, prompt: str, multiplier: float, own: dict[str, float], seed: int, how: object) -> Image.Image:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from trainers.adapters.inject import set_strength
+from trainers.adapters.inject import keeping_strengths, set_strength
 from trainers.errors import SettingError
 from trainers.families.base import Conditioning, DiffusionModel
 from trainers.samplers import SAMPLERS
@@ -56,8 +56,15 @@ def render(
 def render_latents(
     model: DiffusionModel, pictures: Sequence[Picture], settings: RenderSettings, on_step: Callable[[], None] = lambda: None
 ) -> torch.Tensor:
-    """The same up to the latents (B, C, h, w)."""
+    """The same up to the latents (B, C, h, w). The adapters' strengths are afterwards what they were before."""
     check_size(model, settings)
+    with keeping_strengths(model.parts()):
+        return _sample(model, pictures, settings, on_step)
+
+
+def _sample(
+    model: DiffusionModel, pictures: Sequence[Picture], settings: RenderSettings, on_step: Callable[[], None]
+) -> torch.Tensor:
     scheduler = make_scheduler(settings.scheduler, model.scheduler_config)
     guided = settings.guidance > 1
     conditioning = _encode(model, pictures, settings.negative if guided else None)

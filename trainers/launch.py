@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import signal
 import sys
@@ -20,8 +21,9 @@ from trainers.console import make_display
 from trainers.dataset.prepare import TrainingSet, planned_prior, prepare, scan_images
 from trainers.errors import Problem, TrainingError
 from trainers.families import BaseModelFacts, recognise_base
+from trainers.formats.metadata import source_date
 from trainers.presets import default_preset, resolve
-from trainers.run_folder import RunFolder, write_atomically
+from trainers.run_folder import RunFolder, absolute, write_atomically
 
 DONE, FAILED, STOPPED = 0, 1, 3
 
@@ -46,9 +48,13 @@ class RunPlan:
         return write_config(self.config)
 
 
-def given_settings(images: Path, base: str, steps: int | None, seed: int | None, trigger: str | None) -> dict[str, Any]:
+def given_settings(
+    images: Path, base: str | None, steps: int | None, seed: int | None, trigger: str | None
+) -> dict[str, Any]:
     """The settings that have options of their own, as nested values; unset ones left out."""
-    values: dict[str, Any] = {"base": {"model": base}, "dataset": {"images": str(images.expanduser().resolve())}, "train": {}}
+    values: dict[str, Any] = {"base": {}, "dataset": {"images": str(absolute(images))}, "train": {}}
+    if base is not None:
+        values["base"]["model"] = base
     if steps is not None:
         values["train"]["steps"] = steps
     if seed is not None:
@@ -63,11 +69,11 @@ def plan_run(preset: str | None, given: dict[str, Any], overrides: Sequence[str]
 
     Raises TrainingError for the first thing that may not pass.
     """
-    base = recognise_base(given["base"]["model"])
-    name = preset or default_preset(base)
+    source_date()  # wrong, it would end the run only when its file is written
+    # Without a preset the base says which one; else preset, option and --set say which base, the last one first.
+    name = preset or default_preset(recognise_base(given["base"].get("model", "pocket")))
     config = resolve(name, given, overrides)
-    if config.base.model != given["base"]["model"]:  # changed by --set base.model=...
-        base = recognise_base(config.base.model)
+    base = recognise_base(config.base.model)
     problems = check_settings(config, base)
     refuse(problems, force)
     scan = scan_images(config)
@@ -78,10 +84,10 @@ def plan_run(preset: str | None, given: dict[str, Any], overrides: Sequence[str]
     return RunPlan(config, name, base, data, tuple(problems))
 
 
-def is_finished(run: RunFolder) -> bool:
-    """Whether the run has its LoRA and has told so."""
+def last_words(run: RunFolder) -> dict[str, Any] | None:
+    """The event `finished` of a run that has its LoRA, else None."""
     told, _ = events.read_since(run.events)
-    return run.result is not None and any(event["type"] == "finished" for event in told)
+    return next((event for event in told if event["type"] == "finished" and run.result is not None), None)
 
 
 def execute(run: RunFolder, json_lines: bool = False, title: str = "") -> int:
@@ -131,10 +137,9 @@ def _forget_what_is_done_again(run: RunFolder) -> None:
     kept = [e for e in told if not (e["type"] in ("step", "sample", "checkpoint") and e["step"] > done)]
     if state is None:
         kept = [e for e in kept if e["type"] not in ("sample",)]
-    if len(kept) != len(told):
-        import json
-
-        write_atomically(run.events, "".join(json.dumps(event) + "\n" for event in kept).encode())
+    text = "".join(json.dumps(event) + "\n" for event in kept).encode()
+    if text != run.events.read_bytes():  # also where the process died amid a line, which the next one would be glued to
+        write_atomically(run.events, text)
 
 
 @contextmanager

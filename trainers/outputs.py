@@ -58,7 +58,7 @@ class Outputs:
     def sample(self) -> None:
         """Draws each sample prompt alone, so that a picture does not depend on the others."""
         training, settings = self._training, self._training.config.samples
-        if not training.device.is_main or not settings.every:
+        if not training.device.is_main:
             return
         begun = time.monotonic()
         prompts = settings.prompts or tuple(dict.fromkeys(p.example.caption for p in training.data.training))[:2]

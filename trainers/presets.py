@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,7 +37,7 @@ def preset_text(name: str) -> str:
     """The preset's file as text, with its comments. Raises SettingError when there is none of this name."""
     path = FOLDER / f"{name}.toml"
     if name not in list_presets():
-        path = Path(name).expanduser()
+        path = Path(os.path.expanduser(name))
         if path.suffix != ".toml" or not path.is_file():
             near = difflib.get_close_matches(name, list_presets(), n=1)
             hint = f"Did you mean {near[0]}?" if near else f"There are: {', '.join(list_presets())}."

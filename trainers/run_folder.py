@@ -20,6 +20,11 @@ def home_folder() -> Path:
     return Path(os.environ["IMPASTO_HOME"]) if os.environ.get("IMPASTO_HOME") else user_data_path("impasto", appauthor=False)
 
 
+def absolute(path: Path) -> Path:
+    """A path as typed, made absolute, ~ expanded. Unlike pathlib's own, it fails on no link loop and no unknown ~user."""
+    return Path(os.path.abspath(os.path.expanduser(path)))
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Writes aside, flushes to the disk, then renames: readers see the old file or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -137,7 +142,7 @@ class RunFolder:
 
 def new_run(path: Path) -> RunFolder:
     """Prepares an empty run folder. Raises RunFolderError when it already holds a run or is a file."""
-    run = RunFolder(path.expanduser().resolve())
+    run = RunFolder(absolute(path))
     if run.config.exists():
         raise RunFolderError(
             "This folder already holds a run",
@@ -158,7 +163,7 @@ def new_run(path: Path) -> RunFolder:
 
 def open_run(path: Path) -> RunFolder:
     """An existing run. Raises RunFolderError when there is none."""
-    run = RunFolder(path.expanduser().resolve())
+    run = RunFolder(absolute(path))
     if not run.config.is_file():
         raise RunFolderError("There is no run in this folder", where=str(path), hint="A run has a config.toml. Check the path.")
     return run

@@ -14,7 +14,7 @@ from trainers.errors import SettingError
 class Settings(BaseModel):
     """A group of settings. The docstring under a field is its help text in the window, the CLI and the README."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 def iterate_fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -43,7 +43,7 @@ def explain(error: ValidationError, known: list[str]) -> SettingError:
     where = next((name for name in (".".join(parts), ".".join(parts[:1] + parts[2:])) if name in known), ".".join(parts))
     if first["type"] == "extra_forbidden":
         name = where.split(".")[-1]
-        near = difflib.get_close_matches(where, known, n=1) or [k for k in known if k.split(".")[-1] == name][:1]
+        near = [k for k in known if k.split(".")[-1] == name][:1] or difflib.get_close_matches(where, known, n=1)
         return SettingError(
             f"There is no setting {where!r}", hint=f"Did you mean {near[0]}?" if near else "See `impasto presets`."
         )

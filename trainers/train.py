@@ -119,7 +119,7 @@ def train(run: RunFolder, emit: events.Emit, interrupted: Callable[[], bool] = l
             save_state(run, TrainingState(training.step, weights, mean, training.optimizer.state_dict(), facts))
 
     emit(events.Stage(name="train", done=training.step, total=steps))
-    if training.step == 0:
+    if every and training.step == 0:
         outputs.sample()
     while training.step < steps:
         tick = time.monotonic()
@@ -128,7 +128,7 @@ def train(run: RunFolder, emit: events.Emit, interrupted: Callable[[], bool] = l
         training.durations.append(time.monotonic() - tick)
         due = training.step % loss_due == 0 or training.step == steps
         outputs.tell(loss, norm, factor, held_out_loss(training) if due else None)
-        if (every and training.step % every == 0) or training.step == steps or run.take_flag("sample-now"):
+        if (every and (training.step % every == 0 or training.step == steps)) or run.take_flag("sample-now"):
             outputs.sample()
         if training.config.checkpoints.every and training.step % training.config.checkpoints.every == 0:
             outputs.checkpoint()

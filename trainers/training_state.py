@@ -1,7 +1,7 @@
 """Everything a resume needs, in one file: the adapter's float32 masters, the optimizer, the running mean, the step.
 
-The file is a .safetensors; what is not a tensor stands as JSON in its metadata, with a checksum over the tensors. It is
-written aside, flushed and renamed; the two newest are kept, and a damaged one falls back to the one before.
+The file is a .safetensors; what is not a tensor stands as JSON in its metadata, with a checksum over both. It is written
+aside, flushed and renamed; the two newest are kept, and a damaged one falls back to the one before.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def save_state(run: RunFolder, state: TrainingState) -> None:
         tensors["mean"] = state.mean
     plain = _take_tensors("optimizer", state.optimizer, tensors)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    values = {"step": state.step, "optimizer": plain, "facts": state.facts}
-    metadata = {"state": json.dumps(values), "sha256": _checksum(tensors)}
+    values = json.dumps({"step": state.step, "optimizer": plain, "facts": state.facts})
+    metadata = {"state": values, "sha256": _checksum(values, tensors)}
     write_atomically(run.state / f"step-{state.step:08d}.safetensors", save(tensors, metadata))
     for old in _newest_first(run)[GENERATIONS:]:
         old.unlink(missing_ok=True)
@@ -68,11 +68,12 @@ def _read(path: Path) -> TrainingState | None:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-        values = json.loads(metadata["state"])
-    except (SafetensorError, OSError, KeyError, json.JSONDecodeError):
+    except (SafetensorError, OSError):
         return None
-    if metadata.get("sha256") != _checksum(tensors):
+    # All that follows reads only what has its checksum, so what this program wrote.
+    if metadata.get("sha256") != _checksum(metadata.get("state", ""), tensors):
         return None
+    values = json.loads(metadata["state"])
     return TrainingState(
         values["step"],
         tensors["weights"],
@@ -82,10 +83,10 @@ def _read(path: Path) -> TrainingState | None:
     )
 
 
-def _checksum(tensors: dict[str, torch.Tensor]) -> str:
-    digest = hashlib.sha256()
+def _checksum(values: str, tensors: dict[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256(values.encode())
     for name in sorted(tensors):
-        digest.update(name.encode())
+        digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
         digest.update(tensors[name].flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Mapping
 
 import pytest
@@ -109,7 +110,7 @@ def test_groups_are_contiguous_and_disjoint_and_cover_everything() -> None:
     assert flat.groups["text_encoder"].stop == flat.weights.numel()
     places = sorted((place.start, place.stop) for factors in flat.shapes.values() for _, place, _ in factors.values())
     assert places[0][0] == 0 and places[-1][1] == flat.weights.numel()
-    assert all(end == start for (_, end), (start, _) in zip(places, places[1:], strict=False))
+    assert all(end == start for (_, end), (start, _) in itertools.pairwise(places))
 
 
 def test_each_layer_lies_in_its_own_group() -> None:

@@ -27,6 +27,7 @@ def seeded(*key: object) -> torch.Generator:
 def make_layer(name: str, dtype: torch.dtype = torch.float64) -> tuple[nn.Linear | nn.Conv2d, torch.Tensor]:
     """A frozen layer with random weights and an input (4, ...) for it."""
     layer: nn.Linear | nn.Conv2d
+    shape: tuple[int, ...]
     if name.startswith("linear"):
         layer, shape = nn.Linear(6, 5), (4, 7, 6) if name == "linear_over_tokens" else (4, 6)
     elif name == "convolution":
@@ -61,7 +62,7 @@ def apply_weight(layer: nn.Linear | nn.Conv2d, weight: torch.Tensor, x: torch.Te
     """The layer's output if its weight were `weight`."""
     if isinstance(layer, nn.Linear):
         return F.linear(x, weight, layer.bias)
-    return F.conv2d(x, weight, layer.bias, stride=layer.stride, padding=layer.padding)  # type: ignore[arg-type]
+    return F.conv2d(x, weight, layer.bias, stride=layer.stride, padding=layer.padding)
 
 
 def delta_by_hand(factors: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -170,6 +171,12 @@ def test_a_strength_for_each_row_gives_each_row_as_if_alone(name: str) -> None:
 def test_strength_zero_is_the_frozen_layer_bit_for_bit(name: str, dtype: torch.dtype) -> None:
     layer, x = make_layer(name, dtype)
     assert torch.equal(adapted(layer, 0.0)(x), layer(x))
+
+
+def test_at_strength_zero_the_adapter_is_not_even_computed() -> None:
+    layer, x = make_layer("linear")
+    broken = {name: torch.full_like(factor, float("nan")) for name, factor in make_factors(layer).items()}
+    assert torch.equal(adapted(layer, 0.0, a=broken)(x), layer(x))
 
 
 @pytest.mark.parametrize("name", LAYERS)

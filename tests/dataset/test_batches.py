@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy
 import pytest
 import torch
 
-from tests.tiny_runs import tiny_training
 from trainers.dataset.batches import Batch, BatchMaker, pixels_of
 from trainers.dataset.cache import ContentCache
 from trainers.dataset.folder import load_pixels
@@ -19,12 +17,6 @@ from trainers.setup import Training
 
 RANDOM = ("dataset.flip=true", "dataset.caption_shuffle=true", "dataset.caption_dropout=0.3", "train.noise_offset=0.05")
 TENSORS = ("latents", "noise", "timesteps", "weights")
-
-
-@pytest.fixture
-def start(tiny_base: Path, pictures: Path, tmp_path: Path) -> Any:
-    """start("train.batch_size=4", ...) -> Training, before its first update, in a run folder of its own."""
-    return lambda *overrides: tiny_training(tiny_base, pictures, tmp_path / f"run-{hash(overrides)}", *overrides)
 
 
 def maker(training: Training, **device: int) -> BatchMaker:
@@ -121,7 +113,7 @@ def test_shapes_and_dtypes_are_those_promised(start: Any) -> None:
     assert batch.latents.shape == batch.noise.shape == (6, 4, 8, 8)
     assert batch.latents.dtype == batch.noise.dtype == batch.weights.dtype == torch.float32
     assert batch.timesteps.dtype == torch.int64
-    assert 0 <= int(batch.timesteps.min()) and int(batch.timesteps.max()) < 1000
+    assert batch.timesteps.ge(0).all() and batch.timesteps.lt(1000).all()
 
 
 def test_one_epoch_shows_every_picture_once_with_its_own_caption(start: Any) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 
 from tests.tiny_runs import tiny_training
 from trainers.dataset import cache as cache_module
@@ -45,8 +45,7 @@ def test_an_entry_is_found_by_the_next_run_with_the_same_bits(tmp_path: Path) ->
 
 
 def test_the_step_that_fills_an_entry_uses_the_value_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    written = cache_module.save
-    monkeypatch.setattr(cache_module, "save", lambda entry: written({name: value + 1 for name, value in entry.items()}))
+    monkeypatch.setattr(cache_module, "save", lambda entry: save({name: value + 1 for name, value in entry.items()}))
     assert torch.equal(ContentCache(tmp_path).get(KEY, lambda: {"mean": START})["mean"], START + 1)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -155,3 +156,15 @@ def set_strength(parts: Mapping[str, nn.Module], adapter: str, strength: Strengt
         for child in module.modules():
             if isinstance(child, AdaptedLayer) and adapter in child.adapters:
                 child.strengths[adapter] = strength
+
+
+@contextmanager
+def keeping_strengths(parts: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Puts every adapter's strength back at the end, so that a sample in mid-training changes nothing about the training."""
+    layers = [child for module in parts.values() for child in module.modules() if isinstance(child, AdaptedLayer)]
+    before = [dict(layer.strengths) for layer in layers]
+    try:
+        yield
+    finally:
+        for layer, strengths in zip(layers, before, strict=True):
+            layer.strengths = strengths

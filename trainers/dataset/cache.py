@@ -6,6 +6,7 @@ fills an entry uses the value read back, so a first run and a later run compute 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections import OrderedDict
@@ -74,7 +75,8 @@ class ContentCache:
             aside.write_bytes(save(entry))
             os.replace(aside, path)
         except OSError:
-            aside.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # the folder itself may be what cannot be reached
+                aside.unlink()
 
 
 def _size(entry: Entry) -> int:

@@ -125,7 +125,7 @@ def load(facts: BaseModelFacts, dtype: torch.dtype, device: torch.device) -> Sta
     """
     folder = str(facts.folder)
     diffusers_logging.disable_progress_bar()  # bars of a tenth of a second, printed across our own
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()
     try:
         unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", torch_dtype=dtype, local_files_only=True)
         vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=torch.float32, local_files_only=True)

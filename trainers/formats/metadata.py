@@ -77,16 +77,17 @@ class RunFacts:
 
 def build_metadata(facts: RunFacts) -> dict[str, str]:
     """RunFacts -> the metadata of its file, in a fixed order. Hashes of the tensors are added by write_adapter."""
-    started = _started_at(facts)
+    date = source_date()
+    started = facts.started_at if date is None else date
     values = _ss_values(facts, started) | _modelspec_values(facts, started)
     return {key: _text(value) for key, value in values.items() if value is not None and value != ""}
 
 
-def _started_at(facts: RunFacts) -> float:
-    """SOURCE_DATE_EPOCH, else the run's own start."""
+def source_date() -> float | None:
+    """SOURCE_DATE_EPOCH in seconds since 1970, where it is set. Raises SettingError when it is no number."""
     epoch = os.environ.get("SOURCE_DATE_EPOCH", "").strip()
     if not epoch:
-        return facts.started_at
+        return None
     if not re.fullmatch(r"\d{1,11}", epoch):
         raise SettingError(f"SOURCE_DATE_EPOCH is {epoch!r}, not a number of seconds", hint="Correct or unset it.")
     return float(epoch)

@@ -48,7 +48,8 @@ class SameConv(nn.Conv2d):
     def __init__(self, inside: int, outside: int, kernel: int, stride: int = 1, groups: int = 1) -> None:
         super().__init__(inside, outside, kernel, stride=stride, groups=groups, bias=False)
 
-    def forward(self, maps: Tensor) -> Tensor:  # (N, C, H, W) -> (N, C', ceil(H / stride), ceil(W / stride))
+    def forward(self, maps: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C', ceil(H / stride), ceil(W / stride))."""
         padding: list[int] = []
         for size, kernel, stride in zip(maps.shape[:1:-1], self.kernel_size[::-1], self.stride[::-1], strict=True):
             total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
@@ -72,6 +73,7 @@ class InvertedBottleneck(nn.Module):
         self._bn2 = nn.BatchNorm2d(outside, eps=1e-3)
 
     def forward(self, maps: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C', ceil(H / stride), ceil(W / stride))."""
         inner = functional.relu6(self._bn0(self._expand_conv(maps))) if self.expands else maps
         inner = functional.relu6(self._bn1(self._depthwise_conv(inner)))
         projected: Tensor = self._bn2(self._project_conv(inner))

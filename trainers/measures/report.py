@@ -111,7 +111,7 @@ def through_vae(images: Sequence[Image.Image], folder: Path) -> list[Image.Image
     import torch
     from diffusers import AutoencoderKL
 
-    vae = AutoencoderKL.from_pretrained(folder, local_files_only=True).float().eval()  # type: ignore[no-untyped-call]
+    vae = AutoencoderKL.from_pretrained(folder, local_files_only=True).float().eval()
     side = int(vae.config.sample_size)
     decoded = []
     for image in images:

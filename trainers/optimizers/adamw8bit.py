@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -22,6 +22,8 @@ class AdamW8bitSettings(OptimizerSettings):
     """Learning rate of the denoiser's adapter."""
     weight_decay: float = Field(default=0.01, ge=0, le=1)
     """Pull of the weights towards zero, per unit of learning rate."""
+
+    package: ClassVar[str] = "bitsandbytes"
 
     def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """See OptimizerSettings.build. Raises SettingError when bitsandbytes is not installed."""

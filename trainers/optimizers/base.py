@@ -21,6 +21,7 @@ class OptimizerSettings(Settings):
     lowest: ClassVar[float] = 0.0
     highest: ClassVar[float] = 0.05
     one_rate: ClassVar[bool] = False  # whether all parts must learn at the same rate
+    package: ClassVar[str] = ""  # of Python, where it needs one that is not always there
     usual: ClassVar[str] = "Around 1e-4 is usual (1e-3 on pocket); above 0.05 a LoRA breaks within a few steps."
 
     @classmethod

@@ -1,0 +1,69 @@
+"""A folder with every kind of bad input: `check` names each, `train` finishes on the good ones and changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.bad_input import GOOD, make_bad_folder, unlock
+from tests.command_line import TINY, contents, impasto, read_events, result_of
+
+
+@pytest.fixture(scope="module")
+def bad(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[str, str]]]:
+    """The folder, and name -> words that the report on that name must contain."""
+    folder = tmp_path_factory.mktemp("bad") / "pictures"
+    yield folder, make_bad_folder(folder)
+    unlock(folder)
+
+
+def test_check_names_each_bad_file_with_what_was_done(
+    bad: tuple[Path, dict[str, str]], tiny_base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, expected = bad
+    before = contents(folder)
+    assert impasto("check", folder, "--base", tiny_base, "--no-measure") == 0
+    lines = capsys.readouterr().out.splitlines()
+    untold = {
+        name: words
+        for name, words in expected.items()
+        if not any(f" {name}: " in line and words in line.lower() for line in lines)
+    }
+    assert untold == {}
+    assert contents(folder) == before
+
+
+def test_train_finishes_on_the_good_pictures_and_leaves_the_folder_alone(
+    bad: tuple[Path, dict[str, str]], tiny_base: Path, tmp_path: Path
+) -> None:
+    folder, expected = bad
+    before = contents(folder)
+    words = (*TINY, "--steps", 30, "--set", "dataset.flip=true")
+    assert impasto("train", folder, "--output", tmp_path / "run", "--base", tiny_base, *words) == 0
+    assert result_of(tmp_path / "run").stat().st_size > 1000
+    told = read_events(tmp_path / "run")
+    started = next(event for event in told if event["type"] == "started")
+    assert started["images"] + started["held_out"] > len(GOOD)
+    warnings = " ".join(event["message"] for event in told if event["type"] == "warning")
+    assert [name for name in expected if name not in warnings] == []
+    assert contents(folder) == before
+
+
+def test_a_picture_that_goes_bad_while_training_ends_the_run_in_words(
+    pictures: Path, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trainers.setup import set_up
+
+    def set_up_and_spoil(*given: Any) -> object:
+        training = set_up(*given)
+        for path in pictures.glob("*.png"):
+            path.write_bytes(b"spoilt")
+        return training
+
+    monkeypatch.setattr("trainers.train.set_up", set_up_and_spoil)
+    assert impasto("train", pictures, "--output", tmp_path / "run", "--base", tiny_base, *TINY, "--steps", 3) == 1
+    last = read_events(tmp_path / "run")[-1]
+    assert last["type"] == "failed" and ".png" in last["message"] and "Traceback" not in last["message"]
