@@ -21,8 +21,8 @@ class ProdigySettings(OptimizerSettings):
     """Factor on the rate that Prodigy finds; 1 is right."""
     weight_decay: float = Field(default=0.01, ge=0, le=1)
     """Pull of the weights towards zero, per unit of learning rate."""
-    growth: float = Field(default=1.02, gt=1, le=1000)
-    """Largest growth of the found rate from one step to the next."""
+    growth: float | None = Field(default=None, gt=1, le=1000)
+    """Largest growth of the found rate from one step to the next. Unset: any; 1.02 is cautious and wants long runs."""
 
     lowest: ClassVar[float] = 0.05
     highest: ClassVar[float] = 2.0
@@ -34,7 +34,8 @@ class ProdigySettings(OptimizerSettings):
         import prodigyopt
 
         # Prodigy shares one estimate over all groups and wants their rates equal; LoRA+ style ratios would break it.
+        growth = self.growth or float("inf")
         optimizer: torch.optim.Optimizer = prodigyopt.Prodigy(
-            groups, lr=self.learning_rate, weight_decay=self.weight_decay, growth_rate=self.growth, safeguard_warmup=True
+            groups, lr=self.learning_rate, weight_decay=self.weight_decay, growth_rate=growth, safeguard_warmup=True
         )
         return optimizer
