@@ -69,9 +69,7 @@ def test_the_same_seed_gives_the_same_tensors_and_another_seed_others(quick: Cal
     assert tensor_bytes(result_of(first)) != tensor_bytes(result_of(other))
 
 
-def test_with_a_source_date_the_whole_file_is_the_same(
-    quick: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_with_a_source_date_the_whole_file_is_the_same(quick: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "1600000000")
     assert result_of(quick("first")).read_bytes() == result_of(quick("second")).read_bytes()
 

@@ -54,14 +54,16 @@ def train(
 ) -> None:
     """Train a LoRA on a folder of pictures."""
     from trainers.console import print_plan
-    from trainers.launch import execute, given_settings, plan_run
-    from trainers.run_folder import new_run, write_atomically
+    from trainers.launch import execute, follow, given_settings, plan_run
+    from trainers.run_folder import await_run, follows, new_run, write_atomically
 
     values = given_settings(images, base, steps, seed, trigger)
     plan = plan_run(preset, values, overrides or [], force)
     if dry_run:
         print_plan(plan)
         return
+    if follows():
+        raise typer.Exit(follow(await_run(output)))
     run = new_run(output)
     with run.lock():
         write_atomically(run.config, plan.toml().encode())
@@ -74,15 +76,17 @@ def resume(
     json_lines: Json = False,
 ) -> None:
     """Go on with a run that was stopped, paused or killed."""
-    from trainers.launch import execute, last_words
-    from trainers.run_folder import open_run
+    from trainers.launch import execute, follow, last_words
+    from trainers.run_folder import follows, open_run
 
     run = open_run(run_folder)
+    finished = last_words(run)
+    if finished:
+        typer.echo(json.dumps(finished) if json_lines else f"This run is finished: {run.result}")
+        return
+    if follows():
+        raise typer.Exit(follow(run))
     with run.lock():
-        finished = last_words(run)
-        if finished:
-            typer.echo(json.dumps(finished) if json_lines else f"This run is finished: {run.result}")
-            return
         raise typer.Exit(execute(run, json_lines))
 
 

@@ -177,7 +177,7 @@ class OutputSettings(Settings):
     @classmethod
     def _stays_in_its_folder(cls, value: str) -> str:
         if value.startswith(".") or not value.isprintable() or set(value) & set('/\\:*?"<>|'):
-            raise ValueError("must be a plain file name, without folders or any of / \\ : * ? \" < > |")
+            raise ValueError('must be a plain file name, without folders or any of / \\ : * ? " < > |')
         return value
 
 

@@ -36,6 +36,22 @@ class Device:
         total: torch.Tensor = reduce(tensor, reduction="sum")
         return total
 
+    def largest_of_processes(self, number: int) -> int:
+        """The largest `number` that any process gives, so that all decide alike."""
+        if self.count == 1:
+            return number
+        from accelerate.utils import gather
+
+        numbers: torch.Tensor = gather(torch.tensor([number], device=self.device))
+        return int(numbers.max())
+
+    def wait_for_all(self) -> None:
+        """Returns once every process has come here."""
+        if self.count > 1:
+            from accelerate.utils import wait_for_everyone
+
+            wait_for_everyone()
+
 
 def choose_device(precision: str, denoiser_bytes: int) -> Device:
     """CUDA before Apple's GPU before the CPU. Raises SettingError when bf16 is asked for where there is none."""
@@ -43,7 +59,7 @@ def choose_device(precision: str, denoiser_bytes: int) -> Device:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from accelerate import PartialState
 
-        state = PartialState()
+        state = PartialState(cpu=not torch.cuda.is_available())
         index, count, device = state.process_index, state.num_processes, state.device
     elif torch.cuda.is_available():
         device = torch.device("cuda")

@@ -48,9 +48,7 @@ class RunPlan:
         return write_config(self.config)
 
 
-def given_settings(
-    images: Path, base: str | None, steps: int | None, seed: int | None, trigger: str | None
-) -> dict[str, Any]:
+def given_settings(images: Path, base: str | None, steps: int | None, seed: int | None, trigger: str | None) -> dict[str, Any]:
     """The settings that have options of their own, as nested values; unset ones left out."""
     values: dict[str, Any] = {"base": {}, "dataset": {"images": str(absolute(images))}, "train": {}}
     if base is not None:
@@ -114,6 +112,14 @@ def execute(run: RunFolder, json_lines: bool = False, title: str = "") -> int:
             logging.getLogger("impasto").exception("unexpected error")
             emit(events.Failed(message=_in_words(error, run)))
             return FAILED
+
+
+def follow(run: RunFolder) -> int:
+    """The part of every process but the first of several: computes its share and writes nothing."""
+    from trainers.train import train
+
+    with _signals() as stop:
+        return DONE if train(run, lambda event: None, stop.is_set) else STOPPED
 
 
 def _in_words(error: Exception, run: RunFolder) -> str:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 from trainers.config import TrainConfig
-from trainers.dataset.folder import Example, hash_file
+from trainers.dataset.folder import Example
 from trainers.families.base import DiffusionModel
 from trainers.generate import Picture, RenderSettings, render
 from trainers.run_folder import write_atomically
@@ -17,8 +16,8 @@ TOGETHER = 4  # pictures drawn as one batch
 
 def draw_prior(
     model: DiffusionModel, config: TrainConfig, planned: Sequence[Example], on_picture: Callable[[int], None]
-) -> list[Example]:
-    """Draws the planned pictures that are not there yet, and returns the examples with their files' hashes."""
+) -> None:
+    """Draws the planned pictures that are not there yet; `on_picture` is told how many there are."""
     settings = RenderSettings(
         planned[0].height if planned else 0, planned[0].width if planned else 0, config.prior.steps, config.prior.guidance
     )
@@ -32,4 +31,3 @@ def draw_prior(
                 image.save(data, "PNG")
                 write_atomically(planned[number].path, data.getvalue())
         on_picture(numbers[-1] + 1)
-    return [replace(example, sha256=hash_file(example.path)) for example in planned]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -167,3 +168,16 @@ def open_run(path: Path) -> RunFolder:
     if not run.config.is_file():
         raise RunFolderError("There is no run in this folder", where=str(path), hint="A run has a config.toml. Check the path.")
     return run
+
+
+def follows() -> bool:
+    """Whether this is one of several processes, and not the one that writes the files. Set by accelerate and torchrun."""
+    return int(os.environ.get("RANK", "0")) > 0
+
+
+def await_run(path: Path, seconds: float = 60) -> RunFolder:
+    """The run that the first of several processes is preparing. Raises RunFolderError when it does not appear in time."""
+    end = time.monotonic() + seconds
+    while not RunFolder(absolute(path)).config.exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    return open_run(path)

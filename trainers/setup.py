@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -17,7 +17,7 @@ from trainers.adapters.inject import FlatParameters, LayerPlan, canonical_name, 
 from trainers.config import TrainConfig
 from trainers.dataset.batches import BatchMaker
 from trainers.dataset.cache import ContentCache
-from trainers.dataset.folder import Scan
+from trainers.dataset.folder import Scan, hash_file
 from trainers.dataset.prepare import TrainingSet, planned_prior, prepare, scan_images
 from trainers.device import Device, choose_device
 from trainers.families import load_family, recognise_base
@@ -67,7 +67,10 @@ def set_up(config: TrainConfig, run: RunFolder, emit: events.Emit) -> Training:
     prior = planned_prior(config, run.prior, config.dataset.resolution or base.resolution)
     if prior:
         emit(events.Stage(name="prior", detail="the base draws pictures that keep it from forgetting", total=len(prior)))
-        prior = draw_prior(model, config, prior, lambda done: emit(events.Stage(name="prior", done=done, total=len(prior))))
+        if device.is_main:
+            draw_prior(model, config, prior, lambda done: emit(events.Stage(name="prior", done=done, total=len(prior))))
+        device.wait_for_all()
+        prior = [replace(example, sha256=hash_file(example.path)) for example in prior]
     data = prepare(config, base, scan.examples, prior)
     # The text states are cached only while nothing about the text encoder learns; both facts are settled here.
     plans = plan_layers(config, model)

@@ -133,9 +133,9 @@ def train(run: RunFolder, emit: events.Emit, interrupted: Callable[[], bool] = l
         if training.config.checkpoints.every and training.step % training.config.checkpoints.every == 0:
             outputs.checkpoint()
         asked = "stop" if interrupted() else run.stop_asked()
-        if asked and training.step < steps:
+        if training.device.largest_of_processes(int(asked is not None)) and training.step < steps:
             save()
-            outputs.stop(asked)
+            outputs.stop(asked or "stop")
             return False
         age = time.monotonic() - saved + statistics.median(training.durations)  # as it would be after one more step
         if age > training.config.train.save_state_seconds or run.take_flag("save-now"):
