@@ -197,13 +197,13 @@ def test_a_terminated_run_stops_after_its_step_with_everything_saved(
 
 
 @pytest.mark.parametrize(("written", "told"), [("", "stopped"), ("pause", "paused")])
-def test_a_file_named_stop_ends_the_run_after_its_step(
+def test_a_file_named_stop_ends_the_run_before_its_next_step(
     written: str, told: str, quick: Callable[..., Path], tmp_path: Path
 ) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "stop").write_text(written)
     run = quick("run", code=3)
-    assert steps_told(run) == [1] and read_events(run)[-1]["type"] == told
+    assert steps_told(run) == [] and read_events(run)[-1]["type"] == told
     assert not (run / "stop").exists()
     assert impasto("resume", run) == 0
     assert steps_told(run) == [1, 2, 3, 4, 5, 6]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,23 @@ def test_the_picture_is_that_of_diffusers_pipeline(base: DiffusionModel, pipelin
     assert difference(ours, expected) <= 1
 
 
+@pytest.mark.parametrize(("height", "width"), [(36, 44), (20, 52), (4, 12)])
+def test_latents_that_the_denoiser_cannot_halve_are_those_of_diffusers_pipeline_too(
+    base: DiffusionModel, pipeline: Any, monkeypatch: pytest.MonkeyPatch, height: int, width: int
+) -> None:
+    monkeypatch.setattr(pipeline, "check_inputs", lambda *given: None)  # it holds every base to multiples of 8
+    pipeline.scheduler = importlib.import_module("diffusers").DDIMScheduler.from_config(pipeline.scheduler.config)
+    how = RenderSettings(height, width, steps=4, guidance=3.0, scheduler="ddim")
+    generator = torch.Generator().manual_seed(5)
+    expected = pipeline(
+        PROMPT, height=height, width=width, num_inference_steps=4, guidance_scale=3.0, generator=generator, output_type="latent"
+    ).images
+    assert expected.shape[2:] == (height // 4, width // 4)
+    torch.testing.assert_close(one(base, how=how), expected, rtol=1e-4, atol=1e-4)
+    (picture,) = render(base, [Picture(PROMPT, 5, {})], how)
+    assert picture.size == (width, height)
+
+
 @pytest.mark.parametrize("scheduler", SAMPLERS)
 def test_every_sampler_draws_the_same_again_and_another_picture_for_another_seed(base: DiffusionModel, scheduler: str) -> None:
     how = RenderSettings(16, 16, steps=3, scheduler=scheduler)
@@ -130,6 +148,24 @@ def test_a_batch_of_other_prompts_and_seeds_draws_what_singles_draw(model: Diffu
     together = render_latents(model, pictures, QUICK)
     alone = torch.cat([render_latents(model, [picture], QUICK) for picture in pictures])
     torch.testing.assert_close(together, alone, rtol=1e-3, atol=1e-3)
+
+
+def test_pictures_of_one_batch_may_name_different_adapters_and_one_not_named_is_silent(tiny_base: Path) -> None:
+    model, _ = with_lora(tiny_base, "unet", "text_encoder")
+    for layer in find_layers(model.parts()).values():
+        if isinstance(layer, AdaptedLayer):
+            factors = {name: factor.detach().flip(0) for name, factor in layer.adapters[TRAINED].factors.items()}
+            layer.adapters["other"] = replace(layer.adapters[TRAINED], factors=factors)
+            layer.strengths["other"] = 1.0
+    named: list[dict[str, float]] = [{}, {TRAINED: 1.0}, {"other": 1.0}, {TRAINED: 0.5, "other": 1.0}]
+    pictures = [Picture(PROMPT, 5, strengths) for strengths in named]
+    together = render_latents(model, pictures, QUICK)
+    full = [Picture(PROMPT, 5, {TRAINED: 0.0, "other": 0.0} | strengths) for strengths in named]
+    alone = torch.cat([render_latents(model, [picture], QUICK) for picture in full])
+    torch.testing.assert_close(together, alone, rtol=1e-3, atol=1e-3)
+    assert all((alone[0] - alone[row]).abs().max() > 0.1 for row in (1, 2, 3))
+    for picture, row in zip(pictures, full, strict=True):
+        assert torch.equal(render_latents(model, [picture], QUICK), render_latents(model, [row], QUICK))
 
 
 @pytest.mark.parametrize("parts", [("unet",), ("text_encoder",), ("unet", "text_encoder")], ids="+".join)
@@ -193,11 +229,11 @@ def test_each_sampling_step_is_told(base: DiffusionModel) -> None:
     assert len(told) == 3
 
 
-@pytest.mark.parametrize(("height", "width"), [(36, 32), (32, 36), (0, 32), (32, -8), (8192, 32)])
+@pytest.mark.parametrize(("height", "width"), [(34, 32), (32, 34), (0, 32), (32, -8), (8192, 32)])
 def test_a_size_that_the_base_cannot_draw_is_refused_in_words(base: DiffusionModel, height: int, width: int) -> None:
     with pytest.raises(SettingError, match=f"{width}x{height}") as caught:
         render(base, [Picture(PROMPT, 1, {})], RenderSettings(height, width))
-    assert "multiples of 8" in str(caught.value)
+    assert "multiples of 4" in str(caught.value)
 
 
 def test_an_unknown_sampler_is_refused_with_those_there_are(base: DiffusionModel) -> None:

@@ -68,7 +68,7 @@ def test_a_run_folder_holds_what_was_promised_and_nothing_else(run: Path) -> Non
 
 def test_only_the_newest_checkpoints_are_kept(run: Path) -> None:
     kept = [path.name for path in sorted((run / "checkpoints").iterdir())]
-    assert kept == ["pictures-tiny-r4-000004.safetensors", "pictures-tiny-r4-000006.safetensors"]
+    assert kept == ["pictures-tiny-r4-00000004.safetensors", "pictures-tiny-r4-00000006.safetensors"]
     assert [event["step"] for event in of_type(run, "checkpoint")] == [2, 4, 6]
 
 
@@ -103,7 +103,7 @@ def test_events_begin_with_the_stages_and_end_with_finished(run: Path) -> None:
 
 
 def test_the_last_checkpoint_is_the_result(run: Path) -> None:
-    assert (run / "checkpoints" / "pictures-tiny-r4-000006.safetensors").read_bytes() == result_of(run).read_bytes()
+    assert (run / "checkpoints" / "pictures-tiny-r4-00000006.safetensors").read_bytes() == result_of(run).read_bytes()
 
 
 def test_the_log_tells_the_same_story(run: Path) -> None:

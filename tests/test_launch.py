@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from tests.command_line import environment
-from trainers.launch import python_command
 
 
 @pytest.fixture
@@ -26,7 +25,7 @@ def output_of(command: list[str], folder: Path) -> str:
 
 
 def test_a_stray_trainers_file_in_the_working_folder_does_not_run(decoys: Path) -> None:
-    said = output_of([*python_command(), "presets"], decoys)
+    said = output_of([sys.executable, "-P", "-m", "trainers", "presets"], decoys)
     assert "For whom" not in said and "the decoy ran" not in said and "pocket" in said
 
 

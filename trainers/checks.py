@@ -12,7 +12,7 @@ from trainers.dataset.folder import Scan
 from trainers.dataset.prepare import TrainingSet
 from trainers.errors import Problem, SettingError
 from trainers.families import BaseModelFacts
-from trainers.samplers import SAMPLERS
+from trainers.samplers import check_sampler
 
 
 @dataclass(frozen=True)
@@ -73,12 +73,10 @@ def check_settings(config: TrainConfig, base: BaseModelFacts) -> list[Problem]:
                 f"Set dataset.resolution={base.resolution}.",
             )
         )
-    if config.samples.scheduler not in SAMPLERS:
-        problems.append(
-            Problem(
-                "error", f"There is no sampler {config.samples.scheduler!r}", "samples.scheduler", f"Use {', '.join(SAMPLERS)}."
-            )
-        )
+    try:
+        check_sampler(config.samples.scheduler)
+    except SettingError as error:
+        problems.append(Problem("error", error.what, "samples.scheduler", error.hint))
     return problems + _check_package(config) + _check_adapter(config, base) + _check_rates(config)
 
 

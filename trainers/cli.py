@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from trainers.errors import TrainingError
+from trainers.errors import RunFolderError, TrainingError
 
 cli = typer.Typer(
     name="impasto",
@@ -54,19 +56,25 @@ def train(
 ) -> None:
     """Train a LoRA on a folder of pictures."""
     from trainers.console import print_plan
+    from trainers.files import write_atomically
     from trainers.launch import execute, follow, given_settings, plan_run
-    from trainers.run_folder import await_run, follows, new_run, write_atomically
+    from trainers.run_folder import absolute, await_run, follows, new_run
 
     values = given_settings(images, base, steps, seed, trigger)
     plan = plan_run(preset, values, overrides or [], force)
     if dry_run:
         print_plan(plan)
         return
+    if absolute(output) == absolute(images):
+        raise RunFolderError("The run folder would be the folder of pictures", str(output), "Choose another --output.")
     if follows():
         raise typer.Exit(follow(await_run(output)))
     run = new_run(output)
     with run.lock():
+        new_run(output)  # another process may have begun one before the lock was ours
         write_atomically(run.config, plan.toml().encode())
+        if not json_lines:
+            print_plan(plan, problems=False)
         raise typer.Exit(execute(run, json_lines))
 
 
@@ -103,7 +111,7 @@ def generate(
     ] = None,
     negative: Annotated[str, typer.Option(help="What the picture should not show.")] = "",
     strengths: Annotated[str, typer.Option(help="Strengths to draw, comma-separated; multiplies each LoRA's own.")] = "1",
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the noise.")] = 42,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the noise.")] = 42,
     steps: Annotated[int, typer.Option(min=1, max=200, help="Sampling steps.")] = 20,
     guidance: Annotated[float, typer.Option(min=0, max=30, help="How hard the prompt is followed.")] = 5.0,
     scheduler: Annotated[str, typer.Option(help="Sampler: dpm++, dpm++-karras, ddim, euler, euler-a, unipc.")] = "dpm++",
@@ -190,17 +198,21 @@ def demo(
 
 def run_cli(app: typer.Typer, arguments: list[str] | None = None) -> int:
     """Runs a typer app and returns the exit code: 0 done, 1 failed, 2 wrong use, 3 stopped with everything saved."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a file name may hold what this terminal cannot show
     try:
         typer.main.get_command(app).main(args=arguments, prog_name="impasto")
         return 0
     except SystemExit as end:  # typer's own way out: wrong options have been shown, with exit code 2
-        return end.code if isinstance(end.code, int) else int(end.code is not None)
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if code != 130:
+            return code
+        typer.secho("impasto: interrupted; nothing is lost.", err=True)  # before training began; there it ends the step
+        return 1
     except TrainingError as error:
         typer.secho(f"impasto: {error}", err=True, fg="red")
         return error.exit_code
-    except KeyboardInterrupt:
-        typer.secho("impasto: interrupted; nothing is lost.", err=True)
-        return 1
     except OSError as error:
         typer.secho(f"impasto: {error.strerror or error} ({error.filename or 'no file named'}).", err=True, fg="red")
         return 1

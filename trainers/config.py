@@ -117,8 +117,8 @@ class TrainSettings(Settings):
     """Everything random comes from this number, the step and the picture."""
     max_grad_norm: float = Field(default=1.0, ge=0)
     """The gradient is scaled down to this norm. 0: never."""
-    min_snr_gamma: float | None = Field(default=5.0, gt=0, le=1000)
-    """Min-SNR weighting of the loss (arXiv 2303.09556). Set to 1000 for practically none."""
+    min_snr_gamma: float = Field(default=5.0, ge=0, le=1000)
+    """Min-SNR weighting of the loss (arXiv 2303.09556). 0: none."""
     noise_offset: float = Field(default=0.0, ge=0, le=1)
     """Adds this much of a constant per channel to the noise, for darker darks and lighter lights."""
     ema: float = Field(default=0.0, ge=0, lt=1)
@@ -138,7 +138,7 @@ class SampleSettings(Settings):
     """Prompts to draw. None: the first two captions."""
     negative: str = ""
     """What samples should not show."""
-    seed: int = Field(default=42, ge=0)
+    seed: int = Field(default=42, ge=0, le=2**63 - 1)
     """Noise that every sample starts from, the same at each step so that they can be compared."""
     steps: int = Field(default=20, ge=1, le=200)
     """Sampling steps."""
@@ -176,8 +176,13 @@ class OutputSettings(Settings):
     @field_validator("name")
     @classmethod
     def _stays_in_its_folder(cls, value: str) -> str:
-        if value.startswith(".") or not value.isprintable() or set(value) & set('/\\:*?"<>|'):
-            raise ValueError('must be a plain file name, without folders or any of / \\ : * ? " < > |')
+        if (
+            len(value.encode("utf-8", "replace")) > 150
+            or value.startswith(".")
+            or not value.isprintable()
+            or set(value) & set('/\\:*?"<>|')
+        ):
+            raise ValueError('must be a plain file name of at most 150 bytes, without folders or any of / \\ : * ? " < > |')
         return value
 
 

@@ -123,8 +123,8 @@ def time_in_words(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
-def print_plan(plan: RunPlan) -> None:
-    """Everything `check` and `--dry-run` can say without weights."""
+def print_plan(plan: RunPlan, problems: bool = True) -> None:
+    """Everything `check` and `--dry-run` can say without weights; `train` leaves the problems to its events."""
     console = Console(highlight=False, emoji=False)
     config = plan.config
 
@@ -144,7 +144,7 @@ def print_plan(plan: RunPlan) -> None:
     else:
         line("text", "the text encoder stays as it is")
     line("optimizer", f"{config.optimizer.type}, rate {config.optimizer.learning_rate:g}, {config.schedule.type}")
-    for problem in plan.problems:
+    for problem in plan.problems if problems else ():
         where = f"{problem.where}: " if problem.where else ""
         line(problem.severity, f"{where}{problem.what}." + (f" {problem.hint}" if problem.hint else ""))
 

@@ -10,8 +10,9 @@ import typer
 from trainers.console import time_in_words
 from trainers.draw import DrawRequest, draw
 from trainers.families import ASSETS
+from trainers.files import write_atomically
 from trainers.launch import execute, given_settings, last_words, plan_run
-from trainers.run_folder import RunFolder, new_run, open_run, write_atomically
+from trainers.run_folder import RunFolder, new_run, open_run
 
 # None of these is in the sample folder.
 PROMPTS = (
@@ -39,7 +40,7 @@ def run_demo(output: Path) -> int:
             )
             typer.echo(str(plan.arithmetic))
             write_atomically(run.config, plan.toml().encode())
-        code = execute(run, title="training")
+        code = 0 if last_words(run) else execute(run, title="training")
     if code or not run.result:
         return code
     strip = run.path / "strip.png"
@@ -60,6 +61,6 @@ def _next_run(output: Path) -> tuple[RunFolder, bool]:
         if not (path / "config.toml").exists():
             return new_run(path), True
         run = open_run(path)
-        if not last_words(run):
+        if not (run.path / "strip.png").exists():
             return run, False
         number += 1

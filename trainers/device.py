@@ -23,6 +23,11 @@ class Device:
     count: int = 1
 
     @property
+    def dtype_name(self) -> str:
+        """fp32 or bf16."""
+        return "bf16" if self.dtype == torch.bfloat16 else "fp32"
+
+    @property
     def is_main(self) -> bool:
         """Whether this process writes the files."""
         return self.index == 0

@@ -8,8 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import typer
+
 from trainers.errors import AdapterFileError, RunFolderError, SettingError
-from trainers.samplers import SAMPLERS
+from trainers.formats.text import printable
+from trainers.samplers import check_sampler
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -78,10 +81,9 @@ def parse_size(text: str) -> tuple[int, int]:
 def draw(request: DrawRequest, on_picture: Callable[[int, int], object] = lambda done, total: None) -> list[Path]:
     """Renders and writes; returns the files made. `on_picture` is told how many of how many pictures are drawn.
 
-    Raises TrainingError, before any weight is read where it can.
+    What of a LoRA does not fit the base is told on stderr. Raises TrainingError, before any weight is read where it can.
     """
-    if request.scheduler not in SAMPLERS:
-        raise SettingError(f"There is no scheduler {request.scheduler!r}", hint=f"Choose one of: {', '.join(SAMPLERS)}.")
+    check_sampler(request.scheduler)
     if request.as_folder and request.output.exists() and not request.output.is_dir():
         raise RunFolderError("The output folder is a file", where=str(request.output), hint="Choose another --output.")
     if request.as_folder and len({file_name(0, strength) for strength in request.strengths}) < len(request.strengths):
@@ -89,21 +91,23 @@ def draw(request: DrawRequest, on_picture: Callable[[int, int], object] = lambda
     if not request.as_folder and request.output.suffix.lower() != ".png":
         raise SettingError("Pictures are written as .png", where=str(request.output), hint="End --output with .png or with /.")
     from trainers.device import choose_device
-    from trainers.families import load_family, recognise_base
+    from trainers.families import check_size, load_family, recognise_base, weight_files
 
     base = recognise_base(request.base)
     size = request.size or (base.resolution, base.resolution)
-    if any(side % base.step or not base.step <= side <= 4096 for side in size):
-        raise SettingError(f"This base cannot draw {size[0]}x{size[1]}", hint=f"Both sides must be multiples of {base.step}.")
-    device = choose_device("auto", sum(file.stat().st_size for file in (base.folder / "unet").glob("*.safetensors")))
+    check_size(base, height=size[1], width=size[0])
+    device = choose_device("auto", sum(file.stat().st_size for file in weight_files(base.folder, "unet")))
     model = load_family(base, device.dtype, device.device)
-    names = attach_files(model, [path for path, _ in request.loras])
+    names = attach_files(model, [path for path, _ in request.loras], lambda remark: typer.echo(remark, err=True))
     own = dict(zip(names, (strength for _, strength in request.loras), strict=True))
     return list(_write_all(request, model, own, size, on_picture))
 
 
-def attach_files(model: DiffusionModel, paths: list[Path]) -> list[str]:
-    """Adds LoRA files to a loaded model and returns the adapters' names. Raises AdapterFileError when one does not fit."""
+def attach_files(model: DiffusionModel, paths: list[Path], tell: Callable[[str], object]) -> list[str]:
+    """Adds LoRA files to a loaded model and returns the adapters' names.
+
+    `tell` gets a sentence for each file with modules that the base has not. Raises AdapterFileError when none is there.
+    """
     from trainers.adapters import ADAPTERS
     from trainers.adapters.inject import adapt_layers, find_layers
     from trainers.adapters.layer import Adapter
@@ -114,6 +118,10 @@ def attach_files(model: DiffusionModel, paths: list[Path]) -> list[str]:
     names = []
     for number, path in enumerate(paths):
         file = read_adapter(path, list(found), shapes)
+        if file.unmatched:
+            total = len(file.modules) + len(file.unmatched)
+            example = printable(file.unmatched[0])
+            tell(f"{len(file.unmatched)} of {total} modules of {path.name} are not in this base, for example {example}.")
         name = f"file-{number}"
         layers = adapt_layers(model.parts(), list(file.modules))
         for layer, module in file.modules.items():
@@ -171,7 +179,7 @@ def _one(model: DiffusionModel, prompt: str, multiplier: float, own: dict[str, f
 def _save(image: Image.Image, path: Path) -> None:
     import io
 
-    from trainers.run_folder import write_atomically
+    from trainers.files import write_atomically
 
     data = io.BytesIO()
     image.save(data, "PNG")

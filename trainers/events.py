@@ -40,7 +40,7 @@ class Started(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Stage(Event):
-    """A part of the work begins: check, load, prior, train, export. `done` of `total` where it can be counted."""
+    """A part of the work begins: scan, load, prior, train, export. `done` of `total` where it can be counted."""
 
     type: ClassVar[str] = "stage"
     name: str
@@ -147,6 +147,15 @@ def read_since(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
         data = file.read()
     end = data.rfind(b"\n") + 1
     return list(_parse(data[:end])), offset + end
+
+
+def continue_file(path: Path) -> list[dict[str, Any]]:
+    """The events told so far. A line torn by a crash is cut off, so that the next one is not glued to it."""
+    told, end = read_since(path)
+    if path.exists() and path.stat().st_size > end:
+        with path.open("r+b") as file:
+            file.truncate(end)
+    return told
 
 
 def _parse(data: bytes) -> Iterator[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections import Counter
 from pathlib import Path
@@ -10,18 +11,22 @@ import torch
 
 from trainers.adapters import ADAPTERS
 from trainers.adapters.inject import FlatParameters, LayerPlan
-from trainers.config import TrainConfig, write_config
+from trainers.config import TrainConfig
 from trainers.dataset.prepare import TrainingSet
-from trainers.families import BaseModelFacts
+from trainers.families import BaseModelFacts, weight_files
 from trainers.formats import ModuleWeights, write_adapter
+from trainers.formats.hashes import base_file_hashes
 from trainers.formats.metadata import RunFacts, build_metadata
+
+_base_hashes = functools.cache(base_file_hashes)  # of a file of gigabytes, once for all checkpoints
 
 
 def file_name(config: TrainConfig, base: BaseModelFacts) -> str:
     """Name of the exported file without ending: the set name, else pictures, base and rank, as in blackcut-pocket-r16."""
     if config.output.name:
         return config.output.name
-    return f"{Path(config.dataset.images).name or 'lora'}-{base.name}-r{config.adapter.rank}"
+    folder = Path(config.dataset.images).name.lstrip(".")[:60] or "lora"
+    return f"{folder}-{base.name[:40]}-r{config.adapter.rank}"
 
 
 def export_adapter(
@@ -46,9 +51,13 @@ def export_adapter(
 
 
 def describe_run(
-    config: TrainConfig, base: BaseModelFacts, data: TrainingSet, base_hashes: tuple[str, str], step: int, started_at: float
+    config: TrainConfig, base: BaseModelFacts, data: TrainingSet, step: int, started_at: float, precision: str
 ) -> dict[str, str]:
-    """The metadata of a file exported after `step` updates. Nothing in it tells of the person's disk."""
+    """The metadata of a file exported after `step` updates. Nothing in it tells of the person's disk.
+
+    `started_at` in seconds since 1970; `precision` is the number format that the base was used in.
+    """
+    old_hash, new_hash = _base_hashes(weight_files(base.folder, "unet")[0])
     folder = Path(config.dataset.images)
     groups: dict[str, list[int]] = {}
     for prepared in (*data.training, *data.held_out):
@@ -69,8 +78,8 @@ def describe_run(
             started_at=started_at,
             seed=config.train.seed,
             steps=step,
-            base_hash_old=base_hashes[0],
-            base_hash_new=base_hashes[1],
+            base_hash_old=old_hash,
+            base_hash_new=new_hash,
             text_encoder_rank=config.text_encoder_rank if learns_text else None,
             text_encoder_alpha=_text_alpha(config) if learns_text else None,
             network_args={"targets": list(adapter.targets), "scaling": adapter.scaling},
@@ -89,14 +98,20 @@ def describe_run(
             num_images=len(data.training),
             noise_offset=config.train.noise_offset,
             min_snr_gamma=config.train.min_snr_gamma,
-            precision=config.train.precision,
+            precision=precision,
             trigger=config.dataset.trigger,
             prediction_type=base.prediction_type,
             author=config.output.author,
             description=config.output.description,
-            session_id=hashlib.sha256(write_config(config).encode()).hexdigest()[:16],
+            session_id=_session(config),
         )
     )
+
+
+def _session(config: TrainConfig) -> str:
+    """Names the run by its settings; where pictures and base lie on the disk is left out."""
+    settings = config.model_dump_json(exclude={"dataset": {"images"}, "base": {"model"}})
+    return hashlib.sha256(settings.encode()).hexdigest()[:16]
 
 
 def _text_alpha(config: TrainConfig) -> float:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from PIL import Image
 
 from trainers.adapters.inject import keeping_strengths, set_strength
-from trainers.errors import SettingError
+from trainers.adapters.layer import AdaptedLayer
+from trainers.families import check_size
 from trainers.families.base import Conditioning, DiffusionModel
-from trainers.samplers import SAMPLERS
+from trainers.samplers import SAMPLERS, check_sampler
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class RenderSettings:
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture to draw: a prompt, the seed of its noise, and the strength of each adapter by name."""
+    """One picture to draw: a prompt, the seed of its noise, and strengths by adapter. One that is not named is at 0."""
 
     prompt: str
     seed: int
@@ -57,9 +58,16 @@ def render_latents(
     model: DiffusionModel, pictures: Sequence[Picture], settings: RenderSettings, on_step: Callable[[], None] = lambda: None
 ) -> torch.Tensor:
     """The same up to the latents (B, C, h, w). The adapters' strengths are afterwards what they were before."""
-    check_size(model, settings)
+    check_size(model.facts, settings.height, settings.width)
     with keeping_strengths(model.parts()):
-        return _sample(model, pictures, settings, on_step)
+        return _sample(model, _with_all_strengths(model, pictures), settings, on_step)
+
+
+def _with_all_strengths(model: DiffusionModel, pictures: Sequence[Picture]) -> list[Picture]:
+    """The pictures with strength 0 for each adapter that they do not name, so that none depends on its neighbours."""
+    layers = (layer for part in model.parts().values() for layer in part.modules() if isinstance(layer, AdaptedLayer))
+    silent = {name: 0.0 for layer in layers for name in layer.adapters}
+    return [replace(picture, strengths=silent | picture.strengths) for picture in pictures]
 
 
 def _sample(
@@ -125,22 +133,11 @@ def _set_row_strengths(model: DiffusionModel, pictures: Sequence[Picture], part:
         set_strength({part: module}, adapter, strength)
 
 
-def check_size(model: DiffusionModel, settings: RenderSettings) -> None:
-    """Raises SettingError when the model cannot draw this size."""
-    step = model.facts.step
-    for side in (settings.height, settings.width):
-        if side % step or side < step or side > 4096:
-            raise SettingError(
-                f"This base cannot draw {settings.width}x{settings.height}", hint=f"Both sides must be multiples of {step}."
-            )
-
-
 def make_scheduler(name: str, config: dict[str, Any]) -> Any:
     """One of diffusers' schedulers with the base model's noise schedule. Raises SettingError for an unknown name."""
     import diffusers
 
-    if name not in SAMPLERS:
-        raise SettingError(f"There is no scheduler {name!r}", hint=f"Choose one of: {', '.join(SAMPLERS)}.")
+    check_sampler(name)
     kind, extra = SAMPLERS[name]
     return getattr(diffusers, kind).from_config(config, **extra)
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import signal
-import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +14,15 @@ from typing import Any
 
 from trainers import events
 from trainers.checks import Arithmetic, check_pictures, check_settings, count_steps, refuse
-from trainers.config import TrainConfig, read_config, write_config
+from trainers.config import TrainConfig, parse_override, write_config
 from trainers.console import make_display
-from trainers.dataset.prepare import TrainingSet, planned_prior, prepare, scan_images
-from trainers.errors import Problem, TrainingError
+from trainers.dataset.prepare import TrainingSet, planned_prior, prepare, render_side, scan_images
+from trainers.errors import Problem, SettingError, TrainingError
 from trainers.families import BaseModelFacts, recognise_base
 from trainers.formats.metadata import source_date
 from trainers.presets import default_preset, resolve
-from trainers.run_folder import RunFolder, absolute, write_atomically
+from trainers.run_folder import RunFolder, absolute
+from trainers.settings import merge
 
 DONE, FAILED, STOPPED = 0, 1, 3
 
@@ -68,18 +67,35 @@ def plan_run(preset: str | None, given: dict[str, Any], overrides: Sequence[str]
     Raises TrainingError for the first thing that may not pass.
     """
     source_date()  # wrong, it would end the run only when its file is written
+    own: dict[str, Any] = given
+    for text in overrides:
+        own = merge(own, parse_override(text))
     # Without a preset the base says which one; else preset, option and --set say which base, the last one first.
-    name = preset or default_preset(recognise_base(given["base"].get("model", "pocket")))
-    config = resolve(name, given, overrides)
+    name = preset or default_preset(recognise_base(str(own["base"].get("model", "pocket"))))
+    config = _with_absolute_base(resolve(name, given, overrides))
     base = recognise_base(config.base.model)
     problems = check_settings(config, base)
     refuse(problems, force)
     scan = scan_images(config)
-    prior = planned_prior(config, Path("prior"), config.dataset.resolution or base.resolution)
+    prior = planned_prior(config, Path("prior"), render_side(config, base))
     data = prepare(config, base, scan.examples, prior)
     problems += check_pictures(config, base, scan, data)
     refuse(problems, force)
-    return RunPlan(config, name, base, data, tuple(problems))
+    plan = RunPlan(config, name, base, data, tuple(problems))
+    try:
+        plan.toml().encode()
+    except UnicodeEncodeError as error:
+        hint = "Rename the folder, or the setting that holds it."
+        raise SettingError("A name is not valid text, so it cannot be written into config.toml", "", hint) from error
+    return plan
+
+
+def _with_absolute_base(config: TrainConfig) -> TrainConfig:
+    """The base as an absolute path where it is a folder here: a run must go on from any working folder."""
+    path = absolute(Path(config.base.model))
+    if config.base.model == "pocket" or not path.exists():
+        return config
+    return config.model_copy(update={"base": config.base.model_copy(update={"model": str(path)})})
 
 
 def last_words(run: RunFolder) -> dict[str, Any] | None:
@@ -91,27 +107,38 @@ def last_words(run: RunFolder) -> dict[str, Any] | None:
 def execute(run: RunFolder, json_lines: bool = False, title: str = "") -> int:
     """Trains in this process, writing events.jsonl and trainer.log. The one place that turns an error into `failed`."""
     with _logged(run), make_display(run, json_lines, title) as show, _signals() as stop:
+        told: set[tuple[str, int | str] | None] = set()
+        shown = [show]
 
         def emit(event: events.Event) -> None:
-            events.append(run.events, event)
+            if _place(event.type, vars(event)) not in told:
+                events.append(run.events, event)
             logging.getLogger("impasto").info(event.to_json())
-            show(event)
+            try:
+                shown[0](event)
+            except OSError:  # whoever looked on has gone; the files go on telling
+                shown[0] = lambda _: None
 
-        _forget_what_is_done_again(run)
         try:
+            told |= {_place(event["type"], event) for event in events.continue_file(run.events)} - {None}
             from trainers.train import train
 
             return DONE if train(run, emit, stop.is_set) else STOPPED
         except TrainingError as error:
             emit(events.Failed(message=str(error)))
-            return max(FAILED, error.exit_code if error.exit_code != 2 else FAILED)
         except KeyboardInterrupt:
-            emit(events.Failed(message="Interrupted before training began. `impasto resume` starts it again."))
-            return FAILED
+            emit(events.Failed(message="Interrupted at once. `impasto resume` goes on from what is saved."))
         except Exception as error:
             logging.getLogger("impasto").exception("unexpected error")
             emit(events.Failed(message=_in_words(error, run)))
-            return FAILED
+        return FAILED
+
+
+def _place(kind: str, values: Mapping[str, Any]) -> tuple[str, int | str] | None:
+    """What makes an event one of its kind: steps after the last training state are done again, alike, and told once."""
+    if kind == "step":
+        return kind, values["step"]
+    return (kind, values["path"]) if kind in ("sample", "checkpoint") else None
 
 
 def follow(run: RunFolder) -> int:
@@ -125,27 +152,13 @@ def follow(run: RunFolder) -> int:
 def _in_words(error: Exception, run: RunFolder) -> str:
     text = str(error).splitlines()[0] if str(error) else type(error).__name__
     if isinstance(error, MemoryError) or "out of memory" in text.lower():
-        return "Out of memory. Lower train.batch_size or dataset.resolution, or set train.checkpointing=true; then resume."
+        return (
+            "Out of memory. Set `checkpointing = true` under [train] in config.toml and resume, or train anew with a lower"
+            " train.batch_size or dataset.resolution."
+        )
     if isinstance(error, OSError) and error.errno == 28:
         return f"The disk is full ({error.filename or run.path}). Free some space; then `impasto resume` goes on."
     return f"{type(error).__name__}: {text} (details in {run.log.name})."
-
-
-def _forget_what_is_done_again(run: RunFolder) -> None:
-    """Drops the events of steps after the newest training state: those steps are done again, alike, and told again."""
-    told, _ = events.read_since(run.events)
-    if not told:
-        return
-    from trainers.training_state import load_state
-
-    state = load_state(run)
-    done = state.step if state else 0
-    kept = [e for e in told if not (e["type"] in ("step", "sample", "checkpoint") and e["step"] > done)]
-    if state is None:
-        kept = [e for e in kept if e["type"] not in ("sample",)]
-    text = "".join(json.dumps(event) + "\n" for event in kept).encode()
-    if text != run.events.read_bytes():  # also where the process died amid a line, which the next one would be glued to
-        write_atomically(run.events, text)
 
 
 @contextmanager
@@ -207,13 +220,3 @@ def measure_steps(plan: RunPlan) -> tuple[float, int]:
             update(training)
             seconds = time.monotonic() - begun
         return seconds, memory_used(training.device.device)
-
-
-def read_run(run: RunFolder) -> TrainConfig:
-    """The settings of an existing run."""
-    return read_config(run.config)
-
-
-def python_command() -> list[str]:
-    """How another process starts the trainer: -P keeps a stray trainers.py in the working folder from running instead."""
-    return [sys.executable, "-P", "-m", "trainers"]

@@ -6,16 +6,19 @@ import io
 import os
 import statistics
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from trainers import events
 from trainers.adapters.inject import TRAINED
+from trainers.dataset.prepare import render_side
 from trainers.export import describe_run, export_adapter, file_name
-from trainers.formats.hashes import base_file_hashes
+from trainers.files import write_atomically
 from trainers.generate import Picture, RenderSettings, render
-from trainers.run_folder import RunFolder, write_atomically
+from trainers.run_folder import RunFolder
 from trainers.setup import Training
 
 
@@ -27,8 +30,23 @@ class Outputs:
         self._emit: events.Emit = emit if training.device.is_main else (lambda _: None)
         self._name = file_name(training.config, training.model.facts)
         self._sample_seconds = 0.0
-        self._hashes: tuple[str, str] | None = None
-        self.process = os.getpid()
+        self._exported_at = -1
+
+    def start(self) -> None:
+        """A process has taken the run up, at its first step or where it was left."""
+        training = self._training
+        self._emit(
+            events.Started(
+                step=training.step,
+                steps=training.data.steps,
+                images=len(training.data.training),
+                held_out=len(training.data.held_out),
+                parameters=training.flat.weights.numel(),
+                device=training.device.reason,
+                process=os.getpid(),
+            )
+        )
+        self._emit(events.Stage(name="train", done=training.step, total=training.data.steps))
 
     def tell(self, loss: float, norm: float, factor: float, held_out: float | None) -> None:
         """The event of the step just done."""
@@ -62,14 +80,13 @@ class Outputs:
             return
         begun = time.monotonic()
         prompts = settings.prompts or tuple(dict.fromkeys(p.example.caption for p in training.data.training))[:2]
-        side = training.config.dataset.resolution or training.model.facts.resolution
-        side -= side % training.model.facts.step
+        side = render_side(training.config, training.model.facts)
         how = RenderSettings(side, side, settings.steps, settings.guidance, settings.negative, settings.scheduler)
-        with _weights_in_use(training):
+        with exported_weights(training):
             for number, prompt in enumerate(prompts):
                 picture = Picture(prompt, settings.seed, {TRAINED: settings.strength})
                 image = render(training.model, [picture], how)[0]
-                path = self._run.samples / f"{training.step:06d}_{number:02d}.png"
+                path = self._run.samples / f"{training.step:08d}_{number:02d}.png"
                 data = io.BytesIO()
                 image.save(data, "PNG")
                 write_atomically(path, data.getvalue())
@@ -87,13 +104,16 @@ class Outputs:
     def checkpoint(self) -> str:
         """Exports the adapter as it stands, keeps the newest few, and returns the path inside the run folder."""
         training = self._training
-        path = self._run.checkpoints / f"{self._name}-{training.step:06d}.safetensors"
+        path = self._run.checkpoints / f"{self._name}-{training.step:08d}.safetensors"
+        relative = path.relative_to(self._run.path).as_posix()
+        if self._exported_at == training.step:  # a stop at a step that has a checkpoint anyway
+            return relative
+        self._exported_at = training.step
         if training.device.is_main:
             self._export(path.parent, path.name)
             kept = sorted(self._run.checkpoints.glob("*.safetensors"))
             for old in kept[: -training.config.checkpoints.keep]:
                 old.unlink(missing_ok=True)
-        relative = path.relative_to(self._run.path).as_posix()
         self._emit(events.Checkpoint(step=training.step, path=relative))
         return relative
 
@@ -113,36 +133,28 @@ class Outputs:
         self._run.take_flag("stop")
         self._emit(events.Finished(step=self._training.step, path=name, seconds=seconds))
 
-    def _base_hashes(self) -> tuple[str, str]:
-        """Of the denoiser's first weight file, read once: it can be gigabytes."""
-        if self._hashes is None:
-            self._hashes = base_file_hashes(sorted((self._training.model.facts.folder / "unet").glob("*.safetensors"))[0])
-        return self._hashes
-
     def _export(self, folder: Path, name: str) -> None:
         training = self._training
         folder.mkdir(parents=True, exist_ok=True)
         base, step = training.model.facts, training.step
-        metadata = describe_run(training.config, base, training.data, self._base_hashes(), step, self._started_at)
+        metadata = describe_run(training.config, base, training.data, step, self._started_at, training.device.dtype_name)
         export_adapter(folder / name, training.flat, training.exported, training.plans, training.config, metadata)
 
 
-class _weights_in_use:
+@contextmanager
+def exported_weights(training: Training) -> Iterator[None]:
     """While held, the layers compute with the weights that would be exported (the running mean, where there is one)."""
-
-    def __init__(self, training: Training) -> None:
-        self._training = training
-
-    def __enter__(self) -> None:
-        if self._training.mean is not None:
-            self._masters = self._training.flat.weights.clone()
-            with torch.no_grad():
-                self._training.flat.weights.copy_(self._training.mean)
-
-    def __exit__(self, *_: object) -> None:
-        if self._training.mean is not None:
-            with torch.no_grad():
-                self._training.flat.weights.copy_(self._masters)
+    if training.mean is None:
+        yield
+        return
+    masters = training.flat.weights.clone()
+    with torch.no_grad():
+        training.flat.weights.copy_(training.mean)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            training.flat.weights.copy_(masters)
 
 
 def memory_used(device: torch.device) -> int:

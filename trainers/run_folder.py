@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from trainers.errors import RunFolderError
+from trainers.files import write_atomically
 
 
 def home_folder() -> Path:
@@ -24,20 +25,6 @@ def home_folder() -> Path:
 def absolute(path: Path) -> Path:
     """A path as typed, made absolute, ~ expanded. Unlike pathlib's own, it fails on no link loop and no unknown ~user."""
     return Path(os.path.abspath(os.path.expanduser(path)))
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Writes aside, flushes to the disk, then renames: readers see the old file or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with aside.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
@@ -96,14 +83,14 @@ class RunFolder:
         """Whether somebody put the file `stop` there; `pause` written inside asks for a pause."""
         try:
             return "pause" if "pause" in (self.path / "stop").read_text(errors="replace") else "stop"
-        except FileNotFoundError:
+        except OSError:  # not there, or, on Windows, still open in the program that writes it
             return None
 
     def take_flag(self, name: str) -> bool:
         """True once after somebody put the file `name` (sample-now, save-now, stop) there; it is removed."""
         try:
             (self.path / name).unlink()
-        except FileNotFoundError:
+        except OSError:
             return False
         return True
 
@@ -132,13 +119,25 @@ class RunFolder:
             return
         before = json.loads(self.manifest.read_text(encoding="utf-8"))
         now = json.loads(text)
-        changed = [key for key in sorted(now) if key != "versions" and before.get(key) != now[key]]
+        changed = [key for key in sorted(_flat(now)) if _flat(before).get(key) != _flat(now)[key]]
+        changed += sorted(_flat(before).keys() - _flat(now).keys())
         if changed:
             raise RunFolderError(
-                f"Since this run began, something changed: {', '.join(changed)}",
+                f"Since this run began, something changed: {', '.join(changed[:5])}{', ...' if changed[5:] else ''}",
                 where=str(self.path),
                 hint="Put it back, or train into a new run folder.",
             )
+
+
+def _flat(manifest: dict[str, Any]) -> dict[str, Any]:
+    """Dotted names of all that must not change between stop and resume."""
+    flat: dict[str, Any] = {}
+    for key, value in manifest.items():
+        if key == "versions":
+            continue
+        inner = _flat(value) if isinstance(value, dict) else {"": value}
+        flat |= {f"{key}.{name}".rstrip("."): part for name, part in inner.items()}
+    return flat
 
 
 def new_run(path: Path) -> RunFolder:

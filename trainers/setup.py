@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,16 +15,17 @@ import torch
 from trainers import events
 from trainers.adapters import ADAPTERS
 from trainers.adapters.inject import FlatParameters, LayerPlan, canonical_name, inject_trainable
+from trainers.checks import check_pictures, check_settings
 from trainers.config import TrainConfig
 from trainers.dataset.batches import BatchMaker
-from trainers.dataset.cache import ContentCache
-from trainers.dataset.folder import Scan, hash_file
-from trainers.dataset.prepare import TrainingSet, planned_prior, prepare, scan_images
+from trainers.dataset.cache import ContentCache, prune
+from trainers.dataset.folder import Scan
+from trainers.dataset.prepare import TrainingSet, prepare, scan_images
 from trainers.device import Device, choose_device
-from trainers.families import load_family, recognise_base
+from trainers.families import load_family, recognise_base, weight_files
 from trainers.families.base import Conditioning, DiffusionModel
-from trainers.prior import draw_prior
-from trainers.run_folder import RunFolder, home_folder
+from trainers.prior import prior_examples
+from trainers.run_folder import RunFolder
 
 Condition = Callable[[tuple[str, ...]], Conditioning]
 
@@ -51,27 +53,31 @@ class Training:
         return self.flat.weights if self.mean is None else self.mean
 
 
-def set_up(config: TrainConfig, run: RunFolder, emit: events.Emit) -> Training:
-    """All stages before the first step. Raises TrainingError when base, pictures or settings do not fit together."""
+def set_up(
+    config: TrainConfig,
+    run: RunFolder,
+    emit: events.Emit,
+    interrupted: Callable[[], bool] = lambda: False,
+    cache_folder: Path | None = None,
+) -> Training:
+    """All stages before the first step. Raises TrainingError when base, pictures or settings do not fit together.
+
+    `cache_folder` holds the latents from run to run; None keeps them in memory. Raises KeyboardInterrupt when
+    `interrupted` while the base draws prior pictures.
+    """
     emit(events.Stage(name="scan", detail=f"reading {config.dataset.images}"))
     base = recognise_base(config.base.model)
     scan = scan_images(config)
-    for problem in scan.problems:
-        emit(events.Warned(message=str(problem)))
     emit(events.Stage(name="load", detail=f"base model {base.name}"))
-    size = sum(file.stat().st_size for file in (base.folder / "unet").glob("*.safetensors"))
+    size = sum(file.stat().st_size for file in weight_files(base.folder, "unet"))
     device = choose_device(config.train.precision, size)
     model = load_family(base, device.dtype, device.device)
     if device.is_main:
         run.check_manifest(make_manifest(config, scan, model))
-    prior = planned_prior(config, run.prior, config.dataset.resolution or base.resolution)
-    if prior:
-        emit(events.Stage(name="prior", detail="the base draws pictures that keep it from forgetting", total=len(prior)))
-        if device.is_main:
-            draw_prior(model, config, prior, lambda done: emit(events.Stage(name="prior", done=done, total=len(prior))))
-        device.wait_for_all()
-        prior = [replace(example, sha256=hash_file(example.path)) for example in prior]
+    prior = prior_examples(model, config, run.prior, device, emit, interrupted)
     data = prepare(config, base, scan.examples, prior)
+    for problem in (*check_settings(config, base), *check_pictures(config, base, scan, data)):
+        emit(events.Warned(message=str(problem)))
     # The text states are cached only while nothing about the text encoder learns; both facts are settled here.
     plans = plan_layers(config, model)
     model.fingerprint("vae")  # of the frozen weights, before anything is injected
@@ -83,14 +89,15 @@ def set_up(config: TrainConfig, run: RunFolder, emit: events.Emit) -> Training:
         {"params": flat.parameters(group, config.optimizer.views), "lr": rates[group], "initial_lr": rates[group]}
         for group in flat.groups
     ]
-    cache = ContentCache(home_folder() / "cache" / "latents")
+    if cache_folder and device.is_main:
+        prune(cache_folder)
     return Training(
         config=config,
         model=model,
         device=device,
         data=data,
-        batches=BatchMaker(model, config, data.training, data.plan, cache, device),
-        condition=choose_condition(model, learns=config.text_encoder_rate > 0),
+        batches=BatchMaker(model, config, data.training, data.plan, ContentCache(cache_folder), device),
+        condition=choose_condition(model, device.device, learns=config.text_encoder_rate > 0),
         plans=plans,
         flat=flat,
         optimizer=config.optimizer.build(groups),
@@ -115,7 +122,7 @@ def plan_layers(config: TrainConfig, model: DiffusionModel) -> list[LayerPlan]:
     return plans
 
 
-def choose_condition(model: DiffusionModel, learns: bool) -> Condition:
+def choose_condition(model: DiffusionModel, device: torch.device, learns: bool) -> Condition:
     """Captions -> Conditioning: encoded in the step while the text encoder learns, else once for each caption."""
     if learns:
         return model.encode_captions
@@ -132,21 +139,26 @@ def choose_condition(model: DiffusionModel, learns: bool) -> Condition:
             entry = dict(cache.get(caption, lambda caption=caption: encode(caption)))  # type: ignore[misc]
             rows.append(Conditioning(entry.pop("hidden_states"), entry))
         joined = Conditioning.join(rows)
-        device = model.objective.alphas_cumprod.device
         return Conditioning(joined.hidden_states.to(device), {name: value.to(device) for name, value in joined.extras.items()})
 
     return condition
 
 
 def make_manifest(config: TrainConfig, scan: Scan, model: DiffusionModel) -> dict[str, Any]:
-    """Content hashes of all that goes into a run."""
-    settings = config.model_dump(mode="json")
+    """Content hashes of all that goes into a run, and the settings that decide its result.
+
+    Settings at their defaults are left out, so that a later version with one setting more can go on with the run; so
+    are those that change nothing in the adapter, so that they may be changed between stop and resume.
+    """
+    free: dict[str, Any] = {"base": {"model"}, "dataset": {"images"}, "samples": True, "checkpoints": True, "output": True}
+    free["train"] = {"save_state_seconds", "checkpointing"}
+    settings = config.model_dump(mode="json", exclude_defaults=True, exclude=free)
     return {
         "images": {example.name: example.sha256 for example in scan.examples},
         "captions": {example.name: hashlib.sha256(example.caption.encode()).hexdigest() for example in scan.examples},
         "repeats": {example.name: example.repeats for example in scan.examples},
         "base": {part: model.fingerprint(part) for part in (*model.parts(), "vae")},
-        "settings": hashlib.sha256(repr(settings).encode()).hexdigest(),
+        "settings": settings,
         "versions": {name: _version(name) for name in ("impasto", "torch", "diffusers", "transformers", "safetensors")},
     }
 

@@ -15,8 +15,8 @@ from trainers.dataset.batches import Batch
 from trainers.errors import DivergedError
 from trainers.families.base import DiffusionModel
 from trainers.objective import mean_of_squares
-from trainers.outputs import Outputs
-from trainers.run_folder import RunFolder
+from trainers.outputs import Outputs, exported_weights
+from trainers.run_folder import RunFolder, home_folder
 from trainers.schedule import rate_factor
 from trainers.setup import Condition, Training, set_up
 from trainers.training_state import TrainingState, load_state, save_state
@@ -43,7 +43,7 @@ def update(training: Training) -> tuple[float, float]:
     flat.gradient.zero_()
     loss = torch.zeros((), device=training.device.device)
     for batch in training.batches.step(training.step):
-        part = training_step(training.model, batch, training.condition, settings.min_snr_gamma)
+        part = training_step(training.model, batch, training.condition, settings.min_snr_gamma or None)
         part.backward()  # type: ignore[no-untyped-call]
         loss += part.detach()
     if training.device.count > 1:
@@ -54,7 +54,7 @@ def update(training: Training) -> tuple[float, float]:
         raise DivergedError(
             f"The {'gradient' if math.isfinite(float(loss)) else 'loss'} is no longer a finite number",
             where=f"step {training.step + 1}",
-            hint="Lower optimizer.learning_rate, or use train.precision=fp32. The last training state is kept.",
+            hint="Train anew with a lower optimizer.learning_rate or train.precision=fp32; what was saved until now is kept.",
         )
     if settings.max_grad_norm and norm > settings.max_grad_norm:
         flat.gradient.mul_(settings.max_grad_norm / norm)
@@ -80,10 +80,9 @@ def held_out_loss(training: Training) -> float | None:
     """Loss on the pictures kept aside, always with the same noise and timesteps, unweighted by SNR; None without any."""
     if not training.data.held_out:
         return None
-    parts = [
-        training_step(training.model, batch, training.condition, None)
-        for batch in training.batches.held_out(training.data.held_out)
-    ]
+    batches = training.batches.held_out(training.data.held_out)
+    with exported_weights(training):
+        parts = [training_step(training.model, batch, training.condition, None) for batch in batches]
     return float(torch.stack(parts).sum())
 
 
@@ -93,57 +92,59 @@ def train(run: RunFolder, emit: events.Emit, interrupted: Callable[[], bool] = l
     Every file it makes lies in the run folder. Raises TrainingError in words when it cannot go on; the last training
     state and checkpoints then stay as they are.
     """
-    training = set_up(read_config(run.config), run, emit)
-    started = _resume(training, run)
-    outputs = Outputs(run, training, emit, started["at"])
-    emit(
-        events.Started(
-            step=training.step,
-            steps=training.data.steps,
-            images=len(training.data.training),
-            held_out=len(training.data.held_out),
-            parameters=training.flat.weights.numel(),
-            device=training.device.reason,
-            process=outputs.process,
-        )
-    )
-    before, begun = started["seconds"], time.monotonic()
-    saved = begun
+    training = set_up(read_config(run.config), run, emit, interrupted, home_folder() / "cache" / "latents")
+    past = _resume(training, run)
+    outputs = Outputs(run, training, emit, past["at"])
+    outputs.start()
+    begun = saved = time.monotonic()
     steps, every = training.data.steps, training.config.samples.every
     loss_due = every or max(1, steps // 20)
 
-    def save() -> None:
-        facts = {"at": started["at"], "seconds": before + time.monotonic() - begun, "threads": torch.get_num_threads()}
-        weights, mean = training.flat.weights, training.mean
-        if training.device.is_main:
-            save_state(run, TrainingState(training.step, weights, mean, training.optimizer.state_dict(), facts))
+    def seconds() -> float:
+        return past["seconds"] + time.monotonic() - begun
 
-    emit(events.Stage(name="train", done=training.step, total=steps))
+    def save() -> None:
+        if training.device.is_main:
+            _save(training, run, {"at": past["at"], "seconds": seconds(), "threads": torch.get_num_threads()})
+
+    def stop_asked() -> str | None:
+        # The first process alone reads the flags, so that none of the others takes them away from it.
+        asked = "stop" if interrupted() else run.stop_asked() if training.device.is_main else None
+        return (None, "pause", "stop")[training.device.largest_of_processes({None: 0, "pause": 1, "stop": 2}[asked])]
+
+    def flagged(name: str) -> bool:
+        return training.device.is_main and run.take_flag(name)
+
     if every and training.step == 0:
         outputs.sample()
     while training.step < steps:
+        asked = stop_asked()
+        if asked:
+            save()
+            outputs.stop(asked)
+            return False
         tick = time.monotonic()
         factor = factor_now(training)
         loss, norm = update(training)
         training.durations.append(time.monotonic() - tick)
         due = training.step % loss_due == 0 or training.step == steps
         outputs.tell(loss, norm, factor, held_out_loss(training) if due else None)
-        if (every and (training.step % every == 0 or training.step == steps)) or run.take_flag("sample-now"):
+        if (every and (training.step % every == 0 or training.step == steps)) or flagged("sample-now"):
             outputs.sample()
         if training.config.checkpoints.every and training.step % training.config.checkpoints.every == 0:
             outputs.checkpoint()
-        asked = "stop" if interrupted() else run.stop_asked()
-        if training.device.largest_of_processes(int(asked is not None)) and training.step < steps:
-            save()
-            outputs.stop(asked or "stop")
-            return False
         age = time.monotonic() - saved + statistics.median(training.durations)  # as it would be after one more step
-        if age > training.config.train.save_state_seconds or run.take_flag("save-now"):
+        if age > training.config.train.save_state_seconds or flagged("save-now"):
             save()
             saved = time.monotonic()
     save()
-    outputs.finish(before + time.monotonic() - begun)
+    outputs.finish(seconds())
     return True
+
+
+def _save(training: Training, run: RunFolder, facts: dict[str, float]) -> None:
+    state = training.optimizer.state_dict()
+    save_state(run, TrainingState(training.step, training.flat.weights, training.mean, state, facts))
 
 
 def _resume(training: Training, run: RunFolder) -> dict[str, float]:

@@ -17,7 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from trainers.errors import RunFolderError
-from trainers.run_folder import RunFolder, write_atomically
+from trainers.files import write_atomically
+from trainers.run_folder import RunFolder
 
 GENERATIONS = 2
 
@@ -65,9 +66,10 @@ def _newest_first(run: RunFolder) -> list[Path]:
 
 def _read(path: Path) -> TrainingState | None:
     try:
+        # Cloned, as Windows replaces and deletes no file that is still mapped.
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - not a mapping
     except (SafetensorError, OSError):
         return None
     # All that follows reads only what has its checksum, so what this program wrote.

@@ -11,7 +11,7 @@ import torch
 
 from trainers.dataset.batches import Batch, BatchMaker, pixels_of
 from trainers.dataset.cache import ContentCache
-from trainers.dataset.folder import load_pixels
+from trainers.dataset.pictures import load_pixels
 from trainers.device import Device
 from trainers.setup import Training
 

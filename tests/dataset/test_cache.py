@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,10 +14,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save, save_file
 
-from tests.tiny_runs import tiny_training
+from tests.tiny_runs import tiny_config
+from trainers.dataset import batches
 from trainers.dataset import cache as cache_module
-from trainers.dataset.cache import ContentCache, Entry, cache_key
-from trainers.setup import Training
+from trainers.dataset.cache import ContentCache, Entry, cache_key, prune
+from trainers.run_folder import RunFolder
+from trainers.setup import set_up
 
 KEY = cache_key("something")
 START = torch.arange(6.0).view(2, 3)
@@ -123,60 +128,135 @@ def test_an_entry_larger_than_the_bound_is_still_served() -> None:
     assert cache.get("a", lambda: {"mean": torch.ones(100)})["mean"].sum() == 100
 
 
+def fill(folder: Path, *days_ago: float) -> list[Path]:
+    """One entry for each age, all of one size; returns their files."""
+    paths = []
+    for number, days in enumerate(days_ago):
+        key = cache_key(number)
+        ContentCache(folder).get(key, lambda: {"mean": torch.zeros(256)})
+        paths.append(next(folder.rglob(f"{key}.*")))
+        _age(paths[-1], days)
+    return paths
+
+
+def _age(path: Path, days: float) -> None:
+    then = time.time() - days * 24 * 3600
+    os.utime(path, (then, then))
+
+
+def test_pruning_removes_what_was_unused_for_longest_down_to_the_limit(tmp_path: Path) -> None:
+    paths = fill(tmp_path, 1, 5, 3, 4, 2)
+    size = paths[0].stat().st_size
+    assert prune(tmp_path, limit_bytes=3 * size) == 2
+    assert stored(tmp_path) == sorted([paths[0], paths[2], paths[4]])
+    assert prune(tmp_path, limit_bytes=3 * size) == 0
+
+
+def test_pruning_leaves_a_cache_within_its_usual_limit_alone(tmp_path: Path) -> None:
+    paths = fill(tmp_path, 400, 0)
+    assert prune(tmp_path) == 0
+    assert stored(tmp_path) == sorted(paths)
+
+
+def test_an_entry_that_was_read_again_outlives_one_that_was_not(tmp_path: Path) -> None:
+    paths = fill(tmp_path, 9, 8)
+    ContentCache(tmp_path).get(paths[0].stem, never)
+    assert prune(tmp_path, limit_bytes=paths[0].stat().st_size) == 1
+    assert stored(tmp_path) == [paths[0]]
+
+
+def test_reading_an_entry_of_today_writes_nothing(tmp_path: Path) -> None:
+    (path,) = fill(tmp_path, 0.5)
+    before = path.stat().st_mtime_ns
+    ContentCache(tmp_path).get(path.stem, never)
+    assert path.stat().st_mtime_ns == before
+
+
+def test_pruning_clears_what_killed_processes_left_but_not_what_is_being_written(tmp_path: Path) -> None:
+    (path,) = fill(tmp_path, 0)
+    left, growing = path.parent / ".1-aa.tmp", path.parent / ".2-bb.tmp"
+    for file in (left, growing):
+        file.write_bytes(b"half")
+    _age(left, 2)
+    prune(tmp_path)
+    assert stored(tmp_path) == sorted([path, growing])
+
+
+def test_pruning_a_cache_that_is_not_there_does_nothing(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    assert prune(tmp_path / "none") == prune(tmp_path / "file") == prune(tmp_path) == 0
+
+
 def test_keys_tell_kinds_and_borders_of_parts_apart() -> None:
     keys = [cache_key(*parts) for parts in (("a", 1), ("a", "1"), ("a1",), ("a", 1, ""), (("a", 1),), (1, "a"))]
     assert len(set(keys)) == len(keys)
     assert cache_key("a", 1) == cache_key("a", 1)
 
 
-def entries(training: Training, home: Path) -> set[str]:
-    """Keys of what one epoch puts into the cache that was emptied before."""
-    folder = home / "cache" / "latents"
-    shutil.rmtree(folder, ignore_errors=True)
-    for step in range(training.data.plan.steps_per_epoch):
-        list(training.batches.step(step))
-    return {path.stem for path in stored(folder)}
+@pytest.fixture
+def entries(tiny_base: Path, pictures: Path, tmp_path: Path) -> Callable[..., set[str]]:
+    """entries("dataset.flip=true", ...) -> keys of what one epoch on `pictures` puts into an empty cache."""
+
+    def fill_cache(*overrides: str, base: Path = tiny_base, device: str = "cpu") -> set[str]:
+        folder = tmp_path / "cache"
+        shutil.rmtree(folder, ignore_errors=True)
+        run = RunFolder(tmp_path / "run")
+        shutil.rmtree(run.path, ignore_errors=True)
+        run.path.mkdir()
+        training = set_up(tiny_config(base, pictures, *overrides), run, lambda event: None, cache_folder=folder)
+        training.batches._device = dataclasses.replace(training.device, device=torch.device(device))
+        for step in range(training.data.plan.steps_per_epoch):
+            list(training.batches.step(step))
+        return {path.stem for path in stored(folder)}
+
+    return fill_cache
 
 
-def test_a_second_run_over_the_same_pictures_needs_the_same_entries(
-    tiny_base: Path, pictures: Path, tmp_path: Path, home: Path
-) -> None:
-    first = entries(tiny_training(tiny_base, pictures, tmp_path / "a"), home)
-    more = ("train.seed=5", "adapter.rank=4", "train.batch_size=3", "dataset.trigger=word")
+def test_a_second_run_over_the_same_pictures_needs_the_same_entries(entries: Callable[..., set[str]]) -> None:
+    first = entries()
     assert len(first) == 6
-    assert entries(tiny_training(tiny_base, pictures, tmp_path / "b", *more), home) == first
+    assert entries("train.seed=5", "adapter.rank=4", "train.batch_size=3", "dataset.trigger=word") == first
 
 
-def test_the_key_changes_with_crop_and_size(tiny_base: Path, pictures: Path, tmp_path: Path, home: Path) -> None:
-    square = entries(tiny_training(tiny_base, pictures, tmp_path / "a"), home)
-    large = entries(tiny_training(tiny_base, pictures, tmp_path / "b", "dataset.resolution=64"), home)
-    bucketed = entries(tiny_training(tiny_base, pictures, tmp_path / "c", "dataset.buckets=true"), home)
-    assert not square & large
-    assert len(square & bucketed) == 4  # only the two oblong pictures are cropped in another way
+def test_the_key_changes_with_crop_and_size(entries: Callable[..., set[str]]) -> None:
+    square = entries()
+    assert not square & entries("dataset.resolution=64")
+    assert len(square & entries("dataset.buckets=true")) == 4  # only the two oblong pictures are cropped in another way
 
 
-def test_the_key_changes_with_a_flip(tiny_base: Path, pictures: Path, tmp_path: Path, home: Path) -> None:
-    plain = entries(tiny_training(tiny_base, pictures, tmp_path / "a"), home)
-    mirrored = entries(tiny_training(tiny_base, pictures, tmp_path / "b", "dataset.flip=true"), home)
+def test_the_key_changes_with_a_flip(entries: Callable[..., set[str]]) -> None:
+    plain, mirrored = entries(), entries("dataset.flip=true")
     assert mirrored - plain and mirrored & plain
     assert len(mirrored) == 6
 
 
-def test_the_key_changes_with_the_pixels_of_one_picture(tiny_base: Path, pictures: Path, tmp_path: Path, home: Path) -> None:
-    before = entries(tiny_training(tiny_base, pictures, tmp_path / "a"), home)
+def test_the_key_changes_with_the_pixels_of_one_picture(entries: Callable[..., set[str]], pictures: Path) -> None:
+    before = entries()
     with Image.open(pictures / "03.png") as image:
         changed = image.convert("RGB")
     changed.putpixel((5, 5), (1, 2, 3))
     changed.save(pictures / "03.png")
-    after = entries(tiny_training(tiny_base, pictures, tmp_path / "b"), home)
+    after = entries()
     assert len(before - after) == len(after - before) == 1
 
 
-def test_the_key_changes_with_the_vae(tiny_base: Path, pictures: Path, tmp_path: Path, home: Path) -> None:
-    before = entries(tiny_training(tiny_base, pictures, tmp_path / "a"), home)
+def test_the_key_changes_with_the_vae(entries: Callable[..., set[str]], tiny_base: Path, tmp_path: Path) -> None:
+    before = entries()
     other = shutil.copytree(tiny_base, tmp_path / "other")
     weights = other / "vae" / "diffusion_pytorch_model.safetensors"
     tensors = load_file(weights)
     tensors["encoder.conv_in.bias"][0] += 1e-3
     save_file(tensors, weights, {"format": "pt"})
-    assert not before & entries(tiny_training(other, pictures, tmp_path / "b"), home)
+    assert not before & entries(base=other)
+
+
+def test_the_key_changes_with_the_kind_of_device_that_encodes(entries: Callable[..., set[str]]) -> None:
+    assert not entries() & entries(device="meta")
+
+
+def test_the_key_changes_with_the_version_of_what_prepares_pictures(
+    entries: Callable[..., set[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = entries()
+    monkeypatch.setattr(batches, "PREPROCESSING", batches.PREPROCESSING + 1)
+    assert not before & entries()

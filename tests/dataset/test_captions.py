@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from trainers.dataset.captions import MAX_BYTES, caption_from_name, read_caption, read_caption_file, vary_caption, with_trigger
+from trainers.dataset.captions import MAX_BYTES, caption_from_name, read_caption_file, vary_caption, with_trigger
 from trainers.errors import DatasetError
 
 TEXT = "a château, in “winter”"
@@ -32,13 +32,13 @@ TEXT = "a château, in “winter”"
 def test_the_same_caption_is_read_from_every_encoding(tmp_path: Path, data: bytes, encoding: str) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes(data)
-    assert read_caption(path) == TEXT
+    assert read_caption_file(path).text == TEXT
     assert read_caption_file(path).encoding == encoding
 
 
 def test_bytes_that_are_no_text_in_any_encoding_are_read_as_latin_1(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"caf\xe9 \x81")
-    assert read_caption(tmp_path / "a.txt") == "café"
+    assert read_caption_file(tmp_path / "a.txt").text == "café"
 
 
 @pytest.mark.parametrize(
@@ -54,12 +54,12 @@ def test_bytes_that_are_no_text_in_any_encoding_are_read_as_latin_1(tmp_path: Pa
 )
 def test_line_ends_control_and_invisible_characters_are_cleaned(tmp_path: Path, data: bytes, expected: str) -> None:
     (tmp_path / "a.txt").write_bytes(data)
-    assert read_caption(tmp_path / "a.txt") == expected
+    assert read_caption_file(tmp_path / "a.txt").text == expected
 
 
 def test_emoji_and_scripts_written_with_joiners_stay_whole(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("👩‍🚀 می‌خواهم", encoding="utf-8")
-    assert read_caption(tmp_path / "a.txt") == "👩‍🚀 می‌خواهم"
+    assert read_caption_file(tmp_path / "a.txt").text == "👩‍🚀 می‌خواهم"
 
 
 def test_a_caption_without_end_is_cut_even_within_a_character(tmp_path: Path) -> None:
@@ -73,12 +73,12 @@ def test_a_caption_without_end_is_cut_even_within_a_character(tmp_path: Path) ->
 def test_a_file_that_is_no_text_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(bytes(range(256)) * 4)
     with pytest.raises(DatasetError, match=r"no text.*a\.txt"):
-        read_caption(tmp_path / "a.txt")
+        read_caption_file(tmp_path / "a.txt")
 
 
 def test_a_missing_caption_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match=r"cannot be read.*gone\.txt"):
-        read_caption(tmp_path / "gone.txt")
+        read_caption_file(tmp_path / "gone.txt")
 
 
 def test_a_pipe_as_caption_is_refused_and_not_waited_for(tmp_path: Path) -> None:
@@ -86,7 +86,7 @@ def test_a_pipe_as_caption_is_refused_and_not_waited_for(tmp_path: Path) -> None
     # Where there are no named pipes a folder stands in: it is no regular file either.
     os.mkfifo(target) if hasattr(os, "mkfifo") else target.mkdir()
     with pytest.raises(DatasetError, match="cannot be read"):
-        read_caption(target)
+        read_caption_file(target)
 
 
 @pytest.mark.parametrize(

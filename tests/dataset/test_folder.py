@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from tests.bad_input import GOOD, SILENT, make_bad_folder, make_picture, unlock
-from trainers.dataset.folder import Example, Scan, check_pixels, hash_file, load_pixels, scan_folder
+from trainers.dataset.folder import Example, Scan, scan_folder
+from trainers.dataset.pictures import hash_file, load_pixels
 from trainers.errors import DatasetError
 
 
@@ -59,7 +60,6 @@ def test_every_example_of_a_bad_folder_gives_its_pixels(scanned: Scan) -> None:
     for example in scanned.examples:
         image = load_pixels(example.path, example.sha256)
         assert (image.mode, image.size) == ("RGB", (example.width, example.height)), example.name
-        assert check_pixels(example) is None
 
 
 def test_a_scan_never_ends_a_run_by_an_error(scanned: Scan) -> None:
@@ -79,9 +79,6 @@ def test_the_quick_scan_finds_the_same_but_for_damage_amid_the_pixels(bad: tuple
     quick = scan_folder(bad[0], trigger="sks", decode=False)
     extra = [example for example in quick.examples if example not in scanned.examples]
     assert [example.name for example in extra] == ["flipped bits.png"]
-    problem = check_pixels(extra[0])
-    assert problem is not None
-    assert problem.where == "flipped bits.png"
     assert set(scanned.examples) < set(quick.examples)
 
 
@@ -171,6 +168,28 @@ def test_missing_captions_are_counted_with_what_to_do(tmp_path: Path) -> None:
     said = told(scan_folder(tmp_path), "")
     assert "No caption for 1 of 3 pictures (red hat.png); the file name or trigger word is used. Write red hat.txt" in said
     assert "for 1 of 3 pictures (IMG_1.png); they are learnt with an empty caption. Write IMG_1.txt beside it, or set" in said
+
+
+@pytest.mark.parametrize("sign", ["events.jsonl", "state"])
+def test_a_run_folder_among_the_pictures_is_passed_over_and_named(tmp_path: Path, sign: str) -> None:
+    make_picture().save(tmp_path / "a.png")
+    for folder in ("runs/first/samples", "runs/first/prior", "runs/notes"):
+        (tmp_path / folder).mkdir(parents=True)
+        make_picture(number=1).save(tmp_path / folder / "b.png")
+    (tmp_path / "runs" / "first" / "config.toml").touch()
+    (tmp_path / "runs" / "notes" / "config.toml").touch()  # this alone makes no run
+    (tmp_path / "runs" / "first" / sign).touch()
+    scan = scan_folder(tmp_path)
+    assert [example.name for example in scan.examples] == ["a.png", "runs/notes/b.png"]
+    assert told(scan, "runs/first") == "A run folder of this program; passed over (runs/first)."
+
+
+def test_a_run_folder_itself_holds_no_pictures_to_train_on(tmp_path: Path) -> None:
+    for name in ("config.toml", "events.jsonl"):
+        (tmp_path / name).touch()
+    make_picture().save(tmp_path / "a.png")
+    with pytest.raises(DatasetError, match="run folder of this program"):
+        scan_folder(tmp_path)
 
 
 @pytest.mark.parametrize(

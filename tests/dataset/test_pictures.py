@@ -10,8 +10,8 @@ import pytest
 from PIL import Image, ImageFile
 
 from tests.bad_input import make_picture
-from trainers.dataset.folder import load_pixels, scan_folder
-from trainers.dataset.pictures import read_picture
+from trainers.dataset.folder import scan_folder
+from trainers.dataset.pictures import load_pixels, read_picture
 from trainers.errors import DatasetError
 
 WHITE, RED = (255, 255, 255), (255, 0, 0)

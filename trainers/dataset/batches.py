@@ -12,12 +12,15 @@ from trainers.config import TrainConfig
 from trainers.dataset.buckets import place
 from trainers.dataset.cache import ContentCache, Entry, cache_key
 from trainers.dataset.captions import vary_caption
-from trainers.dataset.folder import load_pixels
+from trainers.dataset.pictures import load_pixels
 from trainers.dataset.plan import StepPlan, random_for
 from trainers.dataset.prepare import Prepared
 from trainers.device import Device
 from trainers.families.base import DiffusionModel
 from trainers.objective import draw_noise, draw_timestep
+
+PREPROCESSING = 1
+"""Version of what `load_pixels` and `place` make of a picture. Raise it with them: older cached latents are then unused."""
 
 
 @dataclass(frozen=True)
@@ -90,9 +93,10 @@ class BatchMaker:
 
     def _latents(self, prepared: Prepared, flip: bool, key: tuple[object, ...]) -> torch.Tensor:
         """One draw from the VAE's distribution of a picture, (C, h, w), scaled."""
-        name = cache_key(
-            "latents", prepared.example.sha256, prepared.placement, flip, self._model.fingerprint("vae"), "float32"
-        )
+        picture = (PREPROCESSING, prepared.example.sha256, prepared.placement, flip)
+        # A GPU's answer differs in the last bits from a CPU's: a run must not depend on who filled the cache.
+        encoder = (self._model.fingerprint("vae"), "float32", self._device.device.type)
+        name = cache_key("latents", *picture, *encoder)
 
         def encode() -> Entry:
             image = place(load_pixels(prepared.example.path, prepared.example.sha256), prepared.placement, flip)

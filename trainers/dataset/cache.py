@@ -9,20 +9,56 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
+from trainers.files import ASIDE, write_atomically
+
 Entry = dict[str, torch.Tensor]
+_DAY = 24 * 3600.0
 
 
 def cache_key(*parts: object) -> str:
     """SHA-256 of the parts' text."""
     return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def prune(folder: Path, limit_bytes: int = 20 * 2**30) -> int:
+    """Removes the entries unused for longest until `folder` holds `limit_bytes` at most; returns how many went.
+
+    One look at each file, so once in a run is cheap. What cannot be listed or removed stays.
+    """
+    now, total, removed = time.time(), 0, 0
+    found: list[tuple[float, int, str]] = []
+    for file in _files_below(folder):
+        with contextlib.suppress(OSError):  # another run may be pruning too
+            status = file.stat(follow_symlinks=False)
+            if not file.name.endswith(ASIDE):
+                found.append((status.st_mtime, status.st_size, file.path))
+                total += status.st_size
+            elif now - status.st_mtime > _DAY:  # of a process that was killed
+                os.unlink(file.path)
+    for _, size, path in sorted(found):
+        if total <= limit_bytes:
+            break
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+            total, removed = total - size, removed + 1
+    return removed
+
+
+def _files_below(folder: Path) -> Iterator[os.DirEntry[str]]:
+    """The files in the folders, named after the first two letters of keys, that the cache is made of."""
+    with contextlib.suppress(OSError), os.scandir(folder) as shelves:
+        for shelf in shelves:
+            with contextlib.suppress(OSError), os.scandir(shelf.path) as files:
+                yield from files
 
 
 class ContentCache:
@@ -61,22 +97,25 @@ class ContentCache:
         if path is None or not path.is_file():
             return None
         try:
-            return dict(load_file(path))
+            entry = dict(load_file(path))
         except (SafetensorError, OSError):  # cut short by a crash: computed again
             return None
+        _mark_used(path)
+        return entry
 
     def _write(self, key: str, entry: Entry) -> None:
         path = self._path(key)
         if path is None:
             return
-        aside = path.with_suffix(f".{os.getpid()}.tmp")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            aside.write_bytes(save(entry))
-            os.replace(aside, path)
-        except OSError:
-            with contextlib.suppress(OSError):  # the folder itself may be what cannot be reached
-                aside.unlink()
+        with contextlib.suppress(OSError):
+            write_atomically(path, save(entry), fsync=False)
+
+
+def _mark_used(path: Path) -> None:
+    """Lets `prune` know, by the time of change. A day is exact enough, and spares a write for each read."""
+    with contextlib.suppress(OSError):
+        if time.time() - path.stat().st_mtime > _DAY:
+            os.utime(path)
 
 
 def _size(entry: Entry) -> int:

@@ -9,8 +9,8 @@ import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainers.dataset.files import open_regular
 from trainers.errors import DatasetError
+from trainers.files import open_regular
 
 MAX_BYTES = 64 * 1024
 """A caption is read up to here; a text encoder sees about 75 tokens of it."""
@@ -46,13 +46,11 @@ class CaptionText:
     remarks: tuple[str, ...] = ()
 
 
-def read_caption(path: Path) -> str:
-    """The caption in a file as one cleaned line. Raises DatasetError when it cannot be read or is no text."""
-    return read_caption_file(path).text
-
-
 def read_caption_file(path: Path) -> CaptionText:
-    """As `read_caption`, with encoding and remarks. Reads MAX_BYTES at most. Raises DatasetError that names the file."""
+    """The caption in a file as one cleaned line, with encoding and remarks; MAX_BYTES of it are read at most.
+
+    Raises DatasetError that names the file when it cannot be read or is no text.
+    """
     try:
         with open_regular(path) as file:
             data = file.read(MAX_BYTES + 1)

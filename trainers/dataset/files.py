@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from io import BufferedReader
 from pathlib import Path
 
 from trainers.errors import DatasetError, Problem
@@ -17,6 +15,8 @@ CAPTION_ENDINGS = (".txt", ".caption")
 """Endings of caption files, the preferred one first."""
 MAX_REPEATS = 1000
 """The largest number that a folder's `10_name` prefix may ask for."""
+# A folder with these files in it is a run of this program: its samples are drawn, not a person's pictures.
+_RUN_SIGNS = ({"config.toml", "events.jsonl"}, {"config.toml", "state"})
 _PREFIX = re.compile(r"(-?[0-9]+)_")
 # What desktops, archives and network disks leave behind, never a person's picture.
 _LITTER = frozenset(("__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "@eadir", "$recycle.bin"))
@@ -43,23 +43,6 @@ class Walk:
     def leave_out(self, what: str, where: str, hint: str = "") -> None:
         """Records something that is not read, and why."""
         self.problems.append(Problem("note", what, where, hint))
-
-
-def open_regular(path: Path) -> BufferedReader:
-    """Opens a regular file for reading; a pipe, socket, device or folder is refused without waiting. Raises OSError.
-
-    The check is made on the opened file, so that nothing can be put in its place between check and use.
-    """
-    # Without O_NONBLOCK the opening itself would wait for a pipe's writer.
-    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
-    descriptor = os.open(path, flags)
-    try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise OSError(errno.EINVAL, "not a regular file")
-        return os.fdopen(descriptor, "rb")
-    except OSError:
-        os.close(descriptor)
-        raise
 
 
 def printable_name(path: Path, root: Path) -> str:
@@ -105,7 +88,7 @@ def walk_folder(root: Path) -> Walk:
 
 
 def _list_folder(walk: Walk, folder: Path, seen: set[tuple[int, int]]) -> Iterator[os.DirEntry[str]]:
-    """Entries of a folder without litter. A folder met twice (a mount or junction that loops) is listed once."""
+    """Entries of a folder without litter; none of a run folder, or of one met twice (a mount or junction that loops)."""
     try:
         status = os.stat(folder)
         if (status.st_dev, status.st_ino) in seen:
@@ -114,9 +97,13 @@ def _list_folder(walk: Walk, folder: Path, seen: set[tuple[int, int]]) -> Iterat
         seen.add((status.st_dev, status.st_ino))
         with os.scandir(folder) as entries:
             listed = sorted(entries, key=lambda entry: entry.name)
+            names = {entry.name for entry in listed}
     except OSError as error:
         what = f"The folder cannot be read: {error.strerror or error}; left out"
         walk.leave_out(what, printable_name(folder, walk.root), "Check its permissions.")
+        return
+    if any(signs <= names for signs in _RUN_SIGNS):
+        walk.leave_out("A run folder of this program; passed over", printable_name(folder, walk.root))
         return
     for entry in listed:
         if entry.name.startswith(".") or entry.name.lower() in _LITTER:

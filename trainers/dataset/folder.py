@@ -11,10 +11,8 @@ from typing import Literal
 
 from trainers.dataset.captions import caption_from_name, read_caption_file, with_trigger
 from trainers.dataset.files import CAPTION_ENDINGS, FoundFile, Walk, walk_folder
-from trainers.dataset.pictures import PICTURE_ENDINGS, hash_file, load_pixels, read_picture
+from trainers.dataset.pictures import PICTURE_ENDINGS, read_picture
 from trainers.errors import DatasetError, Problem
-
-__all__ = ["MIN_SIDE", "Example", "Scan", "check_pixels", "hash_file", "load_pixels", "scan_folder"]
 
 MIN_SIDE = 16
 """Pictures with a shorter side than this many pixels are left out: enlarged they would teach blur."""
@@ -84,15 +82,6 @@ def scan_folder(folder: Path, *, trigger: str = "", repeats: int = 1, decode: bo
     named = [*walk.problems, *left_out, *remarks, *captions.problems, *_duplicates(examples)]
     named.sort(key=lambda problem: (problem.where, problem.what))
     return Scan(folder, tuple(examples), (*named, *_missing_captions(examples), *_ignored(walk)))
-
-
-def check_pixels(example: Example) -> Problem | None:
-    """Decodes the whole picture; the problem if that fails, else None."""
-    try:
-        read_picture(example.path, decode=True)
-    except DatasetError as error:
-        return Problem("note", f"{error.what}; left out", example.name, error.hint)
-    return None
 
 
 def _read_example(

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
-from trainers.dataset.files import open_regular
 from trainers.errors import DatasetError
+from trainers.files import open_regular
 
 PICTURE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 # Only these decoders are ever tried, whatever a file calls itself.

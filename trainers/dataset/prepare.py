@@ -43,6 +43,12 @@ def scan_images(config: TrainConfig) -> Scan:
     return scan_folder(Path(settings.images), trigger=settings.trigger, repeats=settings.repeats)
 
 
+def render_side(config: TrainConfig, base: BaseModelFacts) -> int:
+    """Side in pixels of the square samples and prior pictures of a run: its resolution in whole `base.step`, one at least."""
+    resolution = config.dataset.resolution or base.resolution
+    return max(base.step, resolution - resolution % base.step)
+
+
 def planned_prior(config: TrainConfig, folder: Path, side: int) -> list[Example]:
     """The prior pictures that a run will draw (or has drawn) into `folder`, before any of them is looked at."""
     prompts = [prompt for prompt in config.prior.prompts for _ in range(config.prior.images)]

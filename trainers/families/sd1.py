@@ -107,9 +107,8 @@ class StableDiffusion1:
     def predict(self, noisy_latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         """noisy latents -> epsilon or v, float32."""
         dtype = self.unet.dtype
-        answer = self.unet(
-            noisy_latents.to(dtype), timesteps, encoder_hidden_states=conditioning.hidden_states.to(dtype), return_dict=False
-        )
+        text_states = conditioning.hidden_states.to(noisy_latents.device, dtype)  # they may come from a cache on the CPU
+        answer = self.unet(noisy_latents.to(dtype), timesteps, encoder_hidden_states=text_states, return_dict=False)
         prediction: torch.Tensor = answer[0]
         return prediction.float()
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import math
 import os
-import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from trainers.errors import AdapterFileError
+from trainers.files import NotRegularError, open_regular
 from trainers.formats.text import printable
 
 HEADER_LIMIT = 100_000_000
@@ -47,13 +47,12 @@ class Header:
     metadata: Mapping[str, str]
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_file(path: Path) -> BinaryIO:
     """Opens a plain file for reading. Raises AdapterFileError for what is missing, forbidden, a folder or a pipe."""
     try:
-        mode = path.stat().st_mode
-        if not stat.S_ISREG(mode):
-            raise AdapterFileError("This is not a file", str(path), "Name the .safetensors file itself.")
-        return path.open("rb")
+        return open_regular(path)
+    except NotRegularError as error:
+        raise AdapterFileError("This is not a file", str(path), "Name the .safetensors file itself.") from error
     except FileNotFoundError as error:
         raise AdapterFileError("There is no such file", str(path), "Check the name.") from error
     except (OSError, ValueError) as error:

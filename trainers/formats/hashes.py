@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainers.formats.container import open_regular
+from trainers.formats.container import open_file
 
 _CHUNK = 1 << 20
 # The oldest hash of this field looks at these bytes only; for a smaller file that is the hash of nothing, e3b0c442.
@@ -37,7 +37,7 @@ def file_hashes(path: Path, data_start: int = 0) -> FileHashes:
     """Hashes of a file whose tensor data begin at byte `data_start`. Raises AdapterFileError when it cannot be opened."""
     whole, data, position = hashlib.sha256(), hashlib.sha256(), 0
     window = bytearray()
-    with open_regular(path) as handle:
+    with open_file(path) as handle:
         while chunk := handle.read(_CHUNK):
             whole.update(chunk)
             data.update(chunk[max(data_start - position, 0) :])

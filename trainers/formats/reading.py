@@ -9,7 +9,7 @@ from typing import BinaryIO
 import torch
 
 from trainers.errors import AdapterFileError
-from trainers.formats.container import Header, open_regular, read_header
+from trainers.formats.container import Header, open_file, read_header
 from trainers.formats.keys import KeyGroup, family_by_name, group_keys
 from trainers.formats.kohya import flat_name, module_weights, read_kohya_prefix
 from trainers.formats.peft import PeftScaling, read_dotted_prefix, read_scaling, split_part
@@ -25,7 +25,7 @@ KIND_NAMES = {"dora": "a DoRA", "loha": "a LoHa", "lokr": "a LoKr", "oft": "an O
 
 def read(path: Path, known: Iterable[str], shapes: Mapping[str, tuple[int, ...]] | None) -> AdapterFile:
     """See trainers.formats.read_adapter."""
-    with open_regular(path) as handle:
+    with open_file(path) as handle:
         header = read_header(handle, path)
         groups, foreign = group_keys(header.entries)
         if not any(group.kinds for group in groups):

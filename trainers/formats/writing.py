@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import errno
 import hashlib
-import os
-import secrets
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +12,7 @@ from pathlib import Path
 import torch
 
 from trainers.errors import AdapterFileError
+from trainers.files import write_atomically
 from trainers.formats.container import Entry, serialise_header
 from trainers.formats.hashes import legacy_hash
 from trainers.formats.kohya import module_tensors
@@ -49,7 +48,14 @@ def write(path: Path, modules: Mapping[str, ModuleWeights], metadata: Mapping[st
     # diffusers refuses a kohya file that carries this, as one read from its own form may.
     kept = {key: value for key, value in metadata.items() if key != METADATA_KEY}
     complete = kept | _hashes(entries, data, kept)
-    _write_aside(path, [serialise_header(entries, complete), *data])
+    pieces = [serialise_header(entries, complete), *data]
+    try:
+        if not path.parent.is_dir():  # a typing error rather than a wish for a new folder
+            raise FileNotFoundError(errno.ENOENT, "there is no such folder")
+        write_atomically(path, pieces)
+    except OSError as error:
+        hint = "Check the folder, its rights and the free space."
+        raise AdapterFileError(f"The LoRA could not be written: {error.strerror or error}", str(path), hint) from error
     return complete
 
 
@@ -113,31 +119,3 @@ def _hashes(entries: list[tuple[str, Entry]], data: list[bytes], metadata: Mappi
         "sshs_legacy_hash": legacy_hash([serialise_header(entries, only_ss), *data]),
         "modelspec.hash_sha256": "0x" + digest.hexdigest(),
     }
-
-
-def _write_aside(path: Path, pieces: list[bytes]) -> None:
-    """Writes, flushes to the disk and renames: `path` is the old file or the whole new one, also after a power cut."""
-    aside = path.parent / f".{os.getpid()}-{secrets.token_hex(4)}.part"
-    try:
-        with aside.open("xb") as handle:
-            handle.writelines(pieces)
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(aside, path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        hint = "Check the folder, its rights and the free space."
-        raise AdapterFileError(f"The LoRA could not be written: {error.strerror or error}", str(path), hint) from error
-    finally:
-        with contextlib.suppress(OSError):
-            aside.unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "nt":
-        return  # Windows opens no folders; its rename is journalled.
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

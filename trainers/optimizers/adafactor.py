@@ -18,7 +18,7 @@ class AdafactorSettings(OptimizerSettings):
     type: Literal["adafactor"] = "adafactor"
     """Adafactor: little memory for its state."""
     learning_rate: float = 1e-3
-    """Learning rate of the denoiser's adapter, relative to the size of the weights."""
+    """Learning rate of the denoiser's adapter: how far a weight moves in a step, whatever its size."""
     weight_decay: float = Field(default=0.0, ge=0, le=1)
     """Pull of the weights towards zero, per unit of learning rate."""
 
@@ -28,4 +28,7 @@ class AdafactorSettings(OptimizerSettings):
         """See OptimizerSettings.build."""
         import torch
 
-        return torch.optim.Adafactor(groups, weight_decay=self.weight_decay)
+        # torch multiplies the rate by max(second eps, RMS of the weights), which is 1e-3 on an `up` that starts at zero;
+        # 1 leaves the rate alone. Its first eps, 1e-7 unless given, is a floor under the gradient's mean square: above
+        # most gradients of a LoRA. Squared, 1e-16 is still a float32, so a gradient of zero stays one.
+        return torch.optim.Adafactor(groups, eps=(1e-16, 1.0), weight_decay=self.weight_decay)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from trainers.errors import AdapterFileError, Problem
-from trainers.formats.container import Header, open_regular, read_header
+from trainers.formats.container import Header, open_file, read_header
 from trainers.formats.hashes import FileHashes, file_hashes
 from trainers.formats.keys import KeyGroup, family_by_name, group_keys
 from trainers.formats.kohya import read_kohya_prefix
@@ -82,7 +82,7 @@ class Inspection:
 
 def inspect_file(path: Path) -> Inspection:
     """Reads the whole file, one module at a time. Raises AdapterFileError for what is no LoRA or not safetensors."""
-    with open_regular(path) as handle:
+    with open_file(path) as handle:
         header = read_header(handle, path)
         groups, foreign = group_keys(header.entries)
         if not any(group.kinds for group in groups):
