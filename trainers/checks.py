@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from trainers.config import TrainConfig
 from trainers.dataset.folder import Scan
@@ -15,28 +14,18 @@ from trainers.families import BaseModelFacts
 from trainers.samplers import check_sampler
 
 
-@dataclass(frozen=True)
-class Arithmetic:
-    """The sentence 'pictures x repeats x epochs / batch = steps', and how often each picture is seen."""
-
-    pictures: int
-    shown_per_epoch: int
-    per_step: int
-    steps: int
-
-    def __str__(self) -> str:
-        epochs = self.steps * self.per_step / max(1, self.shown_per_epoch)
-        repeats = self.shown_per_epoch / max(1, self.pictures)
-        return (
-            f"{self.pictures} pictures x {repeats:g} repeats x {epochs:.4g} epochs / {self.per_step} a step"
-            f" = {self.steps} steps; each picture is seen {epochs * repeats:.4g} times"
-        )
-
-
-def count_steps(config: TrainConfig, data: TrainingSet) -> Arithmetic:
-    """The arithmetic of a run's length over the pictures it trains on, prior pictures included."""
-    shown = sum(prepared.example.repeats for prepared in data.training)
-    return Arithmetic(len(data.training), shown, config.examples_per_step, data.steps)
+def count_steps(config: TrainConfig, data: TrainingSet) -> str:
+    """A run's length in words: pictures x repeats, prior pictures, epochs / batch = steps, and how often each is seen."""
+    own = data.own
+    shown = sum(prepared.example.repeats for prepared in own)
+    repeats = shown / max(1, len(own))
+    looks = sum(prepared.example.repeats for prepared in data.training)
+    epochs = data.steps * config.examples_per_step / max(1, looks)
+    beside = f" + {looks - shown} prior" if looks > shown else ""
+    return (
+        f"{len(own)} pictures x {repeats:.3g} repeats{beside} = {looks} an epoch, x {epochs:.3g} epochs"
+        f" / {config.examples_per_step} a step = {data.steps} steps; each picture is seen {epochs * repeats:.3g} times"
+    )
 
 
 def check_settings(config: TrainConfig, base: BaseModelFacts) -> list[Problem]:

@@ -111,7 +111,7 @@ def generate(
     ] = None,
     negative: Annotated[str, typer.Option(help="What the picture should not show.")] = "",
     strengths: Annotated[str, typer.Option(help="Strengths to draw, comma-separated; multiplies each LoRA's own.")] = "1",
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the noise.")] = 42,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the noise.")] = 0,
     steps: Annotated[int, typer.Option(min=1, max=200, help="Sampling steps.")] = 20,
     guidance: Annotated[float, typer.Option(min=0, max=30, help="How hard the prompt is followed.")] = 5.0,
     scheduler: Annotated[str, typer.Option(help="Sampler: dpm++, dpm++-karras, ddim, euler, euler-a, unipc.")] = "dpm++",

@@ -138,7 +138,7 @@ class SampleSettings(Settings):
     """Prompts to draw. None: the first two captions."""
     negative: str = ""
     """What samples should not show."""
-    seed: int = Field(default=42, ge=0, le=2**63 - 1)
+    seed: int = Field(default=0, ge=0, le=2**63 - 1)
     """Noise that every sample starts from, the same at each step so that they can be compared."""
     steps: int = Field(default=20, ge=1, le=200)
     """Sampling steps."""

@@ -86,7 +86,8 @@ def in_words(event: Event, run: RunFolder) -> str:
     """One line about an event, or nothing where it is not worth one."""
     match event:
         case events.Started():
-            learnt = f"{event.images} pictures" + (f" and {event.held_out} kept aside" if event.held_out else "")
+            learnt = f"{event.images} pictures" + (f", {event.held_out} kept aside" if event.held_out else "")
+            learnt += f", {event.prior} drawn by the base" if event.prior else ""
             return f"{learnt}, {event.parameters / 1e6:.2f} M trainable numbers, {event.device}"
         case events.Stage(name="train"):
             return f"training from step {event.done} to {event.total}" if event.done else ""
@@ -132,9 +133,9 @@ def print_plan(plan: RunPlan, problems: bool = True) -> None:
         console.print(f"{name:12}{text}", soft_wrap=True, markup=False)
 
     line("base", f"{plan.base.name} ({plan.base.family.title}, {plan.base.prediction_type}), preset {plan.preset}")
-    line("pictures", f"{len(plan.data.training)} to train on, {len(plan.data.held_out)} kept aside for the held-out loss")
+    line("pictures", f"{len(plan.data.own)} to train on, {len(plan.data.held_out)} kept aside for the held-out loss")
     line("buckets", ", ".join(f"{w}x{h}: {n}" for (h, w), n in plan.data.bucket_counts().items()))
-    line("steps", str(plan.arithmetic))
+    line("steps", plan.arithmetic)
     adapter = config.adapter
     scale = adapter.scale_of(adapter.effective_alpha, adapter.rank)
     line("adapter", f"{adapter.type}, rank {adapter.rank}, effective scale {scale:g}, on {', '.join(adapter.targets)}")

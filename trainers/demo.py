@@ -38,7 +38,7 @@ def run_demo(output: Path) -> int:
             plan = plan_run(
                 "pocket", given_settings(ASSETS / "samples" / "blackcut", "pocket", None, None, None), samples, False
             )
-            typer.echo(str(plan.arithmetic))
+            typer.echo(plan.arithmetic)
             write_atomically(run.config, plan.toml().encode())
         code = 0 if last_words(run) else execute(run, title="training")
     if code or not run.result:

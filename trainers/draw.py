@@ -33,7 +33,7 @@ class DrawRequest:
     output: Path
     as_folder: bool
     negative: str = ""
-    seed: int = 42
+    seed: int = 0
     steps: int = 20
     guidance: float = 5.0
     scheduler: str = "dpm++"

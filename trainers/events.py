@@ -26,12 +26,16 @@ class Event:
 
 @dataclass(frozen=True, kw_only=True)
 class Started(Event):
-    """A process took the run up at `step` of `steps`. `parameters` are trainable numbers, `device` says where and why."""
+    """A process took the run up at `step` of `steps`, with so many own, prior and held-out pictures.
+
+    `parameters` are trainable numbers, `device` says where and why.
+    """
 
     type: ClassVar[str] = "started"
     step: int
     steps: int
     images: int
+    prior: int
     held_out: int
     parameters: int
     device: str

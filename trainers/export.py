@@ -60,9 +60,8 @@ def describe_run(
     old_hash, new_hash = _base_hashes(weight_files(base.folder, "unet")[0])
     folder = Path(config.dataset.images)
     groups: dict[str, list[int]] = {}
-    for prepared in (*data.training, *data.held_out):
-        if prepared.weight == 1.0 and prepared.example.path.is_relative_to(folder):
-            groups.setdefault(Path(prepared.example.name).parent.name or folder.name, []).append(prepared.example.repeats)
+    for prepared in (*data.own, *data.held_out):
+        groups.setdefault(Path(prepared.example.name).parent.name or folder.name, []).append(prepared.example.repeats)
     words: Counter[str] = Counter()
     if config.output.caption_words:
         words.update(part.strip() for prepared in data.training for part in prepared.example.caption.split(",") if part.strip())
@@ -95,7 +94,7 @@ def describe_run(
             epochs=data.plan.epoch_of(max(0, step - 1)) + 1,
             batch_size=config.train.batch_size,
             accumulation=config.train.accumulation,
-            num_images=len(data.training),
+            num_images=len(data.own),
             noise_offset=config.train.noise_offset,
             min_snr_gamma=config.train.min_snr_gamma,
             precision=precision,

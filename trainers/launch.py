@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from trainers import events
-from trainers.checks import Arithmetic, check_pictures, check_settings, count_steps, refuse
+from trainers.checks import check_pictures, check_settings, count_steps, refuse
 from trainers.config import TrainConfig, parse_override, write_config
 from trainers.console import make_display
 from trainers.dataset.prepare import TrainingSet, planned_prior, prepare, render_side, scan_images
@@ -38,7 +38,7 @@ class RunPlan:
     problems: tuple[Problem, ...]
 
     @property
-    def arithmetic(self) -> Arithmetic:
+    def arithmetic(self) -> str:
         """Pictures x repeats x epochs / batch = steps."""
         return count_steps(self.config, self.data)
 

@@ -39,7 +39,8 @@ class Outputs:
             events.Started(
                 step=training.step,
                 steps=training.data.steps,
-                images=len(training.data.training),
+                images=len(training.data.own),
+                prior=len(training.data.training) - len(training.data.own),
                 held_out=len(training.data.held_out),
                 parameters=training.flat.weights.numel(),
                 device=training.device.reason,
@@ -79,7 +80,7 @@ class Outputs:
         if not training.device.is_main:
             return
         begun = time.monotonic()
-        prompts = settings.prompts or tuple(dict.fromkeys(p.example.caption for p in training.data.training))[:2]
+        prompts = settings.prompts or tuple(dict.fromkeys(p.example.caption for p in training.data.own))[:2]
         side = render_side(training.config, training.model.facts)
         how = RenderSettings(side, side, settings.steps, settings.guidance, settings.negative, settings.scheduler)
         with exported_weights(training):

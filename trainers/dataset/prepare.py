@@ -21,6 +21,7 @@ class Prepared:
     example: Example
     placement: Placement
     weight: float
+    prior: bool = False
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,11 @@ class TrainingSet:
     held_out: tuple[Prepared, ...]
     plan: StepPlan
     steps: int
+
+    @property
+    def own(self) -> tuple[Prepared, ...]:
+        """The person's own pictures among `training`, without those that the base drew."""
+        return tuple(prepared for prepared in self.training if not prepared.prior)
 
     def bucket_counts(self) -> dict[tuple[int, int], int]:
         """(height, width) -> pictures in that bucket."""
@@ -73,12 +79,12 @@ def prepare(config: TrainConfig, base: BaseModelFacts, examples: Sequence[Exampl
     kept, aside = split_holdout([example.sha256 for example in examples], config.dataset.holdout, seed)
     resolution = config.dataset.resolution or base.resolution
 
-    def placed(chosen: Sequence[Example], weight: float) -> list[Prepared]:
+    def placed(chosen: Sequence[Example], weight: float, prior: bool) -> list[Prepared]:
         sizes = [(example.height, example.width) for example in chosen]
         places = assign_buckets(sizes, resolution, base.step, enabled=config.dataset.buckets)
-        return [Prepared(example, place, weight) for example, place in zip(chosen, places, strict=True)]
+        return [Prepared(example, place, weight, prior) for example, place in zip(chosen, places, strict=True)]
 
-    training = placed([examples[index] for index in kept], 1.0) + placed(prior, config.prior.weight)
+    training = placed([examples[index] for index in kept], 1.0, False) + placed(prior, config.prior.weight, True)
     plan = StepPlan(
         buckets=tuple(prepared.placement.bucket for prepared in training),
         repeats=tuple(prepared.example.repeats for prepared in training),
@@ -86,4 +92,4 @@ def prepare(config: TrainConfig, base: BaseModelFacts, examples: Sequence[Exampl
         seed=seed,
     )
     steps = config.train.steps or plan.steps_per_epoch * config.train.epochs
-    return TrainingSet(tuple(training), tuple(placed([examples[index] for index in aside], 1.0)), plan, steps)
+    return TrainingSet(tuple(training), tuple(placed([examples[index] for index in aside], 1.0, False)), plan, steps)
