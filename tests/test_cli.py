@@ -165,8 +165,11 @@ def test_the_text_encoder_takes_its_own_rank_and_alpha_where_set(pictures: Path,
 
 
 def test_the_plan_shows_pictures_repeats_epochs_batch_and_steps(pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    told = plan_of(capsys, pictures, "--steps", 10, "--set", "dataset.repeats=4", "--set", "train.batch_size=2")
-    assert "5 pictures x 4 repeats x 1 epochs / 2 a step = 10 steps; each picture is seen 4 times" in told
+    words = (pictures, "--steps", 10, "--set", "dataset.repeats=4", "--set", "train.batch_size=2")
+    told = plan_of(capsys, *words, "--set", "prior.prompts=[]")
+    assert "5 pictures x 4 repeats = 20 an epoch, x 1 epochs / 2 a step = 10 steps; each picture is seen 4 times" in told
+    told = plan_of(capsys, *words, "--set", 'prior.prompts=["a lamp", "a door"]', "--set", "prior.repeats=10")
+    assert "5 pictures x 4 repeats + 20 prior = 40 an epoch, x 0.5 epochs / 2 a step = 10 steps" in told
 
 
 def test_force_passes_advice(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
