@@ -72,6 +72,9 @@ def choose_device(precision: str, denoiser_bytes: int) -> Device:
         device = torch.device("mps")
     else:
         device = torch.device("cpu")
+        # Said aloud even though it changes no number: only then does MKL stop choosing by itself how many threads a
+        # product gets, which a resumed process chose differently, in the last bit of a result.
+        torch.set_num_threads(torch.get_num_threads())
     bf16 = device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_bf16_supported())
     if precision == "bf16" and not bf16:
         raise SettingError("train.precision = bf16 is not possible on this GPU", hint="Set train.precision=fp32.")
