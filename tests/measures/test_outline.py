@@ -15,7 +15,7 @@ from trainers.measures.pixels import read_pixels
 ROOT = Path(__file__).parents[2]
 SAMPLES = ROOT / "assets" / "samples"
 HELD_OUT = (ROOT / "tests" / "blackcut_heldout.txt").read_text(encoding="utf-8").splitlines()
-CONCEPTS = (ROOT / "tests" / "easy_concepts.txt").read_text(encoding="utf-8").splitlines()
+CONCEPTS = (ROOT / "assets" / "pocket" / "build" / "concepts.txt").read_text(encoding="utf-8").splitlines()
 
 
 def drawing(fill: str, outline: str | None = None, width: int = 2, side: int = 64) -> Image.Image:

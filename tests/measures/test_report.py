@@ -66,7 +66,7 @@ def test_the_command_ends_with_the_error_as_a_sentence(tmp_path: Path, capsys: p
 
 
 def test_the_table_has_one_line_a_row_under_a_heading() -> None:
-    row = Row("strength 1.00", 56, 0.34, 0.33, 0.05, 0.25, 0.5, 0.3)
+    row = Row("strength 1.00", 56, 0.34, 0.33, 0.05, 0.25, 0.5, 0.3, 0.9)
     heading, line = format_rows([row]).splitlines()
     assert "top1" in heading
-    assert line.split() == ["strength", "1.00", "56", "0.340", "0.330", "0.050", "0.25", "0.50", "0.30"]
+    assert line.split() == ["strength", "1.00", "56", "0.340", "0.330", "0.050", "0.25", "0.50", "0.30", "0.90"]

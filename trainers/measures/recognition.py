@@ -135,11 +135,15 @@ def features(images: Sequence[Image.Image], judge: EfficientNetLite0) -> Feature
     """
     found = [np.zeros((0, FEATURES), dtype=np.float32)]
     for start in range(0, len(images), BATCH):
-        pixels = np.stack([_judged_pixels(image) for image in images[start : start + BATCH]])
-        planes = torch.from_numpy(((pixels - 127.0) / 128.0).astype(np.float32)).permute(0, 3, 1, 2)
         with torch.inference_mode():
-            found.append(judge.pooled(planes).numpy())
+            found.append(judge.pooled(judged_planes(images[start : start + BATCH])).numpy())
     return np.concatenate(found)
+
+
+def judged_planes(images: Sequence[Image.Image]) -> Tensor:
+    """Pictures of any size as the judge reads them: (N, 3, 160, 160), RGB as (value - 127) / 128."""
+    pixels = np.stack([_judged_pixels(image) for image in images])
+    return torch.from_numpy(((pixels - 127.0) / 128.0).astype(np.float32)).permute(0, 3, 1, 2)
 
 
 def _judged_pixels(image: Image.Image) -> Pixels:
@@ -188,6 +192,14 @@ def build_gallery(
     base_set: Path, labels: Sequence[str], judge: EfficientNetLite0, styles: Sequence[str] = GALLERY_STYLES
 ) -> Gallery:
     """Gallery of the base set's pictures of the labels in the styles. Raises DatasetError for a label without a picture."""
+    images, concept = gallery_images(base_set, labels, styles)
+    return make_gallery(labels, features(images, judge), concept)
+
+
+def gallery_images(
+    base_set: Path, labels: Sequence[str], styles: Sequence[str] = GALLERY_STYLES
+) -> tuple[list[Image.Image], list[int]]:
+    """The base set's pictures of the labels in the styles, and the label number of each. Raises as build_gallery does."""
     wanted = {label: index for index, label in enumerate(labels)}
     concept, images = [], []
     for line in (base_set / "captions.jsonl").read_text(encoding="utf-8").splitlines():
@@ -203,7 +215,7 @@ def build_gallery(
             where=str(base_set / "captions.jsonl"),
             hint="Take labels from that file.",
         )
-    return make_gallery(labels, features(images, judge), concept)
+    return images, concept
 
 
 def ranks(raw: Features, labels: Sequence[str], gallery: Gallery) -> NDArray[np.int64]:

@@ -27,13 +27,15 @@ from trainers.measures.recognition import (
     EfficientNetLite0,
     Features,
     Gallery,
-    build_gallery,
     cosine,
     features,
+    gallery_images,
     load_judge,
+    make_gallery,
     ranks,
     top_share,
 )
+from trainers.measures.style import early_features, style_distance
 
 PICTURE_NAME = re.compile(r"(\d+)_s(-?\d+(?:\.\d+)?)\.png")
 """A rendered picture's name: number of the prompt, strength."""
@@ -57,6 +59,8 @@ class Row:
     """Share of pictures whose own concept is among the nearest five."""
     cosine: float
     """Centred cosine to the true picture of the same concept, -1..1."""
+    distance: float
+    """Distance of the pictures' style, as a set, from that of the true pictures: trainers.measures.style."""
 
 
 def read_labels(path: Path) -> list[str]:
@@ -124,9 +128,18 @@ def through_vae(images: Sequence[Image.Image], folder: Path) -> list[Image.Image
 
 
 def measure(
-    name: str, images: Sequence[Image.Image], labels: Sequence[str], truth: Features, gallery: Gallery, judge: EfficientNetLite0
+    name: str,
+    images: Sequence[Image.Image],
+    labels: Sequence[str],
+    truth: Features,
+    gallery: Gallery,
+    judge: EfficientNetLite0,
+    styles: tuple[Features, Features],
 ) -> Row:
-    """One row of the report; `truth` holds the features (N, 1280) of the true pictures, in the order of the labels."""
+    """One row of the report; `truth` holds the features (N, 1280) of the true pictures, in the order of the labels.
+
+    styles: early features of the true pictures and of the base set's, for the distance.
+    """
     raw = features(images, judge)
     places = ranks(raw, labels, gallery)
     outlines = [outline_share(image) for image in images]
@@ -139,17 +152,18 @@ def measure(
         top1=top_share(places, 1),
         top5=top_share(places, 5),
         cosine=float(cosine(raw, truth, gallery.centre).mean()),
+        distance=style_distance(early_features(images, judge), *styles),
     )
 
 
 def format_rows(rows: Sequence[Row]) -> str:
     """The rows as a text table, one line each under a heading."""
     width = max(len(row.name) for row in rows)
-    lines = [f"{'':{width}}     n  outline  (median)  saturation   top1   top5  cosine to truth"]
+    lines = [f"{'':{width}}     n  outline  (median)  saturation   top1   top5  cosine to truth  distance"]
     for row in rows:
         lines.append(
             f"{row.name:{width}}  {row.pictures:4d}  {row.outline:7.3f}  {row.outline_median:8.3f}  {row.saturation:10.3f}"
-            f"  {row.top1:5.2f}  {row.top5:5.2f}  {row.cosine:15.2f}"
+            f"  {row.top1:5.2f}  {row.top5:5.2f}  {row.cosine:15.2f}  {row.distance:8.2f}"
         )
     return "\n".join(lines)
 
@@ -160,7 +174,9 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--pictures", type=Path, help="folder written by impasto generate; without it only the ceilings")
     parser.add_argument("--labels", type=Path, required=True, help="text file, one label a line, in the order of the prompts")
     parser.add_argument("--first", type=int, help="judge only the first so many labels")
-    parser.add_argument("--concepts", type=Path, default=Path("tests/easy_concepts.txt"), help="concepts to choose among")
+    parser.add_argument(
+        "--concepts", type=Path, default=Path("assets/pocket/build/concepts.txt"), help="concepts to choose among"
+    )
     parser.add_argument("--base-set", type=Path, required=True, help="folder with captions.jsonl: what the concepts look like")
     parser.add_argument("--truth", type=Path, required=True, help="folder of true pictures, <label-with-dashes>.png")
     parser.add_argument("--vae", type=Path, default=Path("assets/pocket/vae"), help="VAE of the base model")
@@ -175,9 +191,12 @@ def report(options: argparse.Namespace) -> list[Row]:
     sets = {f"strength {s:.2f}": p for s, p in read_strengths(options.pictures, labels).items()} if options.pictures else {}
     sets |= {"truth": truth, "truth through the VAE": through_vae(truth, options.vae)}
     judge = load_judge()
-    gallery = build_gallery(options.base_set, read_labels(options.concepts), judge)
+    concepts = read_labels(options.concepts)
+    known, concept = gallery_images(options.base_set, concepts)
+    gallery = make_gallery(concepts, features(known, judge), concept)
     true_features = features(truth, judge)
-    return [measure(name, images, labels, true_features, gallery, judge) for name, images in sets.items()]
+    styles = early_features(truth, judge), early_features(known, judge)
+    return [measure(name, images, labels, true_features, gallery, judge, styles) for name, images in sets.items()]
 
 
 def main(arguments: Sequence[str]) -> int:
