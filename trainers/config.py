@@ -32,6 +32,8 @@ class DatasetSettings(Settings):
 
     images: str = ""
     """Folder of pictures; sub-folders are read too, and `10_name` repeats its pictures 10 times."""
+    edits: str = ""
+    """JSON file with captions that come before those in the folder, and pictures left out, by relative path."""
     trigger: str = ""
     """Trigger word put in front of every caption that lacks it."""
     resolution: int | None = Field(default=None, ge=32, le=4096)

@@ -142,13 +142,18 @@ def append(path: Path, event: Event) -> None:
         file.write(event.to_json() + "\n")
 
 
-def read_since(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
-    """Complete events after byte `offset`, and the offset to ask from next. A line still being written is left for later."""
+def read_since(path: Path, offset: int = 0, most: int = -1) -> tuple[list[dict[str, Any]], int]:
+    """Complete events after byte `offset`, and the offset to ask from next. A line still being written is left for later.
+
+    Reads about `most` bytes, to the end of a line; -1 reads all there is.
+    """
     if not path.exists():
         return [], offset
     with path.open("rb") as file:
         file.seek(offset)
-        data = file.read()
+        data = file.read(most)
+        if most > 0 and not data.endswith(b"\n"):
+            data += file.readline()
     end = data.rfind(b"\n") + 1
     return list(_parse(data[:end])), offset + end
 

@@ -6,7 +6,7 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from trainers import events
 from trainers.checks import check_pictures, check_settings, count_steps, refuse
 from trainers.config import TrainConfig, parse_override, write_config
 from trainers.console import make_display
+from trainers.dataset.folder import Scan
 from trainers.dataset.prepare import TrainingSet, planned_prior, prepare, render_side, scan_images
 from trainers.errors import Problem, SettingError, TrainingError
 from trainers.families import BaseModelFacts, recognise_base
@@ -61,10 +62,17 @@ def given_settings(images: Path, base: str | None, steps: int | None, seed: int 
     return values
 
 
-def plan_run(preset: str | None, given: dict[str, Any], overrides: Sequence[str], force: bool) -> RunPlan:
+def plan_run(
+    preset: str | None,
+    given: dict[str, Any],
+    overrides: Sequence[str],
+    force: bool,
+    look: Callable[[TrainConfig], Scan] = scan_images,
+) -> RunPlan:
     """Resolves and checks everything that can be known without weights, in the order of what is cheapest to find out.
 
-    Raises TrainingError for the first thing that may not pass.
+    `look` scans the pictures; the window has its own, which does not decode a picture again. Raises TrainingError for
+    the first thing that may not pass.
     """
     source_date()  # wrong, it would end the run only when its file is written
     own: dict[str, Any] = given
@@ -72,11 +80,11 @@ def plan_run(preset: str | None, given: dict[str, Any], overrides: Sequence[str]
         own = merge(own, parse_override(text))
     # Without a preset the base says which one; else preset, option and --set say which base, the last one first.
     name = preset or default_preset(recognise_base(str(own["base"].get("model", "pocket"))))
-    config = _with_absolute_base(resolve(name, given, overrides))
+    config = _with_absolute_paths(resolve(name, given, overrides))
     base = recognise_base(config.base.model)
     problems = check_settings(config, base)
     refuse(problems, force)
-    scan = scan_images(config)
+    scan = look(config)
     prior = planned_prior(config, Path("prior"), render_side(config, base))
     data = prepare(config, base, scan.examples, prior)
     problems += check_pictures(config, base, scan, data)
@@ -90,12 +98,15 @@ def plan_run(preset: str | None, given: dict[str, Any], overrides: Sequence[str]
     return plan
 
 
-def _with_absolute_base(config: TrainConfig) -> TrainConfig:
-    """The base as an absolute path where it is a folder here: a run must go on from any working folder."""
+def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
+    """Base, where it is a folder here, and edits as absolute paths: a run must go on from any working folder."""
     path = absolute(Path(config.base.model))
-    if config.base.model == "pocket" or not path.exists():
-        return config
-    return config.model_copy(update={"base": config.base.model_copy(update={"model": str(path)})})
+    if config.base.model != "pocket" and path.exists():
+        config = config.model_copy(update={"base": config.base.model_copy(update={"model": str(path)})})
+    if config.dataset.edits:
+        edits = str(absolute(Path(config.dataset.edits)))
+        config = config.model_copy(update={"dataset": config.dataset.model_copy(update={"edits": edits})})
+    return config
 
 
 def last_words(run: RunFolder) -> dict[str, Any] | None:

@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from trainers.errors import SettingError
+from trainers.errors import Problem, SettingError
 
 
 class Settings(BaseModel):
@@ -37,21 +37,30 @@ def _is_group(annotation: Any) -> bool:
 
 def explain(error: ValidationError, known: list[str]) -> SettingError:
     """The first failure of a pydantic validation as one sentence that names the dotted setting."""
-    first = error.errors()[0]
+    first = explain_each(error, known)[0]
+    return SettingError(first.what, hint=first.hint)
+
+
+def explain_each(error: ValidationError, known: list[str]) -> list[Problem]:
+    """Every failure of a pydantic validation as a problem; `where` is the dotted setting, empty for a clash of several."""
+    return [_explain(failure, known) for failure in error.errors()]
+
+
+def _explain(first: Mapping[str, Any], known: list[str]) -> Problem:
     # A discriminated union puts the chosen type into the location: optimizer.adamw.learning_rate.
     parts = [str(part) for part in first["loc"]]
     where = next((name for name in (".".join(parts), ".".join(parts[:1] + parts[2:])) if name in known), ".".join(parts))
     if first["type"] == "extra_forbidden":
         name = where.split(".")[-1]
         near = [k for k in known if k.split(".")[-1] == name][:1] or difflib.get_close_matches(where, known, n=1)
-        return SettingError(
-            f"There is no setting {where!r}", hint=f"Did you mean {near[0]}?" if near else "See `impasto presets`."
-        )
+        hint = f"Did you mean {near[0]}?" if near else "See `impasto presets`."
+        return Problem("error", f"There is no setting {where!r}", where, hint)
     reason = str(first["msg"]).removeprefix("Value error, ")
     given = first.get("input")
     shown = f" = {given!r}" if isinstance(given, str | int | float) else ""
     hint = "Choose a value within these limits." if first["type"] in _LIMITS else ""
-    return SettingError(f"{where}{shown}: {reason[:1].lower()}{reason[1:]}" if where else reason, hint=hint)
+    what = f"{where}{shown}: {reason[:1].lower()}{reason[1:]}" if where else reason
+    return Problem("error", what, where, hint)
 
 
 _LIMITS = {"greater_than", "greater_than_equal", "less_than", "less_than_equal", "literal_error", "union_tag_invalid"}

@@ -13,7 +13,7 @@ from PIL import Image
 
 from tests.bad_input import GOOD, SILENT, make_bad_folder, make_picture, unlock
 from trainers.dataset.folder import Example, Scan, scan_folder
-from trainers.dataset.pictures import hash_file, load_pixels
+from trainers.dataset.pictures import hash_file, load_pixels, read_picture
 from trainers.errors import DatasetError
 
 
@@ -76,7 +76,7 @@ def test_a_scan_is_sorted_and_repeatable(bad: tuple[Path, dict[str, str]], scann
 
 
 def test_the_quick_scan_finds_the_same_but_for_damage_amid_the_pixels(bad: tuple[Path, dict[str, str]], scanned: Scan) -> None:
-    quick = scan_folder(bad[0], trigger="sks", decode=False)
+    quick = scan_folder(bad[0], trigger="sks", read=lambda path: read_picture(path, decode=False))
     extra = [example for example in quick.examples if example not in scanned.examples]
     assert [example.name for example in extra] == ["flipped bits.png"]
     assert set(scanned.examples) < set(quick.examples)

@@ -53,6 +53,11 @@ def test_a_finished_stage_returns_what_it_had(tmp_path: Path) -> None:
     assert torch.equal(run_line(tmp_path, 30), first)
 
 
+def test_stages_and_steps_draw_different_numbers() -> None:
+    drawn = [torch.rand(4, generator=randomness(seed, step)) for seed in range(4) for step in (0, 1, 5000)]
+    assert len({tuple(numbers.tolist()) for numbers in drawn}) == 12
+
+
 def test_budget_and_pace() -> None:
     assert Budget(steps=10).progress(5, 10**6) == 0.5
     assert Budget(minutes=2).progress(10**6, 60) == 0.5

@@ -48,7 +48,7 @@ def test_architecture_is_the_shipped_one() -> None:
     assert round(sum(weight.numel() for weight in made.parameters()) / 1e6, 1) == 11.3
 
 
-def test_tiny_run_learns_resumes_and_goes_on(work: Path) -> None:
+def test_tiny_run_finishes_resumes_and_goes_on(work: Path) -> None:
     def run(folder: str, steps: int, start: text_encoder.CLIPTextModel | None = None) -> text_encoder.CLIPTextModel:
         budget = Budget(steps=steps)
         return text_encoder.train_text_encoder(work / folder, work, PICTURES, budget, start, table="random", batch=12)

@@ -47,7 +47,11 @@ class Walk:
 
 def printable_name(path: Path, root: Path) -> str:
     """The posix path relative to root; bytes that are no text and control characters are written as escapes."""
-    text = path.relative_to(root).as_posix()
+    return printable_text(path.relative_to(root).as_posix())
+
+
+def printable_text(text: str) -> str:
+    """A name as it can be shown and stored: lone surrogates and control characters as escapes."""
     # Lone surrogates stand for bytes that are no UTF-8; they and control characters cannot be printed or stored.
     return "".join(c if c >= " " and c != "\x7f" and not "\ud800" <= c <= "\udfff" else ascii(c)[1:-1] for c in text)
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from trainers.dataset.captions import caption_from_name, read_caption_file, with_trigger
-from trainers.dataset.files import CAPTION_ENDINGS, FoundFile, Walk, walk_folder
-from trainers.dataset.pictures import PICTURE_ENDINGS, read_picture
+from trainers.dataset.captions import caption_from_name, clean_caption, read_caption_file, with_trigger
+from trainers.dataset.edits import Edits
+from trainers.dataset.files import CAPTION_ENDINGS, FoundFile, Walk, printable_text, walk_folder
+from trainers.dataset.pictures import PICTURE_ENDINGS, Picture, read_picture
 from trainers.errors import DatasetError, Problem
 
 MIN_SIDE = 16
@@ -37,6 +38,8 @@ class Example:
     """How often the picture is shown in one epoch, >= 1."""
     sha256: str
     """Of the file's bytes, hexadecimal."""
+    caption_file: Path | None = None
+    """The caption file that belongs to the picture, whatever it holds, and also where an edit comes before it."""
 
 
 @dataclass(frozen=True)
@@ -56,12 +59,24 @@ class _Captions:
     problems: list[Problem] = field(default_factory=list)
 
 
-def scan_folder(folder: Path, *, trigger: str = "", repeats: int = 1, decode: bool = True) -> Scan:
-    """Reads all pictures under `folder`; never writes there. The same folder always gives the same Scan.
+def decode_picture(path: Path) -> Picture:
+    """Facts about a picture, proven by decoding it, so that it cannot end a run. Raises DatasetError naming the file."""
+    return read_picture(path, decode=True)
 
-    `repeats` multiplies those of `10_name` folders. `decode` proves every picture by decoding it, so that none can end
-    a run; without it only headers and file ends are looked at. Raises DatasetError for a missing, unreadable or empty
-    folder, or one without a usable picture, with counts and the first reasons.
+
+def scan_folder(
+    folder: Path,
+    *,
+    trigger: str = "",
+    repeats: int = 1,
+    edits: Edits | None = None,
+    read: Callable[[Path], Picture] = decode_picture,
+) -> Scan:
+    """Reads all pictures under `folder`; never writes there. The same folder and edits always give the same Scan.
+
+    `repeats` multiplies those of `10_name` folders. `edits` come before the captions beside the pictures. `read` gives
+    the facts about a picture, for a caller that knows them already. Raises DatasetError for a missing, unreadable or
+    empty folder, or one without a usable picture, with counts and the first reasons.
     """
     folder = Path(folder)
     walk = walk_folder(folder)
@@ -70,8 +85,12 @@ def scan_folder(folder: Path, *, trigger: str = "", repeats: int = 1, decode: bo
     examples: list[Example] = []
     left_out: list[Problem] = []
     remarks: list[Problem] = []
+    edits = edits or Edits()
     for file in pictures:
-        example, problems = _read_example(file, captions.beside.get(file.path), trigger, repeats, decode)
+        if file.name in edits.excluded:
+            left_out.append(Problem("note", "Excluded in the edited captions; left out", file.name))
+            continue
+        example, problems = _read_example(file, captions.beside.get(file.path), edits, trigger, repeats, read)
         if example is None:
             left_out += problems
         else:
@@ -80,16 +99,22 @@ def scan_folder(folder: Path, *, trigger: str = "", repeats: int = 1, decode: bo
     if not examples:
         raise _nothing_usable(folder, walk, left_out)
     named = [*walk.problems, *left_out, *remarks, *captions.problems, *_duplicates(examples)]
+    named += _edits_of_nothing(edits, {file.name for file in pictures})
     named.sort(key=lambda problem: (problem.where, problem.what))
     return Scan(folder, tuple(examples), (*named, *_missing_captions(examples), *_ignored(walk)))
 
 
 def _read_example(
-    file: FoundFile, caption_file: FoundFile | None, trigger: str, repeats: int, decode: bool
+    file: FoundFile,
+    caption_file: FoundFile | None,
+    edits: Edits,
+    trigger: str,
+    repeats: int,
+    read: Callable[[Path], Picture],
 ) -> tuple[Example | None, list[Problem]]:
     """The example with notes on what was converted, or None with the note on why it is left out."""
     try:
-        picture = read_picture(file.path, decode=decode)
+        picture = read(file.path)
     except DatasetError as error:
         return None, [Problem("note", f"{error.what}; left out", file.name, error.hint)]
     if min(picture.width, picture.height) < MIN_SIDE:
@@ -98,7 +123,11 @@ def _read_example(
     problems = [_remark(text, file.name) for text in picture.remarks]
     caption = ""
     source: Literal["file", "name", "trigger"] = "file"
-    if caption_file is not None:
+    if file.name in edits.captions:
+        caption = clean_caption(edits.captions[file.name])
+        if not caption:
+            problems.append(Problem("note", "The edited caption is empty; the picture's file name is used instead", file.name))
+    elif caption_file is not None:
         caption, remarks = _read_beside(caption_file)
         problems += remarks
     if not caption:
@@ -108,7 +137,8 @@ def _read_example(
         source = "trigger"
     text = with_trigger(caption, trigger)
     total = file.repeats * repeats
-    return Example(file.path, file.name, text, source, picture.width, picture.height, total, picture.sha256), problems
+    beside = caption_file.path if caption_file else None
+    return Example(file.path, file.name, text, source, picture.width, picture.height, total, picture.sha256, beside), problems
 
 
 def _read_beside(file: FoundFile) -> tuple[str, list[Problem]]:
@@ -120,6 +150,11 @@ def _read_beside(file: FoundFile) -> tuple[str, list[Problem]]:
     if not caption.text:
         return "", [Problem("note", "The caption is empty; the picture's file name is used instead", file.name)]
     return caption.text, [_remark(text, file.name) for text in caption.remarks]
+
+
+def _edits_of_nothing(edits: Edits, names: set[str]) -> Iterable[Problem]:
+    for name in sorted({*edits.captions, *edits.excluded} - names):
+        yield Problem("note", "Edited or excluded, but there is no such picture in the folder; ignored", printable_text(name))
 
 
 def _remark(text: str, where: str) -> Problem:

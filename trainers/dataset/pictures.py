@@ -113,6 +113,21 @@ def load_pixels(path: Path, sha256: str = "") -> Image.Image:
         return picture
 
 
+def load_small(path: Path, side: int) -> Image.Image:
+    """A picture as 8-bit RGB, its sides at most `side` pixels, upright; for looking at, never for training.
+
+    JPEGs are decoded at about the size that is wanted, which takes a tenth of the time and memory. Raises DatasetError.
+    """
+    with _open_picture(path) as (_file, image):
+        orientation, _odd = _orientation(image)
+        small = image if image.mode == "RGB" else _to_rgb(image) if image.format != "JPEG" else image
+        small.thumbnail((side, side))
+        upright = small.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else small
+        picture = _to_rgb(upright)
+        picture.info = {}
+        return picture
+
+
 def _hash_open(file: BufferedReader) -> str:
     file.seek(0)
     return hashlib.file_digest(file, "sha256").hexdigest()

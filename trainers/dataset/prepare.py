@@ -9,6 +9,7 @@ from pathlib import Path
 
 from trainers.config import TrainConfig
 from trainers.dataset.buckets import Placement, assign_buckets
+from trainers.dataset.edits import read_edits
 from trainers.dataset.folder import Example, Scan, scan_folder
 from trainers.dataset.plan import StepPlan, split_holdout
 from trainers.families import BaseModelFacts
@@ -44,9 +45,10 @@ class TrainingSet:
 
 
 def scan_images(config: TrainConfig) -> Scan:
-    """Scans the run's folder of pictures. Raises DatasetError when nothing in it can be used."""
+    """Scans the run's folder of pictures. Raises DatasetError when nothing in it, or the file of edits, can be used."""
     settings = config.dataset
-    return scan_folder(Path(settings.images), trigger=settings.trigger, repeats=settings.repeats)
+    edits = read_edits(Path(settings.edits)) if settings.edits else None
+    return scan_folder(Path(settings.images), trigger=settings.trigger, repeats=settings.repeats, edits=edits)
 
 
 def render_side(config: TrainConfig, base: BaseModelFacts) -> int:

@@ -42,7 +42,18 @@ def export(folder: Path, vae: AutoencoderKL, text_encoder: CLIPTextModel, unet: 
     unet.to("cpu", torch.float16).save_pretrained(folder / "unet", max_shard_size=SHARD)
     noise_schedule().save_pretrained(folder / "scheduler")
     shutil.copytree(tokenizer, folder / "tokenizer")
+    for part in ("vae", "unet"):
+        forget_origin(folder / part / "config.json")
+    for path in folder.rglob("*"):
+        path.chmod(0o755 if path.is_dir() else 0o644)
     write_atomically(folder / "model_index.json", (json.dumps(INDEX, indent=2, sort_keys=True) + "\n").encode())
+
+
+def forget_origin(path: Path) -> None:
+    """Takes the folder that the part was loaded from out of its config: it belongs to the machine that built it."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config.pop("_name_or_path", None)
+    write_atomically(path, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
 
 
 def load_part(folder: Path, part: str) -> AutoencoderKL | UNet2DConditionModel | CLIPTextModel:

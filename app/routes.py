@@ -1,0 +1,265 @@
+"""The REST API under /api: one table of routes, each a function; the window itself uses nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Request, Response
+from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse
+from fastapi.routing import APIRoute
+
+from app import uploads
+from app.answers import (
+    CheckAnswer,
+    ImagesAnswer,
+    NewProject,
+    ProjectAnswer,
+    ProjectChange,
+    ProjectsAnswer,
+    RunAnswer,
+    RunStart,
+    SavedAnswer,
+    SettingsAnswer,
+    SourceChange,
+)
+from app.captions import check_names, save_captions
+from app.image_list import answer_problem, describe_images, list_images
+from app.planning import plan_project, take_edits
+from app.projects import (
+    Project,
+    change_edits,
+    change_project,
+    create_project,
+    delete_project,
+    list_projects,
+    read_project,
+    read_recipe,
+    recipe_text,
+    set_source,
+    write_recipe,
+)
+from app.refusals import CONFLICT, Refusal, disk_refusal, refuse_settings, setting_problems
+from app.run_routes import ROUTES as RUN_ROUTES
+from app.run_routes import Desk, TheDesk, answer_run
+from app.runs import Runs, Standing
+from app.scanning import Scanner
+from app.thumbnails import make_thumbnail
+from trainers.errors import TrainingError
+from trainers.presets import read_preset
+
+
+def router(home: Path) -> APIRouter:
+    """All routes, answering for one home folder. Nothing is read or made before the first request."""
+    desk = Desk(home, Runs(home), Scanner())
+
+    async def lay_out(request: Request) -> None:
+        request.state.desk = desk
+
+    api = APIRouter(prefix="/api", route_class=_Route, dependencies=[Depends(lay_out)])
+    for method, path, endpoint in (*ROUTES, *RUN_ROUTES):
+        status = 201 if method == "POST" and path in ("/projects", "/projects/{project_id}/runs") else None
+        api.add_api_route(path, endpoint, methods=[method], status_code=status)
+    return api
+
+
+class _Route(APIRoute):
+    """A route that tells refused settings field by field, and the disk's errors in words."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def handle_in_words(request: Request) -> Response:
+            try:
+                return await handle(request)
+            except Refusal as error:
+                return _refused(error)
+            except OSError as error:
+                return _refused(disk_refusal(error))
+
+        return handle_in_words
+
+
+def _refused(error: Refusal) -> Response:
+    listed = [answer_problem(problem) for problem in error.problems]
+    answer = SettingsAnswer(what=error.what, where=error.where, hint=error.hint, problems=listed)
+    return JSONResponse(answer.model_dump(), status_code=error.status)
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a request about a project works with."""
+
+    project: Project
+    desk: Desk
+
+
+def _place(project_id: str, desk: TheDesk) -> Place:
+    return Place(read_project(desk.home, project_id), desk)
+
+
+ThePlace = Annotated[Place, Depends(_place)]
+
+
+def get_projects(desk: TheDesk) -> ProjectsAnswer:
+    """All projects, the newest first, each with its newest run."""
+    standings = desk.runs.standings()
+    return ProjectsAnswer(projects=[_answer(project, standings) for project in list_projects(desk.home)])
+
+
+def post_project(body: NewProject, desk: TheDesk) -> ProjectAnswer:
+    """Makes an empty project."""
+    return _answer(create_project(desk.home, body.name), [])
+
+
+def get_project(place: ThePlace) -> ProjectAnswer:
+    """One project."""
+    return _answer(place.project, place.desk.runs.standings())
+
+
+def patch_project(body: ProjectChange, place: ThePlace) -> ProjectAnswer:
+    """Changes name, trigger word, preset or recipe; all of it, or with a refusal nothing."""
+    project = place.project
+    given = body.model_dump(include={"name", "trigger", "preset"}, exclude_none=True)
+    try:
+        if body.preset:
+            read_preset(body.preset)
+        if body.recipe is not None:
+            write_recipe(project.model_copy(update=given), body.recipe)
+    except TrainingError as error:
+        raise refuse_settings(setting_problems(error)) from error
+    return _answer(change_project(project, **given) if given else project, place.desk.runs.standings())
+
+
+def remove_project(place: ThePlace) -> Response:
+    """Removes a project and the pictures copied into it. Its runs stay, and so does a folder that the person named."""
+    other = place.desk.runs.at_work()
+    if other and other.id in place.project.runs:
+        raise Refusal("This project is training", other.id, "Stop it first.", status=CONFLICT)
+    delete_project(place.project)
+    return Response(status_code=204)
+
+
+def get_recipe(place: ThePlace) -> PlainTextResponse:
+    """The recipe as TOML: what the person chose, over the preset."""
+    return PlainTextResponse(recipe_text(place.project), media_type="application/toml")
+
+
+async def put_recipe(request: Request, place: ThePlace) -> dict[str, Any]:
+    """Takes a recipe as TOML text, comments included; answers the settings that are in it."""
+    data = await request.body()
+    try:
+        return write_recipe(place.project, data.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise Refusal("The recipe is no UTF-8 text", "recipe", "Save it as UTF-8.") from error
+    except Refusal:
+        raise
+    except TrainingError as error:
+        raise refuse_settings(setting_problems(error)) from error
+
+
+def put_source(body: SourceChange, place: ThePlace) -> ProjectAnswer:
+    """Takes the pictures from a folder on this machine, where nothing is ever written, or from the project again."""
+    return _answer(set_source(place.project, body.folder), place.desk.runs.standings())
+
+
+async def post_images(request: Request, place: ThePlace) -> uploads.Received:
+    """Stores uploaded pictures, captions and zips in the project; the file name of a part may be a relative path."""
+    if not place.project.is_own:
+        what = "This project uses a folder of yours, and nothing is ever written there"
+        raise Refusal(what, place.project.source, "Put the files into that folder, or make a new project.", status=CONFLICT)
+    return await uploads.receive(request, place.project.images)
+
+
+def get_images(place: ThePlace) -> ImagesAnswer:
+    """The pictures with captions, tokens and problems, and the folder's health."""
+    return describe_images(place.project, place.desk.scanner.look(place.project))
+
+
+def get_thumb(rel: str, place: ThePlace, w: int = 192, v: str = "") -> FileResponse:
+    """A thumbnail as WebP, at most about `w` pixels a side. `v` is the file's version: with it the answer never changes."""
+    picture = place.desk.scanner.find_picture(place.project, rel)
+    path = make_thumbnail(picture, place.project.thumbs, w)
+    keep = "private, max-age=31536000, immutable" if v else "private, no-cache"
+    return FileResponse(path, media_type="image/webp", headers={"Cache-Control": keep})
+
+
+def put_captions(body: dict[str, str], place: ThePlace) -> SavedAnswer:
+    """Saves captions by picture name; answers those pictures with their new token counts."""
+    save_captions(place.project, place.desk.scanner.look(place.project), body)
+    return SavedAnswer(images=list_images(place.project, place.desk.scanner.look(place.project), body))
+
+
+def put_excluded(body: dict[str, bool], place: ThePlace) -> SavedAnswer:
+    """Excludes pictures, or takes them in again, by name; others stay as they are."""
+    check_names(place.desk.scanner.look(place.project), body)
+    change_edits(place.project, {}, body)
+    return SavedAnswer(images=list_images(place.project, place.desk.scanner.look(place.project), body))
+
+
+def post_check(body: RunStart, place: ThePlace) -> CheckAnswer:
+    """What a run with these settings would be. A refusal is an answer here (`ok` false), as a page asks while one types."""
+    edits = take_edits(place.project, place.desk.scanner)
+    nowhere = place.project.edits_file
+    try:
+        plan = plan_project(place.project, place.desk.scanner, body.settings, edits, nowhere, body.preset, body.force)
+    except Refusal as error:
+        return CheckAnswer(ok=False, problems=[answer_problem(problem) for problem in error.problems])
+    adapter = plan.config.adapter
+    return CheckAnswer(
+        ok=True,
+        problems=[answer_problem(problem) for problem in plan.problems],
+        arithmetic=plan.arithmetic,
+        steps=plan.data.steps,
+        pictures=len(plan.data.own),
+        held_out=len(plan.data.held_out),
+        base=plan.base.name,
+        preset=plan.preset,
+        scale=adapter.scale_of(adapter.effective_alpha, adapter.rank),
+        settings=plan.config.model_dump(mode="json"),
+    )
+
+
+def post_run(body: RunStart, place: ThePlace) -> RunAnswer:
+    """Starts a run: 422 with a problem for each setting that cannot be, 409 while another one trains."""
+    desk = place.desk
+    run = desk.runs.start(place.project, desk.scanner, body.settings, body.preset, body.force)
+    return answer_run(desk.runs.standing(run))
+
+
+def _answer(project: Project, standings: list[Standing]) -> ProjectAnswer:
+    own = [standing for standing in standings if standing.id in project.runs]
+    answers = [answer_run(standing) for standing in own]
+    try:
+        recipe = read_recipe(project)
+    except Refusal:  # damaged by hand: GET recipe tells it; the rest of the project is usable
+        recipe = {}
+    return ProjectAnswer(
+        **project.model_dump(exclude={"folder", "runs"}),
+        id=project.id,
+        recipe=recipe,
+        runs=[answer.id for answer in reversed(answers)],
+        latest=answers[0] if answers else None,
+        cover=next((answer.sample for answer in answers if answer.sample), ""),
+    )
+
+
+ROUTES: tuple[tuple[str, str, Callable[..., Any]], ...] = (
+    ("GET", "/projects", get_projects),
+    ("POST", "/projects", post_project),
+    ("GET", "/projects/{project_id}", get_project),
+    ("PATCH", "/projects/{project_id}", patch_project),
+    ("DELETE", "/projects/{project_id}", remove_project),
+    ("GET", "/projects/{project_id}/recipe", get_recipe),
+    ("PUT", "/projects/{project_id}/recipe", put_recipe),
+    ("PUT", "/projects/{project_id}/source", put_source),
+    ("GET", "/projects/{project_id}/images", get_images),
+    ("POST", "/projects/{project_id}/images", post_images),
+    ("GET", "/projects/{project_id}/thumb/{rel:path}", get_thumb),
+    ("PUT", "/projects/{project_id}/captions", put_captions),
+    ("PUT", "/projects/{project_id}/excluded", put_excluded),
+    ("POST", "/projects/{project_id}/check", post_check),
+    ("POST", "/projects/{project_id}/runs", post_run),
+)

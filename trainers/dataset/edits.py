@@ -1,0 +1,70 @@
+"""A person's edits of a folder that stay out of it: captions in place of those beside the pictures, and pictures left out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from trainers.errors import DatasetError
+from trainers.files import open_regular
+
+MAX_BYTES = 64 << 20
+"""A larger file is refused unread: a thousand long captions need one of these megabytes."""
+
+
+@dataclass(frozen=True)
+class Edits:
+    """What is to be read instead of a folder's own captions. Names are those of a scan: posix, relative to the folder."""
+
+    captions: Mapping[str, str] = field(default_factory=dict)
+    """Name of a picture -> its caption, without trigger word. An empty one counts as an empty caption file."""
+    excluded: frozenset[str] = frozenset()
+    """Names of pictures that are left out."""
+
+
+def read_edits(path: Path) -> Edits:
+    """Reads `{"captions": {NAME: TEXT}, "excluded": [NAME]}`; either part may be missing.
+
+    Raises DatasetError naming the file when it is missing, unreadable, or holds anything else: training on captions that
+    a person believes to have changed is worse than not training.
+    """
+    where = str(path)
+    hint = 'Expected {"captions": {"cat.png": "a cat"}, "excluded": ["dog.png"]}; or leave dataset.edits empty.'
+    try:
+        with open_regular(path) as file:
+            data = file.read(MAX_BYTES + 1)
+    except FileNotFoundError as error:
+        raise DatasetError("The file with edited captions is missing", where, "Put it back, or start a new run.") from error
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise DatasetError(f"The file with edited captions cannot be read: {reason}", where, "Check the path.") from error
+    if len(data) > MAX_BYTES:
+        raise DatasetError(f"The file with edited captions is larger than {MAX_BYTES >> 20} MiB", where, hint)
+    try:
+        values = json.loads(data.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise DatasetError(f"The file with edited captions is not JSON: {error}", where, hint) from error
+    return _checked(values, where, hint)
+
+
+def write_edits(edits: Edits) -> bytes:
+    """The file's content, in a fixed order, ready to be written whole."""
+    values = {"captions": dict(sorted(edits.captions.items())), "excluded": sorted(edits.excluded)}
+    return json.dumps(values, ensure_ascii=False, indent=1).encode("utf-8", "replace")
+
+
+def _checked(values: Any, where: str, hint: str) -> Edits:
+    if not isinstance(values, dict):
+        raise DatasetError("The file with edited captions holds no names", where, hint)
+    unknown = sorted(values.keys() - {"captions", "excluded"})
+    if unknown:
+        raise DatasetError(f"The file with edited captions holds the unknown part {unknown[0]!r}", where, hint)
+    captions, excluded = values.get("captions", {}), values.get("excluded", [])
+    if not isinstance(captions, dict) or not all(isinstance(text, str) for text in captions.values()):
+        raise DatasetError("In the file with edited captions, `captions` is not text by name", where, hint)
+    if not isinstance(excluded, list) or not all(isinstance(name, str) for name in excluded):
+        raise DatasetError("In the file with edited captions, `excluded` is not a list of names", where, hint)
+    return Edits(captions, frozenset(excluded))
