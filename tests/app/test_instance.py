@@ -186,9 +186,10 @@ def test_a_taken_port_is_passed_over(home: Path) -> None:
 
 def test_a_port_is_ours_at_once_and_only_on_this_machine() -> None:
     with bind("127.0.0.1", free_port()) as sock:
-        port = sock.getsockname()[1]
-        with socket.create_connection(("127.0.0.1", port), timeout=5):
-            pass
+        address, port = sock.getsockname()
+        assert address == "127.0.0.1", "an address of this machine alone"
+        with socket.create_connection((address, port), timeout=5) as connection:
+            assert connection.getpeername() == (address, port), "it listens before the server runs"
 
 
 def test_an_address_of_another_machine_is_refused() -> None:
