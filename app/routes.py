@@ -10,6 +10,8 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse
 from fastapi.routing import APIRoute
+from starlette.exceptions import HTTPException
+from starlette.types import Message, Receive
 
 from app import uploads
 from app.answers import (
@@ -65,13 +67,19 @@ def router(home: Path) -> APIRouter:
     return api
 
 
+BODY_BYTES = 16 << 20
+"""The largest body that is read into memory: captions of a thousand pictures are 1 MB. Uploads have their own limits."""
+
+
 class _Route(APIRoute):
-    """A route that tells refused settings field by field, and the disk's errors in words."""
+    """A route that reads no endless body, tells refused settings field by field, and the disk's errors in words."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
 
         async def handle_in_words(request: Request) -> Response:
+            if self.endpoint is not post_images:  # that one writes to disk as it reads, and counts by itself
+                request = Request(request.scope, _limited(request))
             try:
                 return await handle(request)
             except Refusal as error:
@@ -80,6 +88,27 @@ class _Route(APIRoute):
                 return _refused(disk_refusal(error))
 
         return handle_in_words
+
+
+def _limited(request: Request) -> Receive:
+    """The request's `receive`, which raises HTTPException 413 as soon as more than BODY_BYTES are announced or have come."""
+    length, arrived = request.headers.get("content-length", ""), 0
+
+    async def receive() -> Message:
+        nonlocal arrived
+        if length.isdecimal() and int(length) > BODY_BYTES:
+            raise _too_large()
+        message = await request.receive()
+        arrived += len(message.get("body", b""))
+        if arrived > BODY_BYTES:
+            raise _too_large()
+        return message
+
+    return receive
+
+
+def _too_large() -> HTTPException:
+    return HTTPException(413, f"More than {BODY_BYTES >> 20} MiB in one request: send it in parts")
 
 
 def _refused(error: Refusal) -> Response:

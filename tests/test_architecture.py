@@ -20,7 +20,8 @@ PACKAGES = ("app", "trainers")
 HEAVY = ("torch", "diffusers", "transformers", "gradio", "peft", "accelerate")
 # What the window will use; it must open where torch is missing or broken.
 LIGHT = (
-    *("app.main", "trainers.cli", "trainers.config", "trainers.presets", "trainers.checks", "trainers.launch"),
+    *("app.main", "app.server", "app.uploads", "app.routes"),
+    *("trainers.cli", "trainers.config", "trainers.presets", "trainers.checks", "trainers.launch"),
     *("trainers.run_folder", "trainers.events", "trainers.errors", "trainers.settings", "trainers.samplers"),
     *("trainers.dataset.folder", "trainers.dataset.captions", "trainers.dataset.buckets", "trainers.dataset.plan"),
     *("trainers.dataset.prepare", "trainers.families", "trainers.adapters", "trainers.optimizers", "trainers.draw"),

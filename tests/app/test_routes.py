@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -306,3 +307,24 @@ def test_the_routes_load_no_heavy_library() -> None:
     code = "import json, sys, app.routes, pathlib\napp.routes.router(pathlib.Path('nowhere'))\n"
     loaded = run_fresh(code + "print(json.dumps(list(sys.modules)))")
     assert [name for name in ("torch", "diffusers", "transformers", "peft", "accelerate", "gradio") if name in loaded] == []
+
+
+def test_an_endless_body_is_refused_and_changes_nothing(
+    client: TestClient, project: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.routes.BODY_BYTES", 1 << 20)
+    before = client.get(f"/api/projects/{project}/recipe").text
+    recipe = b"# " + b"x" * (1 << 20)
+    sent: list[int] = []
+
+    def pieces() -> Iterator[bytes]:  # without a length in front
+        for piece in range(40):
+            sent.append(piece)
+            yield b"#" * (1 << 16)
+
+    for body in (recipe, pieces()):
+        told = refused(client.put(f"/api/projects/{project}/recipe", content=body), 413)
+        assert told["what"] == "More than 1 MiB in one request: send it in parts"
+    refused(client.put(f"/api/projects/{project}/captions", content=b'{"00.png": "' + recipe + b'"}'), 413)
+    assert sent and client.get(f"/api/projects/{project}/recipe").text == before
+    ok(client.put(f"/api/projects/{project}/recipe", content=b"# " + b"x" * 1000))
