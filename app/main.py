@@ -20,19 +20,20 @@ def start(context: typer.Context) -> None:
 
 @cli.command()
 def ui(
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Port on this machine.")] = 7860,
-    no_browser: Annotated[bool, typer.Option("--no-browser", help="Do not open a browser.")] = False,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port on this machine; the next free one if it is taken.")] = 7860,
+    no_browser: Annotated[bool, typer.Option("--no-browser", help="Only print the address.")] = False,
+    window: Annotated[bool, typer.Option("--window", help="Open it as a window of its own, in Chrome or Edge.")] = False,
     home: Annotated[Path | None, typer.Option(help="Folder for projects and runs.")] = None,
+    listen: Annotated[
+        str, typer.Option(help="Address to listen at; another than this machine's wants a password.")
+    ] = "127.0.0.1",
+    password: Annotated[str | None, typer.Option(help="Password that the window asks for, once.")] = None,
 ) -> None:
-    """Open the window (in a later version; today this says what there is)."""
-    typer.echo("The window comes in a later version. What works today, on the command line:")
-    typer.echo("  impasto demo                             sample pictures -> LoRA -> a picture of its strength")
-    typer.echo("  impasto check  FOLDER                    what a run on your pictures would meet")
-    typer.echo("  impasto train  FOLDER --output RUN       train a LoRA; Ctrl-C stops and keeps everything")
-    typer.echo("  impasto resume RUN                       go on with a stopped run")
-    typer.echo('  impasto generate --lora FILE --prompt "..." --strengths 0,0.5,1 --output strip.png')
-    typer.echo("  impasto inspect FILE.safetensors         what is in a LoRA file")
-    typer.echo("  impasto presets                          what to start from")
+    """Open the window: drop a folder in, watch it learn, take the file home."""
+    from app.server import serve
+    from trainers.run_folder import home_folder
+
+    serve(home or home_folder(), port, listen, "none" if no_browser else "window" if window else "tab", password)
 
 
 def main() -> None:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
+import contextlib
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, Response
-from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse
-from fastapi.routing import APIRoute
-from starlette.exceptions import HTTPException
-from starlette.types import Message, Receive
+from fastapi.responses import FileResponse, PlainTextResponse
 
 from app import uploads
 from app.answers import (
@@ -24,7 +22,6 @@ from app.answers import (
     RunAnswer,
     RunStart,
     SavedAnswer,
-    SettingsAnswer,
     SourceChange,
 )
 from app.captions import check_names, save_captions
@@ -43,78 +40,38 @@ from app.projects import (
     set_source,
     write_recipe,
 )
-from app.refusals import CONFLICT, Refusal, disk_refusal, refuse_settings, setting_problems
+from app.recipe_routes import ROUTES as RECIPE_ROUTES
+from app.refusals import CONFLICT, Refusal, refuse_settings, setting_problems
+from app.routing import Route
 from app.run_routes import ROUTES as RUN_ROUTES
 from app.run_routes import Desk, TheDesk, answer_run
 from app.runs import Runs, Standing
 from app.scanning import Scanner
+from app.studio_client import Studio
+from app.studio_routes import ROUTES as STUDIO_ROUTES
 from app.thumbnails import make_thumbnail
 from trainers.errors import TrainingError
+from trainers.families import ASSETS
 from trainers.presets import read_preset
 
 
 def router(home: Path) -> APIRouter:
     """All routes, answering for one home folder. Nothing is read or made before the first request."""
-    desk = Desk(home, Runs(home), Scanner())
+    desk = Desk(home, Runs(home), Scanner(), Studio(home))
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_app: Any) -> AsyncIterator[None]:
+        yield
+        desk.studio.close()
 
     async def lay_out(request: Request) -> None:
         request.state.desk = desk
 
-    api = APIRouter(prefix="/api", route_class=_Route, dependencies=[Depends(lay_out)])
-    for method, path, endpoint in (*ROUTES, *RUN_ROUTES):
+    api = APIRouter(prefix="/api", lifespan=lifespan, route_class=Route, dependencies=[Depends(lay_out)])
+    for method, path, endpoint in (*ROUTES, *RECIPE_ROUTES, *RUN_ROUTES, *STUDIO_ROUTES):
         status = 201 if method == "POST" and path in ("/projects", "/projects/{project_id}/runs") else None
         api.add_api_route(path, endpoint, methods=[method], status_code=status)
     return api
-
-
-BODY_BYTES = 16 << 20
-"""The largest body that is read into memory: captions of a thousand pictures are 1 MB. Uploads have their own limits."""
-
-
-class _Route(APIRoute):
-    """A route that reads no endless body, tells refused settings field by field, and the disk's errors in words."""
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        handle = super().get_route_handler()
-
-        async def handle_in_words(request: Request) -> Response:
-            if self.endpoint is not post_images:  # that one writes to disk as it reads, and counts by itself
-                request = Request(request.scope, _limited(request))
-            try:
-                return await handle(request)
-            except Refusal as error:
-                return _refused(error)
-            except OSError as error:
-                return _refused(disk_refusal(error))
-
-        return handle_in_words
-
-
-def _limited(request: Request) -> Receive:
-    """The request's `receive`, which raises HTTPException 413 as soon as more than BODY_BYTES are announced or have come."""
-    length, arrived = request.headers.get("content-length", ""), 0
-
-    async def receive() -> Message:
-        nonlocal arrived
-        if length.isdecimal() and int(length) > BODY_BYTES:
-            raise _too_large()
-        message = await request.receive()
-        arrived += len(message.get("body", b""))
-        if arrived > BODY_BYTES:
-            raise _too_large()
-        return message
-
-    return receive
-
-
-def _too_large() -> HTTPException:
-    return HTTPException(413, f"More than {BODY_BYTES >> 20} MiB in one request: send it in parts")
-
-
-def _refused(error: Refusal) -> Response:
-    listed = [answer_problem(problem) for problem in error.problems]
-    answer = SettingsAnswer(what=error.what, where=error.where, hint=error.hint, problems=listed)
-    return JSONResponse(answer.model_dump(), status_code=error.status)
 
 
 @dataclass(frozen=True)
@@ -141,6 +98,13 @@ def get_projects(desk: TheDesk) -> ProjectsAnswer:
 def post_project(body: NewProject, desk: TheDesk) -> ProjectAnswer:
     """Makes an empty project."""
     return _answer(create_project(desk.home, body.name), [])
+
+
+def post_sample(desk: TheDesk) -> ProjectAnswer:
+    """Makes a project of the pictures that ship, ready to train. They are read from their place."""
+    project = set_source(create_project(desk.home, "Sample"), str(ASSETS / "samples" / "blackcut"))
+    write_recipe(project, {"samples": {"prompts": ["a red heart, blackcut style", "a wolf, blackcut style"]}})
+    return _answer(project, [])
 
 
 def get_project(place: ThePlace) -> ProjectAnswer:
@@ -200,6 +164,9 @@ async def post_images(request: Request, place: ThePlace) -> uploads.Received:
         what = "This project uses a folder of yours, and nothing is ever written there"
         raise Refusal(what, place.project.source, "Put the files into that folder, or make a new project.", status=CONFLICT)
     return await uploads.receive(request, place.project.images)
+
+
+post_images.counts_itself = True  # type: ignore[attr-defined]  # it writes to disk as it reads
 
 
 def get_images(place: ThePlace) -> ImagesAnswer:
@@ -278,6 +245,7 @@ def _answer(project: Project, standings: list[Standing]) -> ProjectAnswer:
 ROUTES: tuple[tuple[str, str, Callable[..., Any]], ...] = (
     ("GET", "/projects", get_projects),
     ("POST", "/projects", post_project),
+    ("POST", "/sample", post_sample),
     ("GET", "/projects/{project_id}", get_project),
     ("PATCH", "/projects/{project_id}", patch_project),
     ("DELETE", "/projects/{project_id}", remove_project),

@@ -18,6 +18,7 @@ from app.progress import PHASES
 from app.refusals import NOT_FOUND, Refusal
 from app.runs import Ask, Runs, Standing, find_lora, lora_files
 from app.scanning import Scanner
+from app.studio_client import Studio
 from trainers import events
 from trainers.formats.container import open_file, read_header
 from trainers.formats.hashes import file_hashes
@@ -34,6 +35,7 @@ class Desk:
     home: Path
     runs: Runs
     scanner: Scanner
+    studio: Studio
 
 
 def _desk(request: Request) -> Desk:

@@ -51,7 +51,7 @@ class InstanceAnswer(BaseModel):
 def make_app(
     home: Path, port: int, password: str | None = None, *, hosts: frozenset[str] | None = None, instance: str = ""
 ) -> FastAPI:
-    """The whole application for a home folder, answering as `hosts` (by default the loopback names at `port`).
+    """All routes for a home folder, without the page, answering as `hosts` (by default the loopback names at `port`).
 
     `instance` is the id that GET /api/instance tells. Nothing is started and no port opened.
     """
@@ -70,7 +70,6 @@ def make_app(
         return InstanceAnswer(id=instance)
 
     app.include_router(router(home))
-    _mount_screens(app)  # last: a mount at / takes every request that no route before it has taken
     return app
 
 
@@ -79,20 +78,6 @@ def _set_environment(home: Path) -> None:
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     os.environ["GRADIO_TEMP_DIR"] = str(home / "window" / "gradio")
-
-
-def _mount_screens(app: FastAPI) -> None:
-    """Where `gr.mount_gradio_app(app, screens, path="/")` will stand; until then one page says what is there."""
-    from fastapi.responses import HTMLResponse
-
-    @app.get("/", response_class=HTMLResponse, include_in_schema=False)
-    def show_page() -> str:
-        """The page at the address itself."""
-        return (
-            '<!doctype html><html lang="en"><meta charset="utf-8"><title>Impasto</title>'
-            '<meta name="color-scheme" content="light dark"><body style="font: 1.1rem sans-serif; margin: 3rem">'
-            "<h1>Impasto is running</h1><p>Its screens come in a later version; its routes answer under /api.</p></body></html>"
-        )
 
 
 def _answer_errors(app: FastAPI) -> None:
@@ -170,11 +155,14 @@ def _serve_claimed(
 ) -> None:
     import uvicorn
 
+    from app.ui import mount_screens
+
     with bind(listen, wanted) as sock:
         port = int(sock.getsockname()[1])
         hosts = local_hosts(port, own_names(listen))
         url = _url(listen, port)
         app = make_app(home, port, password, hosts=hosts, instance=claimed.id)
+        mount_screens(app)
         config = uvicorn.Config(
             app,
             proxy_headers=False,  # there is no proxy: what such headers tell is made up

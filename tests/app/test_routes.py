@@ -312,7 +312,7 @@ def test_the_routes_load_no_heavy_library() -> None:
 def test_an_endless_body_is_refused_and_changes_nothing(
     client: TestClient, project: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("app.routes.BODY_BYTES", 1 << 20)
+    monkeypatch.setattr("app.routing.BODY_BYTES", 1 << 20)
     before = client.get(f"/api/projects/{project}/recipe").text
     recipe = b"# " + b"x" * (1 << 20)
     sent: list[int] = []

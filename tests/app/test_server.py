@@ -129,7 +129,7 @@ def test_every_route_refuses_a_foreign_host_a_foreign_origin_and_other_sites(cli
 def test_with_a_password_every_route_is_closed(home: Path) -> None:
     client = TestClient(make_app(home, PORT, PASSWORD), base_url=OWN)
     assert {client.request(method, path).status_code for method, path in routes(client.app)} == {401}
-    assert client.get("/", params={"token": PASSWORD}).status_code == 200  # follows the redirect with the cookie
+    assert client.get("/api/instance", params={"token": PASSWORD}).status_code == 200  # follows the redirect with the cookie
     assert client.get("/api/projects").status_code == 200
 
 

@@ -1,0 +1,88 @@
+"""What the recipe's form is drawn from: every setting with its kind, limits and help, out of the settings' own fields."""
+
+from __future__ import annotations
+
+import types
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+
+from trainers.config import TrainConfig
+from trainers.settings import iterate_fields
+
+Kind = Literal["whole", "number", "switch", "text", "choice", "list", "choices"]
+
+
+class SettingAnswer(BaseModel):
+    """One setting. A limit that is null is none; `above` and `below` are limits that are not themselves allowed."""
+
+    name: str
+    """Dotted, as in presets: adapter.rank."""
+    group: str
+    label: str
+    help: str
+    kind: Kind
+    optional: bool
+    """May be unset, which leaves the choice to the program."""
+    choices: list[str] = []
+    least: float | None = None
+    most: float | None = None
+    above: float | None = None
+    below: float | None = None
+
+
+def describe_settings() -> list[SettingAnswer]:
+    """All settings of a run, in the order of TrainConfig."""
+    return [_describe(name, field) for name, field in iterate_fields(TrainConfig)]
+
+
+def _types(group: str) -> list[str]:
+    """The types that a group of settings comes in: adapter, optimizer."""
+    annotation = TrainConfig.model_fields[group].annotation
+    members = get_args(annotation) or (annotation,)
+    return [str(member.model_fields["type"].default) for member in members if hasattr(member, "model_fields")]
+
+
+def _describe(name: str, field: Any) -> SettingAnswer:
+    kind, choices, optional = _kind(field.annotation)
+    limits: dict[str, float] = {}
+    for bound in _bounds(field.annotation, field.metadata):
+        for attribute, ours in (("ge", "least"), ("le", "most"), ("gt", "above"), ("lt", "below")):
+            if getattr(bound, attribute, None) is not None:
+                limits[ours] = float(getattr(bound, attribute))
+    group, _, last = name.rpartition(".")
+    if last == "type" and kind == "choice" and len(choices) == 1:
+        choices = _types(group)
+    return SettingAnswer(
+        name=name,
+        group=group,
+        label=last.replace("_", " ").capitalize(),
+        help=" ".join((field.description or "").replace("`", "").split()),
+        kind=kind,
+        optional=optional,
+        choices=choices,
+        **limits,  # type: ignore[arg-type]
+    )
+
+
+def _bounds(annotation: Any, metadata: list[Any]) -> list[Any]:
+    """The limits of a field, also where its type is an Annotated one."""
+    return [*metadata, *getattr(annotation, "__metadata__", ())]
+
+
+def _kind(annotation: Any) -> tuple[Kind, list[str], bool]:
+    """(kind, choices, whether it may be unset) of a field's type."""
+    if hasattr(annotation, "__metadata__"):
+        annotation = get_args(annotation)[0]
+    parts = get_args(annotation)
+    if get_origin(annotation) in (types.UnionType, Union):
+        kept = [part for part in parts if part is not type(None)]
+        kind, choices, _ = _kind(kept[0])
+        return kind, choices, len(kept) < len(parts)
+    if get_origin(annotation) is Literal:
+        return "choice", [str(part) for part in parts], False
+    if get_origin(annotation) is tuple:
+        kind, choices, _ = _kind(parts[0])
+        return ("choices", choices, False) if kind == "choice" else ("list", [], False)
+    simple: dict[Any, Kind] = {bool: "switch", int: "whole", float: "number"}
+    return simple.get(annotation, "text"), [], False

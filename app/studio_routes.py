@@ -1,0 +1,167 @@
+"""The part of the REST API that draws: a ladder of strengths of a run's LoRA, picture by picture, by the warm renderer."""
+
+from __future__ import annotations
+
+import os
+import re
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi.responses import FileResponse
+from pydantic import BaseModel, Field
+
+from app.answers import Body, FileAnswer
+from app.refusals import NOT_FOUND, Refusal, refuse_settings
+from app.run_routes import Desk, TheDesk, TheRun, answer_run
+from app.runs import find_lora
+from app.studio_client import Studio
+from trainers.errors import Problem, TrainingError
+from trainers.families import recognise_base
+from trainers.presets import resolve
+from trainers.run_folder import RunFolder
+from trainers.samplers import SAMPLERS, check_sampler
+
+_PICTURE = re.compile(r"[A-Za-z0-9._-]+\.png")
+
+
+class DrawRequest(Body):
+    """POST /api/studio: pictures of a run's LoRA at strengths, all from the same noise. Sizes in pixels."""
+
+    run: Annotated[str, Field(max_length=200)]
+    step: int | None = None
+    """Which checkpoint; null is the finished LoRA, else the newest."""
+    prompt: Annotated[str, Field(max_length=4096)]
+    negative: Annotated[str, Field(max_length=4096)] = ""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    width: int = Field(ge=32, le=2048, multiple_of=8)
+    height: int = Field(ge=32, le=2048, multiple_of=8)
+    steps: int = Field(default=20, ge=1, le=200)
+    guidance: float = Field(default=5.0, ge=0, le=30, allow_inf_nan=False)
+    scheduler: str = "dpm++"
+    strengths: list[Annotated[float, Field(ge=-4, le=4, allow_inf_nan=False)]] = Field(min_length=1, max_length=17)
+    replaces: bool = True
+    """Whether what was asked before and is not done is given up."""
+
+
+class Asked(BaseModel):
+    """What to look at from now on."""
+
+    id: int
+
+
+class PictureAnswer(BaseModel):
+    """One picture."""
+
+    strength: float
+    url: str
+
+
+class DrawAnswer(BaseModel):
+    """GET /api/studio/{id}: waiting, loading, drawing, done, failed or cancelled; `done` of `total` sampling steps."""
+
+    state: str
+    done: int
+    total: int
+    pictures: list[PictureAnswer]
+    problem: str
+
+
+class DefaultsAnswer(BaseModel):
+    """What the studio begins with, from the run's own settings."""
+
+    run: str
+    prompt: str
+    negative: str
+    seed: int
+    width: int
+    height: int
+    steps: int
+    guidance: float
+    scheduler: str
+    schedulers: list[str]
+    files: list[FileAnswer]
+
+
+def get_defaults(run: TheRun, desk: TheDesk) -> DefaultsAnswer:
+    """Prompt, seed and size to begin with."""
+    config = _config(run)
+    samples, size = config["samples"], recognise_base(config["base"]["model"]).resolution
+    standing = desk.runs.standing(run)
+    told = [str(prompt) for prompt in samples["prompts"]]
+    return DefaultsAnswer(
+        run=standing.id,
+        prompt=told[0] if told else config["dataset"]["trigger"],
+        negative=samples["negative"],
+        seed=samples["seed"],
+        width=config["dataset"]["resolution"] or size,
+        height=config["dataset"]["resolution"] or size,
+        steps=samples["steps"],
+        guidance=samples["guidance"],
+        scheduler=samples["scheduler"],
+        schedulers=list(SAMPLERS),
+        files=answer_run(standing).files,
+    )
+
+
+def post_draw(body: DrawRequest, desk: TheDesk) -> Asked:
+    """Asks for pictures; 422 with the field in `where` for what cannot be drawn. Returns at once."""
+    run = desk.runs.find(body.run)
+    try:
+        check_sampler(body.scheduler)
+    except TrainingError as error:
+        raise refuse_settings([Problem("error", error.what, "scheduler", error.hint)]) from error
+    request = body.model_dump(exclude={"run", "step"})
+    lora = str(find_lora(run, body.step))
+    return Asked(id=_studio(desk).ask({**request, "base": _config(run)["base"]["model"], "lora": lora}))
+
+
+def get_draw(number: int, desk: TheDesk) -> DrawAnswer:
+    """How a request stands, with the pictures so far."""
+    try:
+        found = _studio(desk).look(number)
+    except KeyError as error:
+        raise Refusal("There is no such drawing", str(number), "Press Draw again.", status=NOT_FOUND) from error
+    pictures = [
+        PictureAnswer(strength=strength, url=f"/api/studio/pictures/{Path(path).name}")
+        for strength, path in sorted(found["pictures"].items())
+    ]
+    return DrawAnswer(**{**found, "pictures": pictures})
+
+
+def post_cancel(number: int, desk: TheDesk) -> Asked:
+    """Gives a drawing up at its next sampling step."""
+    _studio(desk).cancel(number)
+    return Asked(id=number)
+
+
+def get_picture(name: str, desk: TheDesk) -> FileResponse:
+    """A picture of the studio. Its name is looked up in the folder's list."""
+    folder = _studio(desk).folder
+    if not _PICTURE.fullmatch(name) or not folder.is_dir() or name not in os.listdir(folder):
+        raise Refusal("There is no such picture", name[:200], "Press Draw again.", status=NOT_FOUND)
+    keep = {"Cache-Control": "private, max-age=31536000, immutable"}  # named by what it shows
+    return FileResponse(folder / name, media_type="image/png", headers=keep)
+
+
+def _studio(desk: Desk) -> Studio:
+    return desk.studio
+
+
+def _config(run: RunFolder) -> dict[str, Any]:
+    """The run's settings, complete. Raises Refusal when the file is damaged."""
+    try:
+        given = tomllib.loads(run.config.read_text(encoding="utf-8"))
+        return resolve("pocket", {"prior": {"prompts": []}, **given}).model_dump(mode="json")
+    except (ValueError, TrainingError) as error:
+        raise Refusal(f"The run's settings cannot be read: {error}", run.path.name, "Train again.") from error
+
+
+ROUTES: tuple[tuple[str, str, Callable[..., Any]], ...] = (
+    ("GET", "/runs/{run_id}/studio", get_defaults),
+    ("POST", "/studio", post_draw),
+    ("GET", "/studio/{number}", get_draw),
+    ("POST", "/studio/{number}/cancel", post_cancel),
+    ("GET", "/studio/pictures/{name}", get_picture),
+)

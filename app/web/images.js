@@ -1,0 +1,260 @@
+// Images: drop a folder, look over the captions, leave out what does not fit.
+import { address, ask, copyButton, el, errorCard, get, onShow, patch, plural, put, tell, toast } from "/web/core.js";
+import { chosenFiles, droppedFiles, send } from "/web/drop.js";
+
+const FILTERS = [
+  ["all", "All", () => true],
+  ["none", "No caption", (image) => !image.caption],
+  ["long", "Too long", (image) => image.cut !== null],
+  ["out", "Excluded", (image) => image.excluded],
+  ["bad", "Problems", (image) => image.problems.length > 0],
+];
+const SLICE = 60;
+
+export function mount(element) {
+  const room = el("div");
+  element.replaceChildren(room);
+  onShow("images", ({ project }) => {
+    const screen = makeScreen(room, project);
+    screen.load();
+    return screen.leave;
+  });
+}
+
+function makeScreen(room, project) {
+  const base = `/projects/${encodeURIComponent(project)}`;
+  const trouble = el("div");
+  const news = el("div", { role: "status", "aria-live": "polite" });
+  const health = el("section", { class: "card health", "aria-label": "Health of the folder" });
+  const grid = el("div", { class: "grid" });
+  const find = el("input", { type: "search", placeholder: "Search names and captions", "aria-label": "Search names and captions", oninput: () => filter() });
+  const chips = el("div", { class: "row", role: "group", "aria-label": "Show" });
+  const next = el("a", { class: "button primary", href: address("recipe", project) }, "Next: Recipe");
+  const bulk = el("div", { class: "row bulk", role: "group", "aria-label": "Selected pictures" });
+  const work = el("div", { class: "work" }, triggerField(), health, el("div", { class: "row tools" }, chips, find), bulk, grid);
+  const zone = dropZone();
+  const cards = new Map();
+  let images = [];
+  let shown = "all";
+  let gone = false;
+  let stopUpload = null;
+
+  room.replaceChildren(el("div", { class: "row head" }, el("h1", {}, "Images"), next), trouble, zone, news, work);
+  const warn = (event) => stopUpload && event.preventDefault();
+  window.addEventListener("beforeunload", warn);
+  const overPage = pageDrop();
+
+  async function load() {
+    try {
+      draw(await get(`${base}/images`));
+      tell(trouble, null);
+    } catch (error) {
+      if (!gone) tell(trouble, error);
+    }
+  }
+
+  function draw(answer) {
+    if (gone) return;
+    images = answer.images;
+    const empty = !images.length;
+    zone.classList.toggle("large", empty);
+    zone.querySelector(".where").textContent = answer.source === "own" ? "" : `Read from ${answer.source}; nothing there is ever changed.`;
+    zone.querySelector(".back").hidden = answer.source === "own";
+    zone.querySelector(".add").hidden = answer.source !== "own";
+    work.hidden = empty && answer.source === "own" && !answer.health.problems.length && !answer.health.unreadable.length;
+    next.hidden = !images.some((image) => !image.excluded);
+    drawHealth(answer.health);
+    chips.replaceChildren(...FILTERS.map(([key, label, test]) => el("button", {
+      type: "button", class: "small", "aria-pressed": String(shown === key),
+      onclick: (event) => { shown = key; for (const other of chips.children) other.setAttribute("aria-pressed", String(other === event.currentTarget)); filter(); },
+    }, `${label} ${images.filter(test).length}`)));
+    cards.clear();
+    grid.replaceChildren();
+    drawSome(0);
+    drawBulk();
+  }
+
+  /** A thousand cards in slices, so that the page answers in between. */
+  function drawSome(from) {
+    if (gone) return;
+    const list = images;
+    for (const image of list.slice(from, from + SLICE)) {
+      const card = makeCard(image);
+      cards.set(image.rel, card);
+      grid.append(card.node);
+    }
+    filter(from);
+    if (from + SLICE < list.length) setTimeout(() => list === images && drawSome(from + SLICE));
+  }
+
+  function filter(from = 0) {
+    const test = FILTERS.find(([key]) => key === shown)[2];
+    const words = find.value.toLowerCase();
+    for (const image of images.slice(from)) {
+      const card = cards.get(image.rel);
+      if (card) card.node.hidden = !(test(image) && `${image.rel} ${image.caption || image.fallback}`.toLowerCase().includes(words));
+    }
+  }
+
+  function makeCard(image) {
+    const mark = el("span", { class: "mark-saved", role: "status" });
+    const text = el("textarea", { rows: 3, value: image.caption, placeholder: image.fallback || "Say what is in the picture", "aria-label": `Caption of ${image.rel}` });
+    const count = el("span", { class: "subdued" });
+    const cut = el("p", { class: "cut" });
+    const fault = el("div");
+    const badges = el("div", { class: "badges" });
+    const pick = el("input", { type: "checkbox", "aria-label": `Select ${image.rel}`, onchange: drawBulk });
+    const out = el("button", { type: "button", class: "quiet small", onclick: () => exclude({ [image.rel]: !image.excluded }) });
+    const node = el("article", { class: "picture" },
+      el("label", { class: "thumb" }, pick, el("img", { src: `${image.thumb}&w=192`, alt: image.rel, loading: "lazy", decoding: "async" })),
+      el("div", { class: "row name" }, el("span", { title: image.rel }, image.rel.split("/").pop()), mark),
+      text, cut, el("div", { class: "row under" }, count, out), badges, fault);
+    text.addEventListener("input", () => (mark.textContent = "unsaved"));
+    text.addEventListener("change", () => save());
+    async function save() {
+      mark.textContent = "saving";
+      try {
+        take((await put(`${base}/captions`, { [image.rel]: text.value })).images);
+        fault.replaceChildren();
+        mark.textContent = "✓ saved";
+      } catch (error) {
+        mark.textContent = "not saved";
+        fault.replaceChildren(errorCard(error));
+      }
+    }
+    const refresh = () => {
+      node.classList.toggle("out", image.excluded);
+      out.textContent = image.excluded ? "Include" : "Exclude";
+      out.setAttribute("aria-label", `${out.textContent} ${image.rel}`);
+      count.textContent = `${image.tokens} / 75 tokens`;
+      cut.textContent = image.cut === null ? "" : `Not read: ${(image.caption || image.fallback).slice(image.cut)}`;
+      badges.replaceChildren(...image.problems.map((problem) => el("span", { class: "badge", title: problem.hint }, problem.what)));
+    };
+    refresh();
+    return { node, pick, refresh };
+  }
+
+  /** Takes in what the server answers about some pictures; the cards stay, so that nobody loses the focus. */
+  function take(changed) {
+    for (const now of changed) {
+      const image = images.find((one) => one.rel === now.rel);
+      if (!image) continue;
+      Object.assign(image, now);
+      cards.get(now.rel)?.refresh();
+    }
+    get(`${base}/images`).then((answer) => gone || drawHealth(answer.health)).catch(() => {});
+  }
+
+  async function exclude(changes) {
+    try {
+      take((await put(`${base}/excluded`, changes)).images);
+      next.hidden = !images.some((image) => !image.excluded);
+      const names = Object.keys(changes);
+      const back = Object.fromEntries(names.map((name) => [name, !changes[name]]));
+      toast(`${plural(names.length, "picture")} ${changes[names[0]] ? "left out" : "taken in again"}.`, () => exclude(back));
+    } catch (error) {
+      tell(trouble, error);
+    }
+  }
+
+  function drawBulk() {
+    const picked = images.filter((image) => cards.get(image.rel)?.pick.checked);
+    const set = (value) => { for (const image of images) { const card = cards.get(image.rel); if (card && !card.node.hidden) card.pick.checked = value; } drawBulk(); };
+    const change = (value) => exclude(Object.fromEntries(picked.map((image) => [image.rel, value])));
+    bulk.replaceChildren(
+      el("button", { type: "button", class: "quiet small", onclick: () => set(true) }, "Select all"),
+      ...(picked.length ? [
+        el("button", { type: "button", class: "quiet small", onclick: () => set(false) }, "Select none"),
+        el("span", {}, `${picked.length} selected`),
+        el("button", { type: "button", class: "small", onclick: () => change(true) }, "Exclude"),
+        el("button", { type: "button", class: "small", onclick: () => change(false) }, "Include"),
+      ] : []),
+    );
+  }
+
+  function drawHealth(found) {
+    const facts = [plural(found.count, "picture") + " to train on"];
+    if (found.excluded) facts.push(`${found.excluded} excluded`);
+    if (found.count) facts.push(`smallest side ${found.smallest_side} px (${found.smallest})`);
+    facts.push(found.no_caption.length ? `${found.no_caption.length} without a caption` : "all have captions");
+    if (found.too_long.length) facts.push(`${found.too_long.length} with a caption that is too long`);
+    const said = (problem) => el("li", {}, [problem.where, problem.what, problem.hint].filter(Boolean).join(": "));
+    health.replaceChildren(
+      el("p", {}, facts.join(" · ")),
+      ...(found.unreadable.length ? [el("details", { open: found.unreadable.length < 6 }, el("summary", {}, `${plural(found.unreadable.length, "file")} left out`), el("ul", {}, found.unreadable.map(said)))] : []),
+      ...(found.problems.length ? [el("ul", { class: "problems" }, found.problems.map(said))] : []),
+    );
+  }
+
+  function triggerField() {
+    const field = el("input", { id: "trigger", maxLength: 80, placeholder: "for example: zorbo style", onchange: async () => {
+      try {
+        await patch(base, { trigger: field.value });
+        await load();
+      } catch (error) {
+        tell(trouble, error);
+      }
+    } });
+    get(base).then((found) => (field.value = found.trigger)).catch(() => {});
+    return el("div", { class: "field trigger" }, el("label", { for: "trigger" }, "Trigger word (optional)"), field,
+      el("span", { class: "help" }, "A made-up word put in front of every caption. Write it in a prompt to call your LoRA."));
+  }
+
+  function dropZone() {
+    const input = (label, folder) => {
+      const field = el("input", { type: "file", multiple: true, class: "hidden-input", "aria-label": label, onchange: () => { receive(chosenFiles(field)); field.value = ""; } });
+      if (folder) field.webkitdirectory = true;
+      return [field, el("button", { type: "button", class: folder ? "primary" : "", onclick: () => field.click() }, label)];
+    };
+    const path = el("input", { "aria-label": "Path of a folder", placeholder: "or type a folder's path: nothing is copied" });
+    const use = async (folder) => {
+      try {
+        await put(`${base}/source`, { folder });
+        await load();
+      } catch (error) {
+        tell(trouble, error);
+      }
+    };
+    return el("section", { class: "zone large", "aria-label": "Add pictures" },
+      el("div", { class: "add" }, el("p", { class: "big" }, "Drop a folder of pictures here"), el("div", { class: "row" }, input("Choose a folder", true), input("Choose files", false))),
+      el("p", { class: "where subdued" }),
+      el("form", { class: "row", onsubmit: (event) => { event.preventDefault(); if (path.value.trim()) use(path.value); } }, path, el("button", { type: "submit" }, "Use this folder"),
+        el("button", { type: "button", class: "quiet back", hidden: true, onclick: () => use("own") }, "Back to dropped pictures")));
+  }
+
+  function pageDrop() {
+    const over = (event) => { event.preventDefault(); document.body.classList.add("dropping"); };
+    const away = (event) => { if (!event.relatedTarget) document.body.classList.remove("dropping"); };
+    const drop = async (event) => {
+      event.preventDefault();
+      document.body.classList.remove("dropping");
+      const reading = droppedFiles(event.dataTransfer);
+      receive(await reading);
+    };
+    const pairs = [["dragover", over], ["dragleave", away], ["drop", drop]];
+    for (const [kind, listener] of pairs) window.addEventListener(kind, listener);
+    return () => { for (const [kind, listener] of pairs) window.removeEventListener(kind, listener); };
+  }
+
+  async function receive(files) {
+    tell(trouble, null);
+    if (!files.length) return news.replaceChildren(el("p", {}, "There is no file in what was dropped."));
+    const stop = (stopUpload = new AbortController());
+    const bar = el("progress", { max: 1, value: 0, "aria-label": "Upload" });
+    const words = el("span", {}, `Adding ${plural(files.length, "file")}`);
+    news.replaceChildren(el("div", { class: "card" }, el("div", { class: "row" }, words, el("button", { type: "button", class: "small", onclick: () => stop.abort() }, "Cancel")), bar));
+    const result = await send(project, files, ({ done, total }) => {
+      bar.value = total ? done / total : 1;
+      words.textContent = `Adding ${plural(files.length, "file")}: ${Math.round(100 * bar.value)} %`;
+    }, stop.signal);
+    stopUpload = null;
+    if (gone) return;
+    const captions = result.saved.filter((name) => /\.(txt|caption)$/i.test(name)).length;
+    const line = `${plural(result.saved.length - captions, "picture")} and ${plural(captions, "caption")} added${stop.signal.aborted ? "; the rest was cancelled" : ""}.`;
+    const refused = result.rejected.map(([name, why]) => `${name}: ${why}`);
+    news.replaceChildren(el("p", {}, line), ...(refused.length ? [el("details", {}, el("summary", {}, `${plural(refused.length, "file")} not taken`), el("ul", {}, refused.map((one) => el("li", {}, one))), copyButton("Copy list", () => refused.join("\n")))] : []), ...result.failed.slice(0, 1).map(errorCard));
+    await load();
+  }
+
+  return { load, leave: () => { gone = true; overPage(); window.removeEventListener("beforeunload", warn); stopUpload?.abort(); } };
+}

@@ -1,0 +1,69 @@
+// Take it home: the file, what is in it, and where it goes.
+import { address, bytes, copyButton, el, get, tell } from "/web/core.js";
+
+/** A card that `draw(run, project, trigger)` fills once the run has a file. */
+export function makeTake() {
+  const trouble = el("div");
+  const body = el("div");
+  const node = el("section", { class: "card take", hidden: true, "aria-label": "Take it home" }, el("h2", {}, "Take it home"), trouble, body);
+  let drawn = "";
+
+  function draw(run, project, trigger) {
+    node.hidden = !run.files.length;
+    const key = JSON.stringify([run.id, run.files, trigger]);
+    if (key === drawn || !run.files.length) return;
+    drawn = key;
+    let chosen = run.files[0];
+    const link = el("a", { class: "button primary" });
+    const facts = el("div");
+    const uses = el("div");
+    const label = (file) => (file.step === null ? "finished" : `step ${file.step}`);
+    const show = () => {
+      link.href = chosen.url;
+      link.download = chosen.name;
+      link.textContent = `Download (${bytes(chosen.size)})`;
+      facts.replaceChildren(el("p", { class: "file-name" }, chosen.name));
+      uses.replaceChildren(...howTo(chosen.name, trigger));
+      describe(run, chosen, facts, trouble);
+    };
+    const select = el("select", { "aria-label": "Which checkpoint", onchange: () => { chosen = run.files[select.selectedIndex]; show(); } }, run.files.map((file) => el("option", {}, label(file))));
+    body.replaceChildren(el("div", {},
+      el("div", { class: "row" }, link, run.files.length > 1 && select, el("a", { class: "button", href: address("studio", project, run.id) }, "Try it in the Studio")),
+      trigger && el("p", { class: "row" }, el("span", {}, "Trigger word: ", el("b", {}, trigger)), copyButton("Copy", () => trigger)),
+      facts,
+      uses,
+    ));
+    show();
+  }
+  return { node, draw };
+}
+
+async function describe(run, file, room, trouble) {
+  try {
+    const found = await get(`/runs/${encodeURIComponent(run.id)}/metadata${file.step === null ? "" : `?step=${file.step}`}`);
+    const fields = Object.entries(found.metadata);
+    room.replaceChildren(
+      el("p", { class: "file-name" }, found.name),
+      el("p", { class: "subdued" }, `${bytes(found.size)} · hash ${found.autov3.slice(0, 12)} (AutoV3) · SHA-256 ${found.sha256.slice(0, 10)}`),
+      el("details", {}, el("summary", {}, `${fields.length} facts are written inside the file`),
+        el("table", {}, el("tbody", {}, fields.map(([name, value]) => el("tr", {}, el("td", { class: "tick" }, "✓"), el("th", { scope: "row" }, name), el("td", {}, value)))))),
+    );
+    tell(trouble, null);
+  } catch (error) {
+    tell(trouble, error);
+  }
+}
+
+function howTo(name, trigger) {
+  const stem = name.replace(/\.safetensors$/, "");
+  const prompt = `${trigger ? `${trigger}, ` : ""}a castle <lora:${stem}:0.8>`;
+  const code = `pipe.load_lora_weights(".", weight_name="${name}")`;
+  const part = (title, ...lines) => el("details", {}, el("summary", {}, title), lines);
+  const copied = (text) => el("p", { class: "row" }, el("code", {}, text), copyButton("Copy", () => text));
+  return [
+    part("A1111 and Forge", el("p", {}, "Put the file into models/Lora, press Refresh on the Lora tab, and write in the prompt:"), copied(prompt)),
+    part("ComfyUI", el("p", {}, "Put the file into models/loras, press R, and place a Load LoRA node between the checkpoint and the rest. strength_model and strength_clip are the strength.")),
+    part("InvokeAI", el("p", {}, "Models, Add Model, give the file's path, Install. Then add it under LoRAs beside the prompt and set its weight.")),
+    part("diffusers", copied(code), el("p", {}, "The strength is set by pipe.set_adapters.")),
+  ];
+}

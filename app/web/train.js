@@ -1,0 +1,174 @@
+// Train: where it stands, what it costs, what it draws, and the ways to stop it. All of it is read from the run folder.
+import { about, address, bytes, copyButton, el, get, go, onShow, poll, post, tell } from "/web/core.js";
+import { makeChart } from "/web/chart.js";
+import { makeSamples } from "/web/samples.js";
+import { makeTake } from "/web/take.js";
+
+const ASKS = [
+  ["pause", "Pause"],
+  ["stop", "Stop and keep"],
+  ["sample-now", "Sample now"],
+  ["save-now", "Save now"],
+  ["resume", "Resume"],
+];
+
+export function mount(element) {
+  const room = el("div");
+  element.replaceChildren(room);
+  onShow("train", (place) => show(room, place));
+}
+
+function show(room, place) {
+  let gone = false;
+  let stop = () => {};
+  const trouble = el("div");
+  room.replaceChildren(trouble);
+  const begin = async () => {
+    try {
+      const project = await get(`/projects/${encodeURIComponent(place.project)}`);
+      if (gone) return;
+      const id = place.run || (project.latest && project.latest.id);
+      if (!id) {
+        room.replaceChildren(el("div", { class: "card none" }, el("h1", {}, "Nothing has been trained yet"), el("p", {}, "Look over the settings and press Start."), el("a", { class: "button primary", href: address("recipe", place.project) }, "Go to Recipe")));
+        return;
+      }
+      stop = follow(room, project, id);
+    } catch (error) {
+      if (!gone) tell(trouble, error);
+    }
+  };
+  begin();
+  return () => {
+    gone = true;
+    stop();
+  };
+}
+
+/** Builds the screen of one run and keeps it up to date. Returns what ends that. */
+function follow(room, project, id) {
+  const path = `/runs/${encodeURIComponent(id)}`;
+  const trouble = el("div");
+  const phase = el("h1", {}, "…");
+  const bar = el("progress", { max: 1, value: 0, "aria-label": "Steps done" });
+  const facts = el("p", { class: "facts" });
+  const sentence = el("p", { class: "sentence", role: "status" });
+  const warnings = el("ul", { class: "warnings" });
+  const buttons = el("div", { class: "row" });
+  const chart = makeChart();
+  const samples = makeSamples();
+  const take = makeTake();
+  const log = makeLog(path);
+  const runs = el("select", { "aria-label": "Run", hidden: project.runs.length < 2, onchange: () => go("train", project.id, runs.value) },
+    [...project.runs].reverse().map((one) => el("option", { value: one, selected: one === id }, one)));
+  room.replaceChildren(
+    el("section", { class: "card standing", "aria-label": "Where it stands" }, el("div", { class: "row top" }, phase, runs), bar, facts, sentence, warnings, buttons, trouble),
+    take.node,
+    el("div", { class: "two" }, samples.node, el("section", { class: "card", "aria-label": "Loss" }, el("h2", {}, "Loss"), chart.node)),
+    log.node,
+  );
+  const told = { since: 0, losses: new Map(), held: new Map(), samples: new Map() };
+  let asking = "";
+  let drawnButtons = "";
+
+  async function look() {
+    try {
+      let status;
+      do {
+        status = await get(`${path}/status?since=${told.since}`);
+        told.since = status.next;
+        status.events.forEach(takeIn);
+      } while (status.more);
+      tell(trouble, null);
+      draw(status);
+    } catch (error) {
+      tell(trouble, error);
+    }
+  }
+
+  function takeIn(event) {
+    if (event.type === "step") {
+      told.losses.set(event.step, event.loss);
+      if (event.held_out_loss !== null) told.held.set(event.step, event.held_out_loss);
+    } else if (event.type === "sample") told.samples.set(event.path, event);
+  }
+
+  function draw(status) {
+    const working = ["starting", "running"].includes(status.state);
+    phase.textContent = working ? (status.asked ? "Stopping after this step" : status.phase_words || "Starting") : { finished: "Finished", paused: "Paused", stopped: "Stopped", failed: "Training failed", lost: "Training ended unexpectedly" }[status.state];
+    const counted = status.phase === "train" || !working || !status.total ? [status.step, status.steps] : [status.done, status.total];
+    bar.max = counted[1] || 1;
+    if (working && !counted[1]) bar.removeAttribute("value");
+    else bar.value = counted[0];
+    facts.textContent = [
+      status.steps ? `step ${status.step} of ${status.steps}` : "",
+      status.seconds_left !== null ? `${about(status.seconds_left)} left` : "",
+      status.seconds_per_step ? `${status.seconds_per_step.toFixed(2)} s a step` : "",
+      status.memory ? `memory ${bytes(status.memory)}` : "",
+      status.device,
+    ].filter(Boolean).join(" · ");
+    sentence.textContent = working ? "" : status.sentence;
+    sentence.classList.toggle("bad", ["failed", "lost"].includes(status.state));
+    warnings.replaceChildren(...status.warnings.map((one) => el("li", {}, one)));
+    drawButtons(status);
+    document.title = working && status.steps ? `${Math.floor((100 * status.step) / status.steps)} % – ${project.name}` : `${project.name} – Impasto`;
+    const sorted = (map) => [...map].sort((a, b) => a[0] - b[0]);
+    chart.draw(sorted(told.losses), sorted(told.held), status.steps);
+    samples.draw(id, [...told.samples.values()]);
+    take.draw(status, project.id, project.trigger);
+  }
+
+  function drawButtons(status) {
+    const key = JSON.stringify([status.can, status.state, asking]);
+    if (key === drawnButtons) return;
+    drawnButtons = key;
+    const focused = document.activeElement && buttons.contains(document.activeElement) ? document.activeElement.textContent : "";
+    const made = ASKS.filter(([what]) => status.can.includes(what)).map(([what, label]) => el("button", {
+      type: "button", class: ["resume", "stop"].includes(what) ? "primary" : "", disabled: asking === what, onclick: () => request(what),
+    }, label));
+    if (["failed", "lost"].includes(status.state)) made.push(copyDetails(status));
+    if (!["starting", "running"].includes(status.state)) made.push(el("a", { class: "button", href: address("recipe", project.id) }, "Change the recipe"));
+    buttons.replaceChildren(...made);
+    made.find((one) => one.textContent === focused)?.focus();
+  }
+
+  async function request(what) {
+    asking = what;
+    try {
+      await post(`${path}/${what}`);
+      await look();
+    } catch (error) {
+      tell(trouble, error);
+    }
+    asking = "";
+  }
+
+  function copyDetails(status) {
+    let lines = [];
+    get(`${path}/log`).then((found) => (lines = found.lines)).catch(() => {});
+    return copyButton("Copy details", () => [status.sentence, id, ...lines.slice(-60)].join("\n"));
+  }
+
+  const halt = poll(look, 1);
+  return () => {
+    halt();
+    log.close();
+    document.title = `${project.name} – Impasto`;
+  };
+}
+
+/** The process's own words, folded; asked for only while they are seen. */
+function makeLog(path) {
+  const text = el("pre", { tabIndex: 0, "aria-label": "Log" });
+  let halt = null;
+  const node = el("details", { class: "log" }, el("summary", {}, "Log"), text);
+  const look = async () => {
+    const found = await get(`${path}/log`).catch(() => null);
+    if (!found) return;
+    const atEnd = text.scrollTop + text.clientHeight >= text.scrollHeight - 8;
+    text.textContent = found.lines.join("\n") || "Nothing was said yet.";
+    if (atEnd) text.scrollTop = text.scrollHeight;
+  };
+  const close = () => (halt && halt(), (halt = null));
+  node.addEventListener("toggle", () => (node.open ? (halt = poll(look, 3)) : close()));
+  return { node, close };
+}

@@ -1,0 +1,174 @@
+"""The whole way in a real browser: drop a folder, edit, choose, train, reload, stop, resume, take the file home, move the slider."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.command_line import ROOT
+
+SAMPLE = ROOT / "assets" / "samples" / "blackcut"
+SHOTS = os.environ.get("IMPASTO_SHOTS")
+
+
+def shot(page: Any, name: str) -> None:
+    """A picture of the screen, where the person who looks asked for some."""
+    if SHOTS:
+        Path(SHOTS).mkdir(parents=True, exist_ok=True)
+        page.screenshot(path=str(Path(SHOTS) / f"{name}.png"), full_page=True)
+
+
+@pytest.fixture
+def few(tmp_path: Path) -> Path:
+    """A folder with six of the sample's pictures in a sub-folder, with captions."""
+    folder = tmp_path / "my pictures"
+    (folder / "inner").mkdir(parents=True)
+    for path in sorted(SAMPLE.glob("*.png"))[:6]:
+        shutil.copy(path, folder / "inner" / path.name)
+        shutil.copy(path.with_suffix(".txt"), folder / "inner" / path.with_suffix(".txt").name)
+    return folder
+
+
+def trained_captions(home: Path) -> str:
+    """What the newest run was told about captions."""
+    run = max((home / "runs").iterdir())
+    return (run / "edits.json").read_text(encoding="utf-8")
+
+
+def open_images(page: Any, url: str) -> None:
+    page.goto(url)
+    page.get_by_role("button", name="New LoRA", exact=True).click()
+    page.get_by_text("Drop a folder of pictures here").wait_for()
+
+
+def quick_recipe(page: Any) -> None:
+    """Few steps, no prior pictures: written into the recipe as a file, as a person can."""
+    page.get_by_text("Recipe as a file").click()
+    text = page.get_by_label("Recipe as TOML")
+    text.fill(
+        "[prior]\nprompts = []\n[train]\nsteps = 60\nbatch_size = 2\n[samples]\nevery = 20\nsteps = 4\n"
+        'prompts = ["a red heart, blackcut style"]\n[adapter]\nrank = 4\n'
+    )
+    page.get_by_role("button", name="Use this text").click()
+    page.get_by_text("60 steps on pocket").wait_for()
+
+
+def test_the_journey(own_window: Any, page: Any, drop: Callable[..., None], few: Path) -> None:
+    open_images(page, own_window.url)
+    shot(page, "images-empty")
+    drop(page, few)
+    page.get_by_text("6 pictures and 6 captions added.").wait_for()
+    captions = page.locator(".picture textarea")
+    for number, text in enumerate(("one thing", "<b>two</b> things", "three, things")):
+        captions.nth(number).fill(text)
+        captions.nth(number).press("Tab")
+        page.locator(".picture").nth(number).get_by_text("✓ saved").wait_for()
+    shot(page, "images")
+
+    page.get_by_role("link", name="Next: Recipe").click()
+    page.get_by_text("steps on pocket").first.wait_for()
+    shot(page, "recipe")
+    page.get_by_role("radio", name="pocket").click()
+    quick_recipe(page)
+    page.get_by_label("Rank, slider").fill("8")
+    page.get_by_text("Rank 8, alpha 8").wait_for()
+    page.get_by_label("Learning rate", exact=True).fill("2e-3")
+    page.get_by_label("Learning rate", exact=True).press("Tab")
+    page.get_by_text("Saved", exact=True).wait_for()
+    page.get_by_role("button", name="Start training").click()
+
+    page.get_by_role("img", name="a red heart, blackcut style, base").first.wait_for()
+    told = json.loads(trained_captions(own_window.home))
+    assert {"one thing", "<b>two</b> things", "three, things"} <= set(told["captions"].values())
+    page.reload()
+    page.get_by_role("button", name="Stop and keep").click()
+    page.get_by_text("Stopped at step").wait_for()
+    page.get_by_role("button", name="Resume").click()
+    page.get_by_text("Finished: 60 steps").wait_for()
+    page.get_by_text("facts are written inside the file").wait_for()
+    shot(page, "train")
+
+    with page.expect_download() as caught:
+        page.get_by_role("link", name="Download (").click()
+    run = max((own_window.home / "runs").iterdir())
+    made = next(run.glob("*.safetensors"))
+    assert caught.value.suggested_filename == made.name
+    assert Path(caught.value.path()).read_bytes() == made.read_bytes()
+    assert "rank = 8" in (run / "config.toml").read_text()
+    assert "learning_rate = 0.002" in (run / "config.toml").read_text()
+
+    page.get_by_role("link", name="Try it in the Studio").click()
+    page.get_by_text("More", exact=True).click()
+    page.get_by_label("Sampling steps").fill("4")
+    page.get_by_role("button", name="Draw", exact=True).click()
+    page.get_by_text("Drawn.").wait_for()
+    assert page.locator(".rung").count() == 9
+    check_slider(page)
+    shot(page, "studio")
+    page.goto(own_window.url)
+    page.get_by_text("Finished, step 60 of 60").wait_for()
+    shot(page, "home")
+
+
+def check_slider(page: Any) -> None:
+    """Moving it swaps pictures without a request; letting go renders that strength."""
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url) if "/api/" in request.url else None)
+    page.wait_for_timeout(600)  # the last poll of the drawing
+    asked.clear()
+    took = page.evaluate(
+        """() => new Promise(done => { const slider = document.getElementById('strength'); let worst = 0, value = -0.5;
+          const step = () => { const begun = performance.now(); slider.value = value; slider.dispatchEvent(new Event('input'));
+            worst = Math.max(worst, performance.now() - begun); value += 0.05;
+            if (value <= 1.5) requestAnimationFrame(step); else done(worst); }; step(); })"""
+    )
+    print(f"slowest answer of the slider: {took:.1f} ms")
+    assert asked == []
+    sources = page.evaluate("[...document.querySelectorAll('.rung img')].map(i => i.getAttribute('src'))")
+    assert len(set(sources)) == 9
+    page.evaluate(
+        "() => { const s = document.getElementById('strength'); s.value = 0.6; s.dispatchEvent(new Event('input')); "
+        "s.dispatchEvent(new Event('change')); }"
+    )
+    page.get_by_text("0.60 · rendered").wait_for()
+    assert page.locator(".rung").count() == 10
+
+
+def test_a_killed_trainer_and_a_killed_window(own_window: Any, page: Any, few: Path) -> None:
+    open_images(page, own_window.url)
+    page.get_by_label("Path of a folder").fill(str(few))
+    page.get_by_role("button", name="Use this folder").click()
+    page.locator(".picture").nth(5).wait_for()
+    page.get_by_role("link", name="Next: Recipe").click()
+    page.get_by_text("steps on pocket").first.wait_for()
+    page.get_by_text("Recipe as a file").click()
+    page.get_by_label("Recipe as TOML").fill(
+        "[prior]\nprompts = []\n[train]\nsteps = 400\nbatch_size = 6\n[samples]\nevery = 0\n[adapter]\nrank = 2\n"
+    )
+    page.get_by_role("button", name="Use this text").click()
+    page.get_by_text("400 steps on pocket").wait_for()
+    page.get_by_role("button", name="Start training").click()
+    page.get_by_text("step 1 of 400").or_(page.get_by_text("s a step")).first.wait_for()
+    run = max((own_window.home / "runs").iterdir())
+    process = int(json.loads((run / "process.json").read_text())["pid"])
+
+    page.watched.offline = True
+    own_window.restart(kill=True)
+    page.get_by_text("The window does not answer").wait_for(state="detached")
+    page.watched.offline = False
+    page.get_by_role("button", name="Stop and keep").wait_for()
+    os.kill(process, 0)  # it trains on
+
+    os.kill(process, signal.SIGKILL)
+    page.get_by_text("Training ended unexpectedly").or_(page.get_by_text("Training was killed")).first.wait_for(timeout=5000)
+    page.get_by_role("button", name="Resume").wait_for()
+    assert sorted(path.name for path in (few / "inner").iterdir()) == sorted(
+        path.name for path in (few / "inner").iterdir() if path.suffix in (".png", ".txt")
+    )
