@@ -1,1 +1,1 @@
-"""What a person touches: the command line today, the window in a later version. Never imports torch."""
+"""What a person touches: the window, and the command line. Never imports torch."""

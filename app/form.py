@@ -61,7 +61,7 @@ def _describe(name: str, field: Any) -> SettingAnswer:
         kind=kind,
         optional=optional,
         choices=choices,
-        **limits,  # type: ignore[arg-type]
+        **limits,
     )
 
 

@@ -23,6 +23,7 @@ class Route(APIRoute):
     """A route as above. An endpoint with `counts_itself` reads its body as it comes, within limits of its own."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """What answers a request to this route."""
         handle = super().get_route_handler()
 
         async def handle_in_words(request: Request) -> Response:

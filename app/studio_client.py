@@ -42,10 +42,10 @@ class _Job:
 class Studio:
     """The window's renderer. All methods may be called from any thread; none waits for a picture."""
 
-    def __init__(self, home: Path, *, command: Sequence[str] = WORKER, idle_seconds: float = IDLE_SECONDS) -> None:
+    def __init__(self, home: Path, *, command: Sequence[str] | None = None, idle_seconds: float = IDLE_SECONDS) -> None:
         self.folder = home / "window" / "studio"
         """Where the pictures are written; named by what they show, so that each is drawn only once."""
-        self._home, self._command, self._idle_seconds = home, tuple(command), idle_seconds
+        self._home, self._command, self._idle_seconds = home, tuple(command or WORKER), idle_seconds
         self._lock = threading.RLock()
         self._jobs: dict[int, _Job] = {}
         self._next = 1

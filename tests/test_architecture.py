@@ -20,7 +20,7 @@ PACKAGES = ("app", "trainers")
 HEAVY = ("torch", "diffusers", "transformers", "gradio", "peft", "accelerate")
 # What the window will use; it must open where torch is missing or broken.
 LIGHT = (
-    *("app.main", "app.server", "app.uploads", "app.routes"),
+    *("app.main", "app.server", "app.uploads", "app.routes", "app.ui"),
     *("trainers.cli", "trainers.config", "trainers.presets", "trainers.checks", "trainers.launch"),
     *("trainers.run_folder", "trainers.events", "trainers.errors", "trainers.settings", "trainers.samplers"),
     *("trainers.dataset.folder", "trainers.dataset.captions", "trainers.dataset.buckets", "trainers.dataset.plan"),

@@ -1,4 +1,4 @@
-"""The whole way in a real browser: drop a folder, edit, choose, train, reload, stop, resume, take the file home, move the slider."""
+"""The whole way in a real browser: drop a folder, edit, train, reload, stop, resume, take the file home, move the slider."""
 
 from __future__ import annotations
 

@@ -1,0 +1,93 @@
+"""The studio's routes: what is refused, what is looked up, and real pictures of a ladder."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+
+from tests.app_client import make_client, make_run, ok, refused
+
+# Answers every request with one picture for each strength, as the real worker does, but at once.
+FAKE = """
+import json, pathlib, sys
+for line in sys.stdin:
+    asked = json.loads(line)
+    if asked["do"] != "render":
+        continue
+    for strength in asked["strengths"]:
+        path = pathlib.Path(asked["folder"]) / f"picture{strength}.png"
+        path.write_text(json.dumps(asked))
+        print(json.dumps({"event": "picture", "id": asked["id"], "strength": strength, "path": str(path)}), flush=True)
+    print(json.dumps({"event": "done", "id": asked["id"]}), flush=True)
+"""
+WISH = {"prompt": "a cat", "width": 64, "height": 64, "strengths": [0.0, 1.0]}
+
+
+@pytest.fixture
+def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TestClient:
+    monkeypatch.setattr("app.studio_client.WORKER", (sys.executable, "-c", FAKE))
+    ended = {"type": "finished", "time": 1.0, "step": 1, "path": "x.safetensors", "seconds": 1}
+    run = make_run(tmp_path, "r1", [json.dumps(ended)])
+    run.config.write_text('[base]\nmodel = "pocket"\n[samples]\nprompts = ["a dog"]\nseed = 3\n', encoding="utf-8")
+    (run.path / "x.safetensors").write_bytes(b"nothing reads this here")
+    return make_client(tmp_path)
+
+
+def test_it_begins_with_the_run_s_own_prompt_seed_and_size(client: TestClient) -> None:
+    told = ok(client.get("/api/runs/r1/studio"))
+    assert (told["prompt"], told["seed"], told["width"], told["height"]) == ("a dog", 3, 64, 64)
+    assert "euler" in told["schedulers"] and [file["name"] for file in told["files"]] == ["x.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("change", "where"),
+    [
+        ({"strengths": [9]}, "strengths.0"),
+        ({"strengths": []}, "strengths"),
+        ({"strengths": [0.1] * 18}, "strengths"),
+        ({"width": 65}, "width"),
+        ({"height": 4096}, "height"),
+        ({"steps": 0}, "steps"),
+        ({"guidance": 31}, "guidance"),
+        ({"seed": -1}, "seed"),
+        ({"prompt": "x" * 4097}, "prompt"),
+        ({"scheduler": "magic"}, "scheduler"),
+        ({"folder": "/tmp"}, "folder"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused_with_its_field(client: TestClient, change: dict[str, Any], where: str) -> None:
+    told = refused(client.post("/api/studio", json={"run": "r1", **WISH, **change}), 422)
+    assert told["problems"][0]["where"] == where
+
+
+@pytest.mark.parametrize("run", ["none", "../r1", "", "."])
+def test_only_runs_that_are_there_are_drawn(client: TestClient, run: str) -> None:
+    refused(client.post("/api/studio", json={"run": run, **WISH}), 404)
+
+
+@pytest.mark.parametrize("name", ["none.png", "worker.log", "..%2f..%2fx.png", "%2e%2e"])
+def test_only_pictures_of_the_studio_are_served(client: TestClient, name: str) -> None:
+    assert client.get(f"/api/studio/pictures/{name}").status_code == 404
+
+
+def test_an_unknown_drawing_is_told_in_words(client: TestClient) -> None:
+    refused(client.get("/api/studio/77"), 404)
+    assert client.get("/api/studio/x").status_code == 422
+
+
+def test_a_ladder_comes_picture_by_picture_from_the_run_s_file(client: TestClient, tmp_path: Path) -> None:
+    with client:
+        number = ok(client.post("/api/studio", json={"run": "r1", **WISH}))["id"]
+        end = time.monotonic() + 30
+        while (told := ok(client.get(f"/api/studio/{number}")))["state"] != "done" and time.monotonic() < end:
+            time.sleep(0.05)
+        assert [one["strength"] for one in told["pictures"]] == [0.0, 1.0], told
+        asked = json.loads(client.get(told["pictures"][1]["url"]).text)
+        assert asked["lora"] == str(tmp_path / "runs" / "r1" / "x.safetensors") and asked["base"] == "pocket"
+        ok(client.post(f"/api/studio/{number}/cancel"))
