@@ -11,23 +11,37 @@ import typer
 from trainers.cli import cli, run_cli
 
 
+Port = Annotated[int, typer.Option(min=1, max=65535, help="Port on this machine; the next free one if it is taken.")]
+NoBrowser = Annotated[bool, typer.Option("--no-browser", help="Only print the address.")]
+Window = Annotated[bool, typer.Option("--window", help="Open it as a window of its own, in Chrome or Edge.")]
+Home = Annotated[Path | None, typer.Option(help="Folder for projects and runs.")]
+Listen = Annotated[str, typer.Option(help="Address to listen at; another than this machine's wants a password.")]
+Password = Annotated[str | None, typer.Option(help="Password that the window asks for, once.")]
+
+
 @cli.callback(invoke_without_command=True)
-def start(context: typer.Context) -> None:
-    """Turn a folder of pictures into a Stable Diffusion LoRA."""
+def start(
+    context: typer.Context,
+    port: Port = 7860,
+    no_browser: NoBrowser = False,
+    window: Window = False,
+    home: Home = None,
+    listen: Listen = "127.0.0.1",
+    password: Password = None,
+) -> None:
+    """Turn a folder of pictures into a Stable Diffusion LoRA. Without a command: open the window."""
     if context.invoked_subcommand is None:
-        ui()
+        ui(port, no_browser, window, home, listen, password)
 
 
 @cli.command()
 def ui(
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Port on this machine; the next free one if it is taken.")] = 7860,
-    no_browser: Annotated[bool, typer.Option("--no-browser", help="Only print the address.")] = False,
-    window: Annotated[bool, typer.Option("--window", help="Open it as a window of its own, in Chrome or Edge.")] = False,
-    home: Annotated[Path | None, typer.Option(help="Folder for projects and runs.")] = None,
-    listen: Annotated[
-        str, typer.Option(help="Address to listen at; another than this machine's wants a password.")
-    ] = "127.0.0.1",
-    password: Annotated[str | None, typer.Option(help="Password that the window asks for, once.")] = None,
+    port: Port = 7860,
+    no_browser: NoBrowser = False,
+    window: Window = False,
+    home: Home = None,
+    listen: Listen = "127.0.0.1",
+    password: Password = None,
 ) -> None:
     """Open the window: drop a folder in, watch it learn, take the file home."""
     from app.server import serve

@@ -63,7 +63,7 @@ class Window:
         self.started = time.monotonic()
         environment = {**os.environ, "IMPASTO_HOME": str(self.home), "PYTHONUNBUFFERED": "1"}
         self.process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "app", "ui", "--no-browser", "--home", str(self.home), "--port", str(port)],
+            [sys.executable, "-P", "-m", "app", "--no-browser", "--home", str(self.home), "--port", str(port)],
             cwd=ROOT,
             env=environment,
             stdout=subprocess.PIPE,
