@@ -10,7 +10,6 @@ import typer
 
 from trainers.cli import cli, run_cli
 
-
 Port = Annotated[int, typer.Option(min=1, max=65535, help="Port on this machine; the next free one if it is taken.")]
 NoBrowser = Annotated[bool, typer.Option("--no-browser", help="Only print the address.")]
 Window = Annotated[bool, typer.Option("--window", help="Open it as a window of its own, in Chrome or Edge.")]
