@@ -1,0 +1,110 @@
+"""The images screen: folders dropped or typed, a large grid, captions that are strangers' text, and what is refused."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+
+def fill(folder: Path, count: int) -> Path:
+    """A folder with so many small pictures, each another one, with captions."""
+    folder.mkdir(parents=True, exist_ok=True)
+    noise = np.random.default_rng(0)
+    for number in range(count):
+        colour = noise.integers(0, 255, (32, 32, 3), dtype=np.uint8)
+        Image.fromarray(colour).save(folder / f"{number:04}.png", compress_level=1)
+        (folder / f"{number:04}.txt").write_text(f"picture {number}", encoding="utf-8")
+    return folder
+
+
+def new_project(page: Any, url: str) -> None:
+    page.goto(url)
+    page.get_by_role("button", name="New LoRA", exact=True).click()
+    page.get_by_text("Drop a folder of pictures here").wait_for()
+
+
+def use_folder(page: Any, folder: Path) -> None:
+    page.get_by_label("Path of a folder").fill(str(folder))
+    page.get_by_role("button", name="Use this folder").click()
+
+
+def test_the_last_of_a_thousand_is_edited_and_saved_within_a_second(window: Any, page: Any, tmp_path: Path) -> None:
+    new_project(page, window.url)
+    use_folder(page, fill(tmp_path / "thousand", 1000))
+    page.locator(".picture").nth(999).wait_for(state="attached")
+    last = page.get_by_label("Caption of 0999.png")
+    last.scroll_into_view_if_needed()
+    last.fill("the last one")
+    begun = time.monotonic()
+    last.press("Tab")
+    page.locator(".picture").nth(999).get_by_text("✓ saved").wait_for()
+    print(f"saved after {time.monotonic() - begun:.2f} s")
+    assert (tmp_path / "thousand" / "0999.txt").read_text() == "picture 999"  # a typed folder is never written to
+    page.reload()
+    page.locator(".picture").nth(999).wait_for(state="attached")
+    assert page.get_by_label("Caption of 0999.png").input_value() == "the last one"
+
+
+def test_strangers_captions_stay_text_and_what_is_not_read_is_shown(window: Any, page: Any, tmp_path: Path) -> None:
+    folder = fill(tmp_path / "few", 3)
+    hostile = "<img src=x onerror=\"document.title='owned'\">"
+    (folder / "0000.txt").write_text(hostile)
+    (folder / "0001.txt").write_text(" ".join(f"word{number}" for number in range(80)))
+    new_project(page, window.url)
+    use_folder(page, folder)
+    assert page.get_by_label("Caption of 0000.png").input_value() == hostile
+    page.get_by_text("Not read: ").wait_for()
+    assert page.locator(".cut", has_text="word79").count() == 1
+    page.get_by_role("button", name="Too long 1").click()
+    assert page.locator(".picture:visible").count() == 1
+    assert page.title() != "owned"
+
+
+def test_pictures_are_left_out_and_taken_back_by_undo(window: Any, page: Any, tmp_path: Path) -> None:
+    new_project(page, window.url)
+    use_folder(page, fill(tmp_path / "four", 4))
+    page.get_by_text("4 pictures to train on").wait_for()
+    page.get_by_role("button", name="Select all").click()
+    page.get_by_role("button", name="Exclude", exact=True).first.click()
+    page.get_by_text("0 pictures to train on").wait_for()
+    assert page.get_by_role("link", name="Next: Recipe").is_hidden()
+    page.get_by_role("button", name="Undo").click()
+    page.get_by_text("4 pictures to train on").wait_for()
+    page.get_by_label("Trigger word (optional)").fill("zorbo style")
+    page.get_by_label("Trigger word (optional)").press("Tab")
+    page.get_by_text("5 / 75 tokens").or_(page.get_by_text("6 / 75 tokens")).first.wait_for()
+
+
+@pytest.mark.parametrize("kind", ["empty", "no pictures", "missing"])
+def test_a_folder_without_pictures_is_told_in_words(window: Any, page: Any, tmp_path: Path, kind: str) -> None:
+    page.watched.allowed = {400, 404, 422}
+    folder = tmp_path / kind
+    if kind != "missing":
+        folder.mkdir()
+    if kind == "no pictures":
+        (folder / "notes.txt").write_text("only words")
+    new_project(page, window.url)
+    use_folder(page, folder)
+    page.locator(".error-card, .problems li").first.wait_for()
+    assert page.get_by_role("link", name="Next: Recipe").is_hidden()
+
+
+def test_what_is_no_picture_is_named_and_the_rest_is_taken(
+    window: Any, page: Any, drop: Callable[..., None], tmp_path: Path
+) -> None:
+    folder = fill(tmp_path / "mixed", 2)
+    (folder / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
+    (folder / "program.exe").write_bytes(b"MZ")
+    new_project(page, window.url)
+    drop(page, folder)
+    page.get_by_text("2 files not taken").wait_for()
+    page.get_by_text("2 files not taken").click()
+    page.get_by_text("broken.png: ").wait_for()
+    page.get_by_text("program.exe: ").wait_for()
+    assert page.locator(".picture").count() == 2
