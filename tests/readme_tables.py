@@ -31,7 +31,7 @@ PHRASES = {
     "assets/licenses/": "licence texts of what ships",
     "assets/NOTICE.md": "where each asset comes from, and its licence",
     "assets/strip.png": "the picture above",
-    "assets/window": "pictures of the window",
+    "assets/window/": "pictures of the window",
     "tests/": "mirrors app and trainers",
     "CHANGELOG.md": "what changed",
     "LICENSE": "Apache-2.0",
