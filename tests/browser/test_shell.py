@@ -128,7 +128,6 @@ def test_a_card_tells_where_its_run_stands_after_a_restart(own_window: Any, page
     page.watched.offline = True
     own_window.restart(kill=True)
     page.goto(own_window.url)
-    page.watched.offline = False
     page.get_by_text("Stopped, step 7 of 20").wait_for()
     assert page.get_by_role("button", name="Resume").is_visible()
     assert Path(own_window.home / "runs").is_dir()

@@ -162,7 +162,6 @@ def test_a_killed_trainer_and_a_killed_window(own_window: Any, page: Any, few: P
     page.watched.offline = True
     own_window.restart(kill=True)
     page.get_by_text("The window does not answer").wait_for(state="detached")
-    page.watched.offline = False
     page.get_by_role("button", name="Stop and keep").wait_for()
     os.kill(process, 0)  # it trains on
 
