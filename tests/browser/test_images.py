@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 
@@ -108,3 +109,18 @@ def test_what_is_no_picture_is_named_and_the_rest_is_taken(
     page.get_by_text("broken.png: ").wait_for()
     page.get_by_text("program.exe: ").wait_for()
     assert page.locator(".picture").count() == 2
+
+
+def test_two_thousand_dropped_pictures_leave_the_window_small(
+    own_window: Any, page: Any, drop: Callable[..., None], tmp_path: Path
+) -> None:
+    folder = fill(tmp_path / "two thousand", 2000)
+    new_project(page, own_window.url)
+    begun = time.monotonic()
+    drop(page, folder)
+    page.get_by_text(" %").first.wait_for()  # progress is shown
+    page.get_by_text("2000 pictures and 2000 captions added.").wait_for()
+    memory = psutil.Process(own_window.process.pid).memory_info().rss
+    print(f"2000 pictures with captions in {time.monotonic() - begun:.1f} s, window at {memory / 1e6:.0f} MB")
+    assert memory < 500e6
+    page.locator(".picture").nth(1999).wait_for(state="attached")
