@@ -235,9 +235,15 @@ def test_an_unknown_command_is_wrong_use(capsys: pytest.CaptureFixture[str]) -> 
     assert "trian" in capsys.readouterr().err
 
 
-def test_without_a_command_it_says_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
-    assert impasto() == 0
-    assert "impasto train" in capsys.readouterr().out
+def test_without_a_command_it_opens_the_window(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[tuple[object, ...]] = []
+    monkeypatch.setattr("app.server.serve", lambda *given: asked.append(given))
+    monkeypatch.setattr("sys.argv", ["impasto", "--home", str(tmp_path), "--port", "7901", "--no-browser"])
+    from app.main import main
+
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert not ended.value.code and asked == [(tmp_path, 7901, "127.0.0.1", "none", None)]
 
 
 def test_presets_lists_every_preset_with_a_line_for_whom(capsys: pytest.CaptureFixture[str]) -> None:
