@@ -15,9 +15,10 @@ import torch
 from PIL import Image
 
 from tests.tiny_runs import tiny_training, update_from
-from trainers.adapters.inject import TRAINED, FlatParameters, LayerPlan, canonical_name, find_layers, inject_trainable
+from trainers.adapters.inject import TRAINED, FlatParameters, find_layers, inject_trainable
 from trainers.adapters.layer import AdaptedLayer
 from trainers.adapters.lora import LORA
+from trainers.adapters.plan import LayerPlan, canonical_name
 from trainers.errors import SettingError
 from trainers.families import load_family, recognise_base
 from trainers.families.base import DiffusionModel

@@ -152,13 +152,15 @@ def check(
     measure: Annotated[bool, typer.Option(help="Also run two real steps to measure time and memory.")] = True,
 ) -> None:
     """Say what a run would meet: problems by file, buckets, steps, memory, time. Writes nothing."""
-    from trainers.console import print_measure, print_plan
-    from trainers.launch import given_settings, measure_steps, plan_run
+    from trainers.console import print_plan
+    from trainers.launch import given_settings, plan_run
+    from trainers.preflight import describe
+    from trainers.preflight import measure as measure_run
 
     plan = plan_run(preset, given_settings(images, base, steps, seed, trigger), overrides or [], force=True)
     print_plan(plan)
     if measure:
-        print_measure(plan, *measure_steps(plan))
+        typer.echo("\n".join(describe(plan.config, plan.data.steps, measure_run(plan.config))))
 
 
 @cli.command("inspect")

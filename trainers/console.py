@@ -148,13 +148,3 @@ def print_plan(plan: RunPlan, problems: bool = True) -> None:
     for problem in plan.problems if problems else ():
         where = f"{problem.where}: " if problem.where else ""
         line(problem.severity, f"{where}{problem.what}." + (f" {problem.hint}" if problem.hint else ""))
-
-
-def print_measure(plan: RunPlan, seconds: float, memory: int) -> None:
-    """What two real steps say about time and memory."""
-    console = Console(highlight=False, emoji=False)
-    total = time_in_words(seconds * plan.data.steps)
-    console.print(
-        f"{'time':12}{seconds:.2f} s a step at the largest bucket, about {total} for {plan.data.steps} steps", soft_wrap=True
-    )
-    console.print(f"{'memory':12}{memory / 2**30:.2f} GiB after two real steps", soft_wrap=True)

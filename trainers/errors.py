@@ -84,3 +84,9 @@ class RunFolderError(TrainingError):
 
 class DivergedError(TrainingError):
     """The loss or a gradient is no longer finite; nothing non-finite is ever exported."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the memory of the machine or of its GPU was too small; torch has no error of its own for the first."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from trainers.adapters import ADAPTERS
-from trainers.adapters.inject import FlatParameters, LayerPlan
+from trainers.adapters.inject import FlatParameters
+from trainers.adapters.plan import LayerPlan
 from trainers.config import TrainConfig
 from trainers.dataset.prepare import TrainingSet
 from trainers.families import BaseModelFacts, weight_files

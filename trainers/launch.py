@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from trainers.config import TrainConfig, parse_override, write_config
 from trainers.console import make_display
 from trainers.dataset.folder import Scan
 from trainers.dataset.prepare import TrainingSet, planned_prior, prepare, render_side, scan_images
-from trainers.errors import Problem, SettingError, TrainingError
+from trainers.errors import Problem, SettingError, TrainingError, is_out_of_memory
 from trainers.families import BaseModelFacts, recognise_base
 from trainers.formats.metadata import source_date
 from trainers.presets import default_preset, resolve
@@ -162,7 +161,7 @@ def follow(run: RunFolder) -> int:
 
 def _in_words(error: Exception, run: RunFolder) -> str:
     text = str(error).splitlines()[0] if str(error) else type(error).__name__
-    if isinstance(error, MemoryError) or "out of memory" in text.lower():
+    if is_out_of_memory(error):
         return (
             "Out of memory. Set `checkpointing = true` under [train] in config.toml and resume, or train anew with a lower"
             " train.batch_size or dataset.resolution."
@@ -208,26 +207,3 @@ def _logged(run: RunFolder) -> Iterator[None]:
         logging.captureWarnings(False)
         root.removeHandler(handler)
         handler.close()
-
-
-def measure_steps(plan: RunPlan) -> tuple[float, int]:
-    """Seconds of one real step at the largest bucket, and bytes of memory: two steps in a throw-away run folder."""
-    import tempfile
-
-    from trainers.outputs import memory_used
-    from trainers.setup import set_up
-    from trainers.train import update
-
-    with tempfile.TemporaryDirectory(prefix="impasto-check-", ignore_cleanup_errors=True) as folder:
-        values = plan.config.model_dump()
-        values["prior"]["prompts"] = ()  # drawing the prior is no part of a step
-        training = set_up(TrainConfig.model_validate(values), RunFolder(Path(folder)), lambda _: None)
-        sizes = [prepared.placement.bucket for prepared in training.data.training]
-        largest = max(sizes, key=lambda size: size[0] * size[1])
-        step = next(s for s in range(training.data.plan.steps_per_epoch) if sizes[training.data.plan.indices(s)[0]] == largest)
-        for _ in range(2):  # the first one also encodes the pictures and warms up
-            training.step = step
-            begun = time.monotonic()
-            update(training)
-            seconds = time.monotonic() - begun
-        return seconds, memory_used(training.device.device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import statistics
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -165,3 +166,29 @@ def memory_used(device: torch.device) -> int:
     import psutil
 
     return int(psutil.Process().memory_info().rss)
+
+
+def memory_peak(device: torch.device) -> tuple[int, int]:
+    """(bytes that this process held at the most, bytes free beside that now) on the device."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated()), int(torch.cuda.mem_get_info()[0] + _unused_reserve())
+    import psutil
+
+    info = psutil.Process().memory_info()
+    peak = getattr(info, "peak_wset", 0) or _resident_peak() or info.rss
+    return int(peak), max(0, int(psutil.virtual_memory().available) - int(peak - info.rss))
+
+
+def _unused_reserve() -> int:
+    """What torch keeps of the GPU's memory without using it."""
+    return int(torch.cuda.memory_reserved() - torch.cuda.max_memory_allocated())
+
+
+def _resident_peak() -> int:
+    """The most resident memory of this process in bytes; 0 where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

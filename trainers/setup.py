@@ -14,7 +14,8 @@ import torch
 
 from trainers import events
 from trainers.adapters import ADAPTERS
-from trainers.adapters.inject import FlatParameters, LayerPlan, canonical_name, inject_trainable
+from trainers.adapters.inject import FlatParameters, inject_trainable
+from trainers.adapters.plan import LayerPlan
 from trainers.checks import check_pictures, check_settings
 from trainers.config import TrainConfig
 from trainers.dataset.batches import BatchMaker
@@ -24,6 +25,7 @@ from trainers.dataset.prepare import TrainingSet, prepare, scan_images
 from trainers.device import Device, choose_device
 from trainers.families import load_family, recognise_base, weight_files
 from trainers.families.base import Conditioning, DiffusionModel
+from trainers.layers import plan_layers
 from trainers.prior import prior_examples
 from trainers.run_folder import RunFolder
 
@@ -79,7 +81,7 @@ def set_up(
     for problem in (*check_settings(config, base), *check_pictures(config, base, scan, data)):
         emit(events.Warned(message=str(problem)))
     # The text states are cached only while nothing about the text encoder learns; both facts are settled here.
-    plans = plan_layers(config, model)
+    plans = plan_layers(config, list(model.parts()), model.find_targets)
     model.fingerprint("vae")  # of the frozen weights, before anything is injected
     flat = inject_trainable(model.parts(), plans, ADAPTERS[config.adapter.type], config.train.seed, device.device)
     if config.train.checkpointing:
@@ -103,23 +105,6 @@ def set_up(
         optimizer=config.optimizer.build(groups),
         mean=flat.weights.clone() if config.train.ema else None,
     )
-
-
-def plan_layers(config: TrainConfig, model: DiffusionModel) -> list[LayerPlan]:
-    """Which layers get an adapter, with rank and scale: the denoiser's, then the text encoder's unless its rate is 0."""
-    adapter, text = config.adapter, config.text_encoder
-    plans = []
-    for part in model.parts():
-        denoiser = part == "unet"
-        if not denoiser and not config.text_encoder_rate:
-            continue
-        rank = adapter.rank if denoiser else config.text_encoder_rank
-        alpha = adapter.effective_alpha if denoiser else config.text_encoder_alpha
-        scale = adapter.scale_of(alpha, rank)
-        paths = model.find_targets(part, adapter.targets if denoiser else text.targets)
-        group = "unet" if denoiser else "text_encoder"
-        plans += [LayerPlan(canonical_name(part, path), rank, scale, group) for path in paths]
-    return plans
 
 
 def choose_condition(model: DiffusionModel, device: torch.device, learns: bool) -> Condition:

@@ -14,7 +14,6 @@ from tests.tiny_models import tiny_text_encoder, tiny_unet
 from trainers.adapters.inject import (
     TRAINED,
     FlatParameters,
-    LayerPlan,
     adapt_layers,
     find_layers,
     inject_trainable,
@@ -22,6 +21,7 @@ from trainers.adapters.inject import (
 )
 from trainers.adapters.layer import AdaptedLayer
 from trainers.adapters.lora import LORA
+from trainers.adapters.plan import LayerPlan
 
 # Denoiser and text encoder mixed, so that grouping has something to do.
 PLANS = [

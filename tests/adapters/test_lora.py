@@ -11,9 +11,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from trainers.adapters.inject import TRAINED, LayerPlan, inject_trainable
+from trainers.adapters.inject import TRAINED, inject_trainable
 from trainers.adapters.layer import AdaptedLayer, Adapter
 from trainers.adapters.lora import LORA, LoraSettings
+from trainers.adapters.plan import LayerPlan
 from trainers.objective import generator_for
 
 RANK, SCALE = 3, 0.7

@@ -10,18 +10,9 @@ import torch
 from torch import nn
 
 from trainers.adapters.layer import AdaptedLayer, Adapter, Strength
+from trainers.adapters.plan import LayerPlan, canonical_name
 
 TRAINED = "trained"  # name of the adapter that a run trains
-
-
-@dataclass(frozen=True)
-class LayerPlan:
-    """Where one adapter goes: canonical layer name, rank, scale, and which learning-rate group it belongs to."""
-
-    name: str
-    rank: int
-    scale: float
-    group: str
 
 
 @dataclass(frozen=True)
@@ -103,11 +94,6 @@ def find_layers(parts: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
 def _ancestors(path: str) -> list[str]:
     pieces = path.split(".")
     return [".".join(pieces[:n]) for n in range(1, len(pieces))]
-
-
-def canonical_name(part: str, path: str) -> str:
-    """`<part>.<path>`; CLIP's paths lose `text_model.`, which transformers wrote before 5.6 and dropped since."""
-    return f"{part}.{path.removeprefix('text_model.')}"
 
 
 def adapt_layers(parts: Mapping[str, nn.Module], names: Sequence[str]) -> dict[str, AdaptedLayer]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,26 +19,11 @@ from transformers.utils import logging as transformers_logging
 from trainers.errors import BaseModelError
 from trainers.families import BaseModelFacts
 from trainers.families.base import Conditioning
+from trainers.families.targets import match_targets
 from trainers.objective import Objective
 
 TOKENS = 77
 CANARY = ("a photo of a cat", [49406, 320, 1125, 539, 320, 2368, 49407])
-
-# Which layers each group of targets names, as paths inside the part.
-TARGETS: dict[str, dict[str, str]] = {
-    "unet": {
-        "attention": r"\.attn[12]\.(to_q|to_k|to_v|to_out\.0)$",
-        "self_attention": r"\.attn1\.(to_q|to_k|to_v|to_out\.0)$",
-        "cross_attention": r"\.attn2\.(to_q|to_k|to_v|to_out\.0)$",
-        "feed_forward": r"\.ff\.net\.(0\.proj|2)$",
-        "projections": r"\.attentions\.\d+\.proj_(in|out)$",
-        "convolutions": r"(\.resnets\.\d+\.(conv1|conv2|conv_shortcut|time_emb_proj)|samplers\.0\.conv)$",
-    },
-    "text_encoder": {
-        "attention": r"\.self_attn\.(q_proj|k_proj|v_proj|out_proj)$",
-        "mlp": r"\.mlp\.(fc1|fc2)$",
-    },
-}
 
 
 class StableDiffusion1:
@@ -67,8 +51,7 @@ class StableDiffusion1:
 
     def find_targets(self, part: str, targets: Sequence[str]) -> list[str]:
         """Paths of Linear and Conv2d layers inside the part, in module order."""
-        pattern = re.compile("|".join(TARGETS[part][target] for target in targets))
-        return [path for path, _ in self.parts()[part].named_modules() if pattern.search("." + path)]
+        return match_targets(part, targets, [path for path, _ in self.parts()[part].named_modules()])
 
     def fingerprint(self, part: str) -> str:
         """SHA-256 over names, dtypes and bytes of the part's own weights; taken before adapters are injected."""

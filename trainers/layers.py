@@ -1,0 +1,73 @@
+"""Which layers of a base get an adapter, and how large it is: known from settings and weight files' headers alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from trainers.adapters import ADAPTERS
+from trainers.adapters.plan import LayerPlan, canonical_name
+from trainers.config import TrainConfig
+from trainers.families import BaseModelFacts, weight_files
+from trainers.families.targets import match_targets
+from trainers.formats.container import open_file, read_header
+
+PARTS = ("unet", "text_encoder")
+_BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
+_METADATA = 4000
+"""Bytes of metadata that a file has beside its weights, about; captions' words, where asked for, come on top."""
+_ENTRY = 110
+"""Bytes that one tensor takes in a file's header, about."""
+
+
+@dataclass(frozen=True)
+class AdapterSize:
+    """How large an adapter is: trained layers, trainable numbers, and about how many bytes its file will have."""
+
+    layers: int
+    parameters: int
+    file_bytes: int
+
+
+def plan_layers(config: TrainConfig, parts: Sequence[str], find: Callable[[str, Sequence[str]], list[str]]) -> list[LayerPlan]:
+    """Which layers get an adapter, with rank and scale: the denoiser's, then the text encoder's unless its rate is 0.
+
+    `find(part, targets)` gives the paths inside a part of the layers that groups of targets name.
+    """
+    adapter, text = config.adapter, config.text_encoder
+    plans = []
+    for part in parts:
+        denoiser = part == "unet"
+        if not denoiser and not config.text_encoder_rate:
+            continue
+        rank = adapter.rank if denoiser else config.text_encoder_rank
+        alpha = adapter.effective_alpha if denoiser else config.text_encoder_alpha
+        scale = adapter.scale_of(alpha, rank)
+        group = "unet" if denoiser else "text_encoder"
+        paths = find(part, adapter.targets if denoiser else text.targets)
+        plans += [LayerPlan(canonical_name(part, path), rank, scale, group) for path in paths]
+    return plans
+
+
+def adapter_size(config: TrainConfig, base: BaseModelFacts) -> AdapterSize:
+    """How large the adapter of these settings is on this base. Raises FileFormatError for a damaged weight file."""
+    shapes = {part: _weight_shapes(base, part) for part in PARTS}
+    plans = plan_layers(config, PARTS, lambda part, targets: match_targets(part, targets, shapes[part]))
+    named = {canonical_name(part, path): shape for part in PARTS for path, shape in shapes[part].items()}
+    factors = [
+        shape for plan in plans for shape in ADAPTERS[config.adapter.type].factor_shapes(named[plan.name], plan.rank).values()
+    ]
+    parameters = sum(math.prod(shape) for shape in factors)
+    header = (len(factors) + len(plans)) * _ENTRY + _METADATA  # each layer has its alpha too
+    return AdapterSize(len(plans), parameters, parameters * _BYTES[config.output.dtype] + header)
+
+
+def _weight_shapes(base: BaseModelFacts, part: str) -> dict[str, tuple[int, ...]]:
+    """Layer path -> shape of its weight, in the order of the files."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in weight_files(base.folder, part):
+        with open_file(path) as handle:
+            entries = read_header(handle, path).entries
+        shapes |= {name.removesuffix(".weight"): entry.shape for name, entry in entries.items() if name.endswith(".weight")}
+    return shapes
