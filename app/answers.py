@@ -194,9 +194,10 @@ class ImagesAnswer(BaseModel):
 
 
 class SavedAnswer(BaseModel):
-    """What was saved, as it is now."""
+    """What was saved, as it is now, and the folder's health with it."""
 
     images: list[ImageAnswer]
+    health: HealthAnswer
 
 
 class CheckAnswer(BaseModel):
@@ -213,8 +214,33 @@ class CheckAnswer(BaseModel):
     preset: str = ""
     scale: float = 0.0
     """alpha / rank, as the adapter type counts it."""
+    layers: int = 0
+    parameters: int = 0
+    """Numbers that learn."""
+    file_bytes: int = 0
+    """Of the LoRA's file, about."""
+    is_quick: bool = False
+    """The base is so small that it can be measured without being asked."""
     settings: dict[str, Any] = {}
     """Complete and resolved."""
+
+
+class MeasureAnswer(BaseModel):
+    """POST /api/projects/{id}/measure: what two real steps of such a run took; asked again until it is no longer measuring.
+
+    Times in seconds, memory in bytes. `hints`: what to change when it does not fit.
+    """
+
+    state: Literal["measuring", "done", "failed", "busy"]
+    what: str = ""
+    hints: list[str] = []
+    seconds: float = 0.0
+    """To finish, from Start to the file."""
+    seconds_per_step: float = 0.0
+    memory: int = 0
+    memory_free: int = 0
+    fits: bool = True
+    device: str = ""
 
 
 class MetadataAnswer(BaseModel):

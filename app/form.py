@@ -46,7 +46,7 @@ def _types(group: str) -> list[str]:
 def _describe(name: str, field: Any) -> SettingAnswer:
     kind, choices, optional = _kind(field.annotation)
     limits: dict[str, float] = {}
-    for bound in _bounds(field.annotation, field.metadata):
+    for bound in field.metadata:
         for attribute, ours in (("ge", "least"), ("le", "most"), ("gt", "above"), ("lt", "below")):
             if getattr(bound, attribute, None) is not None:
                 limits[ours] = float(getattr(bound, attribute))
@@ -65,15 +65,8 @@ def _describe(name: str, field: Any) -> SettingAnswer:
     )
 
 
-def _bounds(annotation: Any, metadata: list[Any]) -> list[Any]:
-    """The limits of a field, also where its type is an Annotated one."""
-    return [*metadata, *getattr(annotation, "__metadata__", ())]
-
-
 def _kind(annotation: Any) -> tuple[Kind, list[str], bool]:
     """(kind, choices, whether it may be unset) of a field's type."""
-    if hasattr(annotation, "__metadata__"):
-        annotation = get_args(annotation)[0]
     parts = get_args(annotation)
     if get_origin(annotation) in (types.UnionType, Union):
         kept = [part for part in parts if part is not type(None)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import PurePosixPath
 from urllib.parse import quote
 
@@ -18,24 +17,20 @@ from trainers.errors import Problem
 
 
 def describe_images(project: Project, look: Look) -> ImagesAnswer:
-    """All pictures of a project, and what is to be said about them. Raises TrainingError for a damaged vocabulary."""
-    images = list_images(project, look, look.examples)
-    return ImagesAnswer(source=project.source, images=images, health=_health(look, images))
+    """All pictures of a project in the order of the scan, and what is to be said about them.
 
-
-def list_images(project: Project, look: Look, names: Iterable[str]) -> list[ImageAnswer]:
-    """The named pictures, in the order of the scan. Captions are counted with the project's trigger word in front."""
-    wanted = set(names)
-    examples = [example for example in look.scan.examples if example.name in wanted]
-    trained = [with_trigger(example.caption, project.trigger) for example in examples]
+    Captions are counted with the project's trigger word in front. Raises TrainingError for a damaged vocabulary.
+    """
+    trained = [with_trigger(example.caption, project.trigger) for example in look.scan.examples]
     counts = count_tokens(trained, base_of(project))
     beside: dict[str, list[ProblemAnswer]] = {}
     for problem in look.scan.problems:
         beside.setdefault(problem.where, []).append(answer_problem(problem))
-    return [
+    images = [
         _image(project, look, example, text, count, beside.get(example.name, []))
-        for example, text, count in zip(examples, trained, counts, strict=True)
+        for example, text, count in zip(look.scan.examples, trained, counts, strict=True)
     ]
+    return ImagesAnswer(source=project.source, images=images, health=_health(look, images))
 
 
 def answer_problem(problem: Problem) -> ProblemAnswer:

@@ -19,7 +19,8 @@ Password = Annotated[str | None, typer.Option(help="Password that the window ask
 
 
 @cli.callback(invoke_without_command=True)
-def start(
+@cli.command("ui", help="Open the window: drop a folder in, watch it learn, take the file home.")
+def open_window(
     context: typer.Context,
     port: Port = 7860,
     no_browser: NoBrowser = False,
@@ -29,20 +30,8 @@ def start(
     password: Password = None,
 ) -> None:
     """Turn a folder of pictures into a Stable Diffusion LoRA. Without a command: open the window."""
-    if context.invoked_subcommand is None:
-        ui(port, no_browser, window, home, listen, password)
-
-
-@cli.command()
-def ui(
-    port: Port = 7860,
-    no_browser: NoBrowser = False,
-    window: Window = False,
-    home: Home = None,
-    listen: Listen = "127.0.0.1",
-    password: Password = None,
-) -> None:
-    """Open the window: drop a folder in, watch it learn, take the file home."""
+    if context.invoked_subcommand is not None:
+        return
     from app.server import serve
     from trainers.run_folder import home_folder
 

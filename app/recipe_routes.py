@@ -7,20 +7,19 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from app.desk import TheDesk
 from app.form import SettingAnswer, describe_settings
 from app.planning import base_of
 from app.projects import list_projects
-from app.run_routes import TheDesk
-from trainers.presets import list_presets, preset_summary, resolve
+from trainers.presets import list_presets, preset_summary, read_preset
 
 
 class PresetAnswer(BaseModel):
-    """A preset: its header comment line by line, and the complete settings that it leads to."""
+    """A preset: its header comment line by line, and the family of base models it is for (empty: any)."""
 
     name: str
     summary: list[str]
     family: str
-    settings: dict[str, Any]
 
 
 class RecipeAnswer(BaseModel):
@@ -39,8 +38,8 @@ def get_settings(desk: TheDesk) -> RecipeAnswer:
 
 
 def _preset(name: str) -> PresetAnswer:
-    settings = resolve(name, {}).model_dump(mode="json")
-    return PresetAnswer(name=name, summary=preset_summary(name), family=str(settings["base"]["family"]), settings=settings)
+    family = read_preset(name).get("base", {}).get("family", "")
+    return PresetAnswer(name=name, summary=preset_summary(name), family=str(family))
 
 
 ROUTES: tuple[tuple[str, str, Callable[..., Any]], ...] = (("GET", "/settings", get_settings),)

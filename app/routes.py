@@ -3,30 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Container
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import FileResponse, PlainTextResponse
 
 from app import uploads
 from app.answers import (
-    CheckAnswer,
     ImagesAnswer,
     NewProject,
     ProjectAnswer,
     ProjectChange,
     ProjectsAnswer,
-    RunAnswer,
-    RunStart,
     SavedAnswer,
     SourceChange,
 )
 from app.captions import check_names, save_captions
-from app.image_list import answer_problem, describe_images, list_images
-from app.planning import plan_project, take_edits
+from app.desk import Place, TheDesk, ThePlace, make_desk
+from app.image_list import describe_images
+from app.plan_routes import ROUTES as PLAN_ROUTES
+from app.plan_routes import post_run
 from app.projects import (
     Project,
     change_edits,
@@ -34,7 +32,6 @@ from app.projects import (
     create_project,
     delete_project,
     list_projects,
-    read_project,
     read_recipe,
     recipe_text,
     set_source,
@@ -42,14 +39,13 @@ from app.projects import (
 )
 from app.recipe_routes import ROUTES as RECIPE_ROUTES
 from app.refusals import CONFLICT, Refusal, refuse_settings, setting_problems
-from app.routing import Route
+from app.routing import Route, UploadRoute
 from app.run_routes import ROUTES as RUN_ROUTES
-from app.run_routes import Desk, TheDesk, answer_run
-from app.runs import Runs, Standing
-from app.scanning import Scanner
-from app.studio_client import Studio
+from app.run_routes import answer_run
+from app.runs import Standing
 from app.studio_routes import ROUTES as STUDIO_ROUTES
 from app.thumbnails import make_thumbnail
+from trainers.demo import PROMPTS
 from trainers.errors import TrainingError
 from trainers.families import ASSETS
 from trainers.presets import read_preset
@@ -57,36 +53,22 @@ from trainers.presets import read_preset
 
 def router(home: Path) -> APIRouter:
     """All routes, answering for one home folder. Nothing is read or made before the first request."""
-    desk = Desk(home, Runs(home), Scanner(), Studio(home))
+    desk = make_desk(home)
 
     @contextlib.asynccontextmanager
     async def lifespan(_app: Any) -> AsyncIterator[None]:
         yield
-        desk.studio.close()
+        desk.close()
 
     async def lay_out(request: Request) -> None:
         request.state.desk = desk
 
     api = APIRouter(prefix="/api", lifespan=lifespan, route_class=Route, dependencies=[Depends(lay_out)])
-    for method, path, endpoint in (*ROUTES, *RECIPE_ROUTES, *RUN_ROUTES, *STUDIO_ROUTES):
-        status = 201 if method == "POST" and path in ("/projects", "/projects/{project_id}/runs") else None
-        api.add_api_route(path, endpoint, methods=[method], status_code=status)
+    for method, path, endpoint in (*ROUTES, *PLAN_ROUTES, *RECIPE_ROUTES, *RUN_ROUTES, *STUDIO_ROUTES):
+        kind = UploadRoute if endpoint is post_images else None
+        status = 201 if endpoint in (post_project, post_sample, post_run) else None
+        api.add_api_route(path, endpoint, methods=[method], status_code=status, route_class_override=kind)
     return api
-
-
-@dataclass(frozen=True)
-class Place:
-    """What a request about a project works with."""
-
-    project: Project
-    desk: Desk
-
-
-def _place(project_id: str, desk: TheDesk) -> Place:
-    return Place(read_project(desk.home, project_id), desk)
-
-
-ThePlace = Annotated[Place, Depends(_place)]
 
 
 def get_projects(desk: TheDesk) -> ProjectsAnswer:
@@ -103,7 +85,7 @@ def post_project(body: NewProject, desk: TheDesk) -> ProjectAnswer:
 def post_sample(desk: TheDesk) -> ProjectAnswer:
     """Makes a project of the pictures that ship, ready to train. They are read from their place."""
     project = set_source(create_project(desk.home, "Sample"), str(ASSETS / "samples" / "blackcut"))
-    write_recipe(project, {"samples": {"prompts": ["a red heart, blackcut style", "a wolf, blackcut style"]}})
+    write_recipe(project, {"samples": {"prompts": list(PROMPTS[:2])}})
     return _answer(project, [])
 
 
@@ -166,9 +148,6 @@ async def post_images(request: Request, place: ThePlace) -> uploads.Received:
     return await uploads.receive(request, place.project.images)
 
 
-post_images.counts_itself = True  # type: ignore[attr-defined]  # it writes to disk as it reads
-
-
 def get_images(place: ThePlace) -> ImagesAnswer:
     """The pictures with captions, tokens and problems, and the folder's health."""
     return describe_images(place.project, place.desk.scanner.look(place.project))
@@ -185,44 +164,19 @@ def get_thumb(rel: str, place: ThePlace, w: int = 192, v: str = "") -> FileRespo
 def put_captions(body: dict[str, str], place: ThePlace) -> SavedAnswer:
     """Saves captions by picture name; answers those pictures with their new token counts."""
     save_captions(place.project, place.desk.scanner.look(place.project), body)
-    return SavedAnswer(images=list_images(place.project, place.desk.scanner.look(place.project), body))
+    return _saved(place, body)
 
 
 def put_excluded(body: dict[str, bool], place: ThePlace) -> SavedAnswer:
     """Excludes pictures, or takes them in again, by name; others stay as they are."""
     check_names(place.desk.scanner.look(place.project), body)
     change_edits(place.project, {}, body)
-    return SavedAnswer(images=list_images(place.project, place.desk.scanner.look(place.project), body))
+    return _saved(place, body)
 
 
-def post_check(body: RunStart, place: ThePlace) -> CheckAnswer:
-    """What a run with these settings would be. A refusal is an answer here (`ok` false), as a page asks while one types."""
-    edits = take_edits(place.project, place.desk.scanner)
-    nowhere = place.project.edits_file
-    try:
-        plan = plan_project(place.project, place.desk.scanner, body.settings, edits, nowhere, body.preset, body.force)
-    except Refusal as error:
-        return CheckAnswer(ok=False, problems=[answer_problem(problem) for problem in error.problems])
-    adapter = plan.config.adapter
-    return CheckAnswer(
-        ok=True,
-        problems=[answer_problem(problem) for problem in plan.problems],
-        arithmetic=plan.arithmetic,
-        steps=plan.data.steps,
-        pictures=len(plan.data.own),
-        held_out=len(plan.data.held_out),
-        base=plan.base.name,
-        preset=plan.preset,
-        scale=adapter.scale_of(adapter.effective_alpha, adapter.rank),
-        settings=plan.config.model_dump(mode="json"),
-    )
-
-
-def post_run(body: RunStart, place: ThePlace) -> RunAnswer:
-    """Starts a run: 422 with a problem for each setting that cannot be, 409 while another one trains."""
-    desk = place.desk
-    run = desk.runs.start(place.project, desk.scanner, body.settings, body.preset, body.force)
-    return answer_run(desk.runs.standing(run))
+def _saved(place: Place, names: Container[str]) -> SavedAnswer:
+    now = describe_images(place.project, place.desk.scanner.look(place.project))
+    return SavedAnswer(images=[image for image in now.images if image.rel in names], health=now.health)
 
 
 def _answer(project: Project, standings: list[Standing]) -> ProjectAnswer:
@@ -257,6 +211,4 @@ ROUTES: tuple[tuple[str, str, Callable[..., Any]], ...] = (
     ("GET", "/projects/{project_id}/thumb/{rel:path}", get_thumb),
     ("PUT", "/projects/{project_id}/captions", put_captions),
     ("PUT", "/projects/{project_id}/excluded", put_excluded),
-    ("POST", "/projects/{project_id}/check", post_check),
-    ("POST", "/projects/{project_id}/runs", post_run),
 )

@@ -20,14 +20,16 @@ BODY_BYTES = 16 << 20
 
 
 class Route(APIRoute):
-    """A route as above. An endpoint with `counts_itself` reads its body as it comes, within limits of its own."""
+    """A route as above."""
+
+    is_limited = True
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """What answers a request to this route."""
         handle = super().get_route_handler()
 
         async def handle_in_words(request: Request) -> Response:
-            if not getattr(self.endpoint, "counts_itself", False):
+            if self.is_limited:
                 request = Request(request.scope, _limited(request))
             try:
                 return await handle(request)
@@ -37,6 +39,12 @@ class Route(APIRoute):
                 return _refused(disk_refusal(error))
 
         return handle_in_words
+
+
+class UploadRoute(Route):
+    """A route whose endpoint reads its body as it comes, within limits of its own."""
+
+    is_limited = False
 
 
 def _limited(request: Request) -> Receive:

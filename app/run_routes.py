@@ -4,53 +4,25 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import quote
 
-from fastapi import Depends, Query, Request
+from fastapi import Query
 from fastapi.responses import FileResponse, PlainTextResponse
 
 from app.answers import FileAnswer, LogAnswer, MetadataAnswer, RunAnswer, RunsAnswer, StatusAnswer
+from app.desk import TheDesk, TheRun
 from app.processes import tail
 from app.progress import PHASES
 from app.refusals import NOT_FOUND, Refusal
-from app.runs import Ask, Runs, Standing, find_lora, lora_files
-from app.scanning import Scanner
-from app.studio_client import Studio
+from app.runs import Ask, Standing, find_lora, lora_files
 from trainers import events
 from trainers.formats.container import open_file, read_header
 from trainers.formats.hashes import file_hashes
-from trainers.run_folder import RunFolder
 
 _PIECE = 1 << 20
 """Bytes of events in one answer; a page that asks for a long run gets it in several."""
-
-
-@dataclass(frozen=True)
-class Desk:
-    """What all requests of one window share."""
-
-    home: Path
-    runs: Runs
-    scanner: Scanner
-    studio: Studio
-
-
-def _desk(request: Request) -> Desk:
-    desk: Desk = request.state.desk
-    return desk
-
-
-TheDesk = Annotated[Desk, Depends(_desk)]
-
-
-def _run(run_id: str, desk: TheDesk) -> RunFolder:
-    return desk.runs.find(run_id)
-
-
-TheRun = Annotated[RunFolder, Depends(_run)]
 
 
 def get_runs(desk: TheDesk) -> RunsAnswer:
@@ -78,6 +50,7 @@ def _asks(what: Ask) -> Callable[..., RunAnswer]:
 
 def post_resume(run: TheRun, desk: TheDesk) -> RunAnswer:
     """Goes on with a run that was paused, stopped, has failed or was killed; 409 while something trains."""
+    desk.preflight.stop()
     desk.runs.resume(run)
     return answer_run(desk.runs.standing(run))
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,16 +12,19 @@ from fastapi.responses import FileResponse
 from pydantic import BaseModel, Field
 
 from app.answers import Body, FileAnswer
+from app.desk import TheDesk, TheRun
 from app.refusals import NOT_FOUND, Refusal, refuse_settings
-from app.run_routes import Desk, TheDesk, TheRun, answer_run
+from app.run_routes import answer_run
 from app.runs import find_lora
-from app.studio_client import Studio
+from trainers import events
+from trainers.config import read_config
+from trainers.dataset.prepare import render_side
 from trainers.errors import Problem, TrainingError
 from trainers.families import recognise_base
-from trainers.presets import resolve
-from trainers.run_folder import RunFolder
 from trainers.samplers import SAMPLERS, check_sampler
 
+_FIRST_EVENTS = 1 << 18
+"""Bytes of events among which the first samples are: they are drawn before the first step."""
 _PICTURE = re.compile(r"[A-Za-z0-9._-]+\.png")
 
 
@@ -86,20 +88,21 @@ class DefaultsAnswer(BaseModel):
 
 def get_defaults(run: TheRun, desk: TheDesk) -> DefaultsAnswer:
     """Prompt, seed and size to begin with."""
-    config = _config(run)
-    samples, size = config["samples"], recognise_base(config["base"]["model"]).resolution
+    config = read_config(run.config)
+    samples, side = config.samples, render_side(config, recognise_base(config.base.model))
     standing = desk.runs.standing(run)
-    told = [str(prompt) for prompt in samples["prompts"]]
+    told, _ = events.read_since(run.events, 0, _FIRST_EVENTS)
+    drawn = [str(event["prompt"]) for event in told if event["type"] == "sample"]
     return DefaultsAnswer(
         run=standing.id,
-        prompt=told[0] if told else config["dataset"]["trigger"],
-        negative=samples["negative"],
-        seed=samples["seed"],
-        width=config["dataset"]["resolution"] or size,
-        height=config["dataset"]["resolution"] or size,
-        steps=samples["steps"],
-        guidance=samples["guidance"],
-        scheduler=samples["scheduler"],
+        prompt=next(iter((*samples.prompts, *drawn, config.dataset.trigger))),
+        negative=samples.negative,
+        seed=samples.seed,
+        width=side,
+        height=side,
+        steps=samples.steps,
+        guidance=samples.guidance,
+        scheduler=samples.scheduler,
         schedulers=list(SAMPLERS),
         files=answer_run(standing).files,
     )
@@ -113,14 +116,14 @@ def post_draw(body: DrawRequest, desk: TheDesk) -> Asked:
     except TrainingError as error:
         raise refuse_settings([Problem("error", error.what, "scheduler", error.hint)]) from error
     request = body.model_dump(exclude={"run", "step"})
-    lora = str(find_lora(run, body.step))
-    return Asked(id=_studio(desk).ask({**request, "base": _config(run)["base"]["model"], "lora": lora}))
+    lora, base = str(find_lora(run, body.step)), read_config(run.config).base.model
+    return Asked(id=desk.studio.ask({**request, "base": base, "lora": lora}))
 
 
 def get_draw(number: int, desk: TheDesk) -> DrawAnswer:
     """How a request stands, with the pictures so far."""
     try:
-        found = _studio(desk).look(number)
+        found = desk.studio.look(number)
     except KeyError as error:
         raise Refusal("There is no such drawing", str(number), "Press Draw again.", status=NOT_FOUND) from error
     pictures = [
@@ -132,30 +135,17 @@ def get_draw(number: int, desk: TheDesk) -> DrawAnswer:
 
 def post_cancel(number: int, desk: TheDesk) -> Asked:
     """Gives a drawing up at its next sampling step."""
-    _studio(desk).cancel(number)
+    desk.studio.cancel(number)
     return Asked(id=number)
 
 
 def get_picture(name: str, desk: TheDesk) -> FileResponse:
     """A picture of the studio. Its name is looked up in the folder's list."""
-    folder = _studio(desk).folder
+    folder = desk.studio.folder
     if not _PICTURE.fullmatch(name) or not folder.is_dir() or name not in os.listdir(folder):
         raise Refusal("There is no such picture", name[:200], "Press Draw again.", status=NOT_FOUND)
     keep = {"Cache-Control": "private, max-age=31536000, immutable"}  # named by what it shows
     return FileResponse(folder / name, media_type="image/png", headers=keep)
-
-
-def _studio(desk: Desk) -> Studio:
-    return desk.studio
-
-
-def _config(run: RunFolder) -> dict[str, Any]:
-    """The run's settings, complete. Raises Refusal when the file is damaged."""
-    try:
-        given = tomllib.loads(run.config.read_text(encoding="utf-8"))
-        return resolve("pocket", {"prior": {"prompts": []}, **given}).model_dump(mode="json")
-    except (ValueError, TrainingError) as error:
-        raise Refusal(f"The run's settings cannot be read: {error}", run.path.name, "Train again.") from error
 
 
 ROUTES: tuple[tuple[str, str, Callable[..., Any]], ...] = (

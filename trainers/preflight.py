@@ -101,7 +101,7 @@ def measure(config: TrainConfig) -> Measured:
             update(training)
         seconds = time.monotonic() - tick
         loaded = tick - begun - seconds
-        sampling, picture = _time_drawing(training) if config.samples.every or config.prior.prompts else (0.0, 0.0)
+        sampling, picture = _time_drawing(training)
         used, free = memory_peak(training.device.device)
         return Measured(seconds, loaded, sampling, picture, used, used + free, training.device.reason)
 
