@@ -49,7 +49,7 @@ def post_measure(body: RunStart, place: ThePlace) -> MeasureAnswer:
     if desk.runs.at_work():
         return MeasureAnswer(state="busy", what="Something trains now, and would be slowed down: measured when it has ended")
     plan, edits = _plan(body, place)
-    check = desk.preflight.look(plan, write_edits(edits))
+    check = desk.preflight.look(place.project.id, plan, write_edits(edits))
     measured = check.measured
     if measured is None:
         state: Literal["measuring", "failed"] = "measuring" if check.process else "failed"

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,8 @@ from trainers.preflight import Measured, memory_hints
 if TYPE_CHECKING:
     from trainers.launch import RunPlan
 
+REMEMBERED = 50
+"""How many answers are kept for sliders that go back to where they were."""
 MEASURE = (sys.executable, "-P", "-m", "trainers.preflight")
 
 
@@ -29,8 +31,9 @@ MEASURE = (sys.executable, "-P", "-m", "trainers.preflight")
 class Check:
     """One measurement: still going on while it has a `process`, then `measured` or a `problem` with its `hint`."""
 
+    project: str
     key: str
-    process: subprocess.Popen[bytes] | None
+    process: subprocess.Popen[bytes] | None = None
     measured: Measured | None = None
     problem: str = ""
     hint: str = ""
@@ -42,40 +45,45 @@ class Preflight:
     def __init__(self, home: Path, *, command: Sequence[str] | None = None) -> None:
         self._home, self._command = home, tuple(command or MEASURE)
         self._lock = threading.Lock()
-        self._check: Check | None = None
+        self._now: Check | None = None
+        self._done: dict[str, Measured] = {}
 
-    def look(self, plan: RunPlan, edits: bytes) -> Check:
-        """How the measurement of such a run stands; begins it when these settings are new, and gives up any other.
+    def look(self, project: str, plan: RunPlan, edits: bytes) -> Check:
+        """How the measurement of such a run stands; begins it when these settings are new to us.
 
-        What changes no step is not measured again: how many there are, samples, checkpoints, the file's name.
+        It takes the place of another one of the same project, and waits for that of another project. What changes no
+        step is not measured again: how many there are, samples, checkpoints, the file's name. A failure is told once;
+        asked again, it is tried again.
         """
         free: dict[str, Any] = {"samples": True, "checkpoints": True, "output": True}
         free |= {"train": {"steps", "epochs"}, "dataset": {"edits"}}
         known = (plan.config.model_dump_json(exclude=free), str(plan.data.bucket_counts()), edits.decode())
         key = hashlib.sha256("\n".join(known).encode()).hexdigest()
         with self._lock:
-            if self._check is None or self._check.key != key:
+            if key in self._done:
+                return Check(project, key, measured=self._done[key])
+            now = self._now
+            if now and now.problem and now.key == key:
+                self._now = None
+                return now
+            if now and now.process and now.key != key and now.project != project:
+                return Check(project, key, process=now.process)
+            if now is None or now.key != key:
                 self._stop()
-                self._check = self._start(key, plan.config, edits)
-            return self._check
+                now = self._now = self._start(Check(project, key), plan.config, edits)
+            return replace(now)
 
     def stop(self) -> None:
         """Gives up what is being measured: its machine is wanted for a run, or the window closes."""
         with self._lock:
             self._stop()
 
-    def forget(self) -> None:
-        """Measures anew when asked again, also for the same settings."""
-        with self._lock:
-            self._stop()
-            self._check = None
-
     def _stop(self) -> None:
-        if self._check and self._check.process:
-            self._check.process.kill()
-            self._check = None
+        if self._now and self._now.process:
+            self._now.process.kill()
+        self._now = None
 
-    def _start(self, key: str, config: TrainConfig, edits: bytes) -> Check:
+    def _start(self, check: Check, config: TrainConfig, edits: bytes) -> Check:
         folder = self._home / "window" / "preflight"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
@@ -92,7 +100,7 @@ class Preflight:
                 stderr=log,
                 creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),
             )
-        check = Check(key, process)
+        check.process = process
         threading.Thread(
             target=self._await, args=(check, process, config, folder / "preflight.log"), daemon=True, name="measure"
         ).start()
@@ -106,7 +114,7 @@ class Preflight:
         with self._lock:
             check.process = None
             if "step_seconds" in answer:
-                check.measured = Measured(**answer)
+                self._remember(check.key, Measured(**answer))
             elif answer:
                 check.problem, check.hint = str(answer["what"]), str(answer["hint"])
             elif process.returncode == -9:  # POSIX: by signal 9
@@ -114,7 +122,10 @@ class Preflight:
                 check.hint = " ".join(memory_hints(config))
             else:
                 last = next(reversed(tail(log, 1)), f"exit code {process.returncode}")
-                check.problem, check.hint = (
-                    f"The two steps could not be taken: {last[:300]}",
-                    "Start all the same, or look at the log.",
-                )
+                check.problem = f"The two steps could not be taken: {last[:300]}"
+                check.hint = f"All it said is in {log}."
+
+    def _remember(self, key: str, measured: Measured) -> None:
+        self._done[key] = measured
+        for old in list(self._done)[:-REMEMBERED]:
+            del self._done[old]

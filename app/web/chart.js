@@ -36,6 +36,7 @@ export function makeChart() {
   let points = [];
   let place = null;
   let marked = -1;
+  let last = ""; // what is said while nothing is marked
 
   const mark = (index) => {
     if (!points.length) return;
@@ -52,6 +53,13 @@ export function makeChart() {
     points.forEach(([step], index) => { if (place && Math.abs(place.x(step) - at) < Math.abs(place.x(points[near][0]) - at)) near = index; });
     mark(near);
   });
+  const unmark = () => {
+    marked = -1;
+    svg.querySelector(".cursor")?.remove();
+    value.textContent = last;
+  };
+  svg.addEventListener("pointerleave", unmark);
+  svg.addEventListener("blur", unmark);
   svg.addEventListener("keydown", (event) => {
     const move = { ArrowLeft: -1, ArrowRight: 1, Home: -1e9, End: 1e9 }[event.key];
     if (!move) return;
@@ -70,16 +78,16 @@ export function makeChart() {
     const sorted = usable.map(([, loss]) => loss).sort((a, b) => a - b);
     // One wild step must not flatten the rest.
     const top = Math.max(sorted[Math.floor(sorted.length * 0.98)], ...held.map(([, loss]) => loss), 1e-6) * 1.1;
-    const last = Math.max(steps, usable[usable.length - 1][0], 1);
+    const end = Math.max(steps, usable[usable.length - 1][0], 1);
     place = {
-      x: (step) => LEFT + (step / last) * (WIDTH - LEFT - 8),
+      x: (step) => LEFT + (step / end) * (WIDTH - LEFT - 8),
       y: (loss) => HEIGHT - BOTTOM - (Math.min(loss, top) / top) * (HEIGHT - BOTTOM - 8),
     };
     const line = (some, kind) => el("svg:polyline", { class: kind, points: some.map(([step, loss]) => `${place.x(step).toFixed(1)},${place.y(loss).toFixed(1)}`).join(" ") });
     const ticks = [0, 0.5, 1].flatMap((share) => [
       el("svg:line", { class: "grid-line", x1: LEFT, x2: WIDTH - 8, y1: place.y(top * share), y2: place.y(top * share) }),
       el("svg:text", { x: LEFT - 6, y: place.y(top * share) + 4, "text-anchor": "end" }, (top * share).toPrecision(2)),
-      el("svg:text", { x: place.x(Math.round(last * share)), y: HEIGHT - 6, "text-anchor": share === 1 ? "end" : "middle" }, String(Math.round(last * share))),
+      el("svg:text", { x: place.x(Math.round(end * share)), y: HEIGHT - 6, "text-anchor": share === 1 ? "end" : "middle" }, String(Math.round(end * share))),
     ]);
     const dots = points.length === 1 ? [el("svg:circle", { class: "dot", cx: place.x(points[0][0]), cy: place.y(points[0][1]), r: 4 })] : [];
     svg.replaceChildren(...ticks, line(points, "raw"), line(strong, "strong"), line(held, "held"), ...dots);
@@ -87,7 +95,9 @@ export function makeChart() {
     const now = strong[strong.length - 1][1];
     const out = held.length ? `, held out ${held[held.length - 1][1].toFixed(3)}` : "";
     svg.setAttribute("aria-label", `Loss ${now.toFixed(3)} at step ${step}${out}`);
-    if (marked < 0) value.textContent = `Loss ${now.toFixed(3)} (smoothed) at step ${step}${out}. Dashed: pictures kept aside.`;
+    last = `Loss ${now.toFixed(3)} (smoothed) at step ${step}${out}. Dashed: pictures kept aside.`;
+    if (marked < 0) value.textContent = last;
+    else mark(marked);
   }
 
   draw([], [], 1);

@@ -200,6 +200,17 @@ export function confirmed(question, yes, no = "Cancel") {
   });
 }
 
+/** What a run's state is called. */
+export const STATES = {
+  starting: "Starting",
+  running: "Training",
+  paused: "Paused",
+  stopped: "Stopped",
+  finished: "Finished",
+  failed: "Training failed",
+  lost: "Training ended unexpectedly",
+};
+
 /** Bytes in words: 2.1 MB. */
 export function bytes(count) {
   if (count === null || count === undefined) return "";

@@ -1,14 +1,29 @@
 // Dropped folders and chosen files, sent in batches with their relative paths.
-import { Refused } from "/web/core.js";
+import { Refused, plural, toast } from "/web/core.js";
 
 const BATCH_FILES = 100;
 const BATCH_BYTES = 16e6;
 const AT_ONCE = 2;
 
-/** The files of a drop with their relative paths. Entries must be asked for before the first await: then they are gone. */
-export async function droppedFiles(transfer) {
+/** Takes what is dropped anywhere on the page: `receive(files, unread)`. Returns what ends that. */
+export function takeDrops(receive) {
+  const over = (event) => (event.preventDefault(), document.body.classList.add("dropping"));
+  const away = (event) => event.relatedTarget || document.body.classList.remove("dropping");
+  const drop = async (event) => {
+    event.preventDefault();
+    document.body.classList.remove("dropping");
+    const { files, unread } = await droppedFiles(event.dataTransfer);
+    receive(files, unread);
+  };
+  const pairs = [["dragover", over], ["dragleave", away], ["drop", drop]];
+  for (const [kind, listener] of pairs) window.addEventListener(kind, listener);
+  return () => pairs.forEach(([kind, listener]) => window.removeEventListener(kind, listener));
+}
+
+/** {files: [{file, path}], unread: [[path, why]]} of a drop. Entries must be asked for before the first await: then they are gone. */
+async function droppedFiles(transfer) {
   const entries = [...transfer.items].map((item) => item.webkitGetAsEntry && item.webkitGetAsEntry()).filter(Boolean);
-  const found = [];
+  const found = { files: [], unread: [] };
   for (const entry of entries) await walk(entry, "", found);
   return found;
 }
@@ -16,16 +31,17 @@ export async function droppedFiles(transfer) {
 async function walk(entry, above, found) {
   const path = above + entry.name;
   if (entry.name.startsWith(".")) return;
+  const missed = (error) => found.unread.push([path, `the browser could not read it (${error.name || error})`]);
   if (entry.isFile) {
-    const file = await new Promise((yes, no) => entry.file(yes, no)).catch(() => null);
-    if (file) found.push({ file, path });
+    const file = await new Promise((yes, no) => entry.file(yes, no)).catch(missed);
+    if (file instanceof File) found.files.push({ file, path });
     return;
   }
   const reader = entry.createReader();
   // A browser lists a hundred at a time, and an empty list at the end.
   for (;;) {
-    const some = await new Promise((yes, no) => reader.readEntries(yes, no)).catch(() => []);
-    if (!some.length) return;
+    const some = await new Promise((yes, no) => reader.readEntries(yes, no)).catch(missed);
+    if (!Array.isArray(some) || !some.length) return;
     for (const inner of some) await walk(inner, `${path}/`, found);
   }
 }
@@ -58,12 +74,49 @@ export function batches(files) {
   return now.length ? [...made, now] : made;
 }
 
+let current = null; // {project, count, done, total, stop}: one upload at a time, whichever screen is seen
+const watchers = new Map();
+
+const warn = (event) => event.preventDefault();
+
+/** Calls `watch(upload, result)` as an upload to this project goes on; at its end `result` is there. Returns what ends that. */
+export function watchUpload(project, watch) {
+  watchers.set(project, watch);
+  if (current?.project === project) watch(current, null);
+  return () => watchers.get(project) === watch && watchers.delete(project);
+}
+
 /**
- * Sends files to a project. `told({done, total})` in bytes. Gives {saved, rejected: [[name, why]], failed: [error]}; one
- * batch that fails does not take the others with it. `signal` aborts; what has arrived by then stays.
+ * Sends files to a project, also while another screen is seen; what has arrived when it is stopped stays. The watcher gets
+ * {saved, rejected: [[name, why]], failed: [error]}. Gives false, and takes nothing, while another upload goes on.
  */
-export async function send(project, files, told, signal) {
+export function startUpload(project, files, unread = []) {
+  if (current) {
+    toast("Wait until the files before these have been added.");
+    return false;
+  }
   const total = files.reduce((sum, one) => sum + one.file.size, 0);
+  const upload = { project, count: files.length, done: 0, total, stop: new AbortController() };
+  current = upload;
+  window.addEventListener("beforeunload", warn);
+  const told = (done) => {
+    upload.done = done;
+    watchers.get(project)?.(upload, null);
+  };
+  told(0);
+  send(project, files, told, upload.stop.signal).then((result) => {
+    current = null;
+    window.removeEventListener("beforeunload", warn);
+    const all = { ...result, rejected: [...unread, ...result.rejected] };
+    const watch = watchers.get(project);
+    if (watch) watch(upload, all);
+    else toast(`${plural(all.saved.length, "file")} added, ${all.rejected.length + all.failed.length} not.`);
+  });
+  return true;
+}
+
+/** Two requests at a time; one batch that fails does not take the others with it. `told(done)` in bytes. */
+async function send(project, files, told, signal) {
   const result = { saved: [], rejected: [], failed: [] };
   const waiting = batches(files);
   const sent = new Map();
@@ -73,7 +126,7 @@ export async function send(project, files, told, signal) {
       try {
         const answer = await upload(project, mine, signal, (bytes) => {
           sent.set(mine, bytes);
-          told({ done: Math.min(total, [...sent.values()].reduce((sum, one) => sum + one, 0)), total });
+          told([...sent.values()].reduce((sum, one) => sum + one, 0));
         });
         result.saved.push(...answer.saved);
         result.rejected.push(...answer.rejected);

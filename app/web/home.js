@@ -1,21 +1,12 @@
 // Home: every project as a card with its best picture and where it stands, and the way to a new one.
-import { about, address, ask, confirmed, el, get, go, onShow, patch, poll, post, tell } from "/web/core.js";
-
-const STATES = {
-  starting: "Starting",
-  running: "Training",
-  paused: "Paused",
-  stopped: "Stopped",
-  finished: "Finished",
-  failed: "Failed",
-  lost: "Ended unexpectedly",
-};
+import { STATES, about, address, ask, confirmed, el, get, go, onShow, patch, poll, post, tell } from "/web/core.js";
+import { startUpload, takeDrops } from "/web/drop.js";
 
 /** Builds the screen; it looks again every few seconds while it is seen. */
 export function mount(element) {
   const trouble = el("div");
   const heading = el("h1", {}, "Your pictures, as a style of your own");
-  const tagline = el("p", { class: "subdued" }, "Drop a folder of pictures and train a LoRA from it. Everything stays on this machine.");
+  const tagline = el("p", { class: "subdued" }, "Drop a folder of pictures here and train a LoRA from it. Everything stays on this machine.");
   const fresh = el("button", { type: "button", class: "primary", onclick: () => act(fresh, makeNew) }, "New LoRA");
   const sample = el("button", { type: "button", hidden: true, onclick: () => act(sample, trySample) }, "Try with our sample (about 3 minutes)");
   const cards = el("div", { class: "cards" });
@@ -38,10 +29,20 @@ export function mount(element) {
     go("images", made.id);
   }
 
-  /** The pictures that ship, used from their place, with the word that their captions want; one press trains. */
+  /** A folder dropped here is a project of its name. */
+  async function takeIn(files, unread) {
+    if (!files.length && !unread.length) return;
+    const [folder, ...inside] = (files[0]?.path || "").split("/");
+    const made = await post("/projects", { name: inside.length ? folder.slice(0, 80) : "New LoRA" });
+    if (startUpload(made.id, files, unread)) go("images", made.id);
+    else await ask("DELETE", `/projects/${made.id}`);
+  }
+
+  /** The pictures that ship, used from their place: one press trains. */
   async function trySample() {
     const made = await post("/sample");
-    go("images", made.id);
+    const run = await post(`/projects/${made.id}/runs`);
+    go("train", made.id, run.id);
   }
 
   async function rename(project) {
@@ -120,7 +121,7 @@ export function mount(element) {
       if (now === drawn) return;
       tell(trouble, null);
       drawn = now;
-      sample.hidden = projects.some((project) => project.id.startsWith("sample"));
+      sample.hidden = projects.length > 0;
       heading.textContent = projects.length ? "Your LoRAs" : "Your pictures, as a style of your own";
       const focused = cards.contains(document.activeElement) ? document.activeElement.getAttribute("aria-label") : null;
       cards.replaceChildren(...projects.map(card));
@@ -133,6 +134,8 @@ export function mount(element) {
 
   onShow("home", () => {
     drawn = "";
-    return poll(look, 3);
+    const endDrops = takeDrops((files, unread) => act(fresh, () => takeIn(files, unread)));
+    const halt = poll(look, 3);
+    return () => (endDrops(), halt());
   });
 }

@@ -1,6 +1,6 @@
 // Images: drop a folder, look over the captions, leave out what does not fit.
-import { address, ask, copyButton, el, errorCard, get, onShow, patch, plural, put, tell, toast } from "/web/core.js";
-import { chosenFiles, droppedFiles, send } from "/web/drop.js";
+import { address, copyButton, el, errorCard, get, go, onShow, patch, plural, post, put, tell, toast } from "/web/core.js";
+import { chosenFiles, startUpload, takeDrops, watchUpload } from "/web/drop.js";
 
 const FILTERS = [
   ["all", "All", () => true],
@@ -29,7 +29,9 @@ function makeScreen(room, project) {
   const grid = el("div", { class: "grid" });
   const find = el("input", { type: "search", placeholder: "Search names and captions", "aria-label": "Search names and captions", oninput: () => filter() });
   const chips = el("div", { class: "row", role: "group", "aria-label": "Show" });
-  const next = el("a", { class: "button primary", href: address("recipe", project) }, "Next: Recipe");
+  const start = el("button", { type: "button", class: "primary", onclick: () => begin() }, "Start training");
+  const would = el("span", { class: "subdued" });
+  const next = el("div", { class: "row" }, would, el("a", { class: "button", href: address("recipe", project) }, "Next: Recipe"), start);
   const bulk = el("div", { class: "row bulk", role: "group", "aria-label": "Selected pictures" });
   const work = el("div", { class: "work" }, triggerField(), health, el("div", { class: "row tools" }, chips, find), bulk, grid);
   const zone = dropZone();
@@ -37,12 +39,16 @@ function makeScreen(room, project) {
   let images = [];
   let shown = "all";
   let gone = false;
-  let stopUpload = null;
+  let saving = Promise.resolve(); // the caption that is being saved: Start waits for it
 
   room.replaceChildren(el("div", { class: "row head" }, el("h1", {}, "Images"), next), trouble, zone, news, work);
-  const warn = (event) => stopUpload && event.preventDefault();
-  window.addEventListener("beforeunload", warn);
-  const overPage = pageDrop();
+  const receive = (files, unread = []) => {
+    tell(trouble, null);
+    if (files.length || unread.length) startUpload(project, files, unread);
+    else news.replaceChildren(el("p", {}, "There is no file in what was dropped."));
+  };
+  const endDrops = takeDrops(receive);
+  const endWatch = watchUpload(project, showUpload);
 
   async function load() {
     try {
@@ -64,14 +70,40 @@ function makeScreen(room, project) {
     work.hidden = empty && answer.source === "own" && !answer.health.problems.length && !answer.health.unreadable.length;
     next.hidden = !images.some((image) => !image.excluded);
     drawHealth(answer.health);
-    chips.replaceChildren(...FILTERS.map(([key, label, test]) => el("button", {
-      type: "button", class: "small", "aria-pressed": String(shown === key),
-      onclick: (event) => { shown = key; for (const other of chips.children) other.setAttribute("aria-pressed", String(other === event.currentTarget)); filter(); },
-    }, `${label} ${images.filter(test).length}`)));
+    chips.replaceChildren(...FILTERS.map(([key]) => el("button", { type: "button", class: "small", onclick: () => { shown = key; drawChips(); filter(); } })));
+    drawChips();
+    foresee();
     cards.clear();
     grid.replaceChildren();
     drawSome(0);
     drawBulk();
+  }
+
+  function drawChips() {
+    FILTERS.forEach(([key, label, test], index) => {
+      chips.children[index].textContent = `${label} ${images.filter(test).length}`;
+      chips.children[index].setAttribute("aria-pressed", String(shown === key));
+    });
+  }
+
+  /** What Start would do, in a few words beside it. */
+  async function foresee() {
+    const found = next.hidden ? null : await post(`${base}/check`, { force: true }).catch(() => null);
+    would.textContent = found?.ok ? `${found.steps} steps on ${found.base}, preset ${found.preset}` : "";
+  }
+
+  /** Straight from the pictures, with the recipe as it is; where that cannot be, the Recipe says why. */
+  async function begin() {
+    start.disabled = true;
+    await saving;
+    try {
+      const run = await post(`${base}/runs`);
+      go("train", project, run.id);
+    } catch (error) {
+      if (error.problems?.length) go("recipe", project);
+      else tell(trouble, error);
+    }
+    start.disabled = false;
   }
 
   /** A thousand cards in slices, so that the page answers in between. */
@@ -110,11 +142,11 @@ function makeScreen(room, project) {
       el("div", { class: "row name" }, el("span", { title: image.rel }, image.rel.split("/").pop()), mark),
       text, cut, el("div", { class: "row under" }, count, out), badges, fault);
     text.addEventListener("input", () => (mark.textContent = "unsaved"));
-    text.addEventListener("change", () => save());
+    text.addEventListener("change", () => (saving = save()));
     async function save() {
       mark.textContent = "saving";
       try {
-        take((await put(`${base}/captions`, { [image.rel]: text.value })).images);
+        take(await put(`${base}/captions`, { [image.rel]: text.value }));
         fault.replaceChildren();
         mark.textContent = "✓ saved";
       } catch (error) {
@@ -135,20 +167,22 @@ function makeScreen(room, project) {
   }
 
   /** Takes in what the server answers about some pictures; the cards stay, so that nobody loses the focus. */
-  function take(changed) {
-    for (const now of changed) {
+  function take(answer) {
+    for (const now of answer.images) {
       const image = images.find((one) => one.rel === now.rel);
       if (!image) continue;
       Object.assign(image, now);
       cards.get(now.rel)?.refresh();
     }
-    get(`${base}/images`).then((answer) => gone || drawHealth(answer.health)).catch(() => {});
+    drawHealth(answer.health);
+    drawChips();
+    next.hidden = !answer.health.count;
+    foresee();
   }
 
   async function exclude(changes) {
     try {
-      take((await put(`${base}/excluded`, changes)).images);
-      next.hidden = !images.some((image) => !image.excluded);
+      take(await put(`${base}/excluded`, changes));
       const names = Object.keys(changes);
       const back = Object.fromEntries(names.map((name) => [name, !changes[name]]));
       toast(`${plural(names.length, "picture")} ${changes[names[0]] ? "left out" : "taken in again"}.`, () => exclude(back));
@@ -202,7 +236,7 @@ function makeScreen(room, project) {
 
   function dropZone() {
     const input = (label, folder) => {
-      const field = el("input", { type: "file", multiple: true, class: "hidden-input", "aria-label": label, onchange: () => { receive(chosenFiles(field)); field.value = ""; } });
+      const field = el("input", { type: "file", multiple: true, hidden: true, "aria-label": label, onchange: () => { receive(chosenFiles(field)); field.value = ""; } });
       if (folder) field.webkitdirectory = true;
       return [field, el("button", { type: "button", class: folder ? "primary" : "", onclick: () => field.click() }, label)];
     };
@@ -222,39 +256,26 @@ function makeScreen(room, project) {
         el("button", { type: "button", class: "quiet back", hidden: true, onclick: () => use("own") }, "Back to dropped pictures")));
   }
 
-  function pageDrop() {
-    const over = (event) => { event.preventDefault(); document.body.classList.add("dropping"); };
-    const away = (event) => { if (!event.relatedTarget) document.body.classList.remove("dropping"); };
-    const drop = async (event) => {
-      event.preventDefault();
-      document.body.classList.remove("dropping");
-      const reading = droppedFiles(event.dataTransfer);
-      receive(await reading);
-    };
-    const pairs = [["dragover", over], ["dragleave", away], ["drop", drop]];
-    for (const [kind, listener] of pairs) window.addEventListener(kind, listener);
-    return () => { for (const [kind, listener] of pairs) window.removeEventListener(kind, listener); };
-  }
-
-  async function receive(files) {
-    tell(trouble, null);
-    if (!files.length) return news.replaceChildren(el("p", {}, "There is no file in what was dropped."));
-    const stop = (stopUpload = new AbortController());
-    const bar = el("progress", { max: 1, value: 0, "aria-label": "Upload" });
-    const words = el("span", {}, `Adding ${plural(files.length, "file")}`);
-    news.replaceChildren(el("div", { class: "card" }, el("div", { class: "row" }, words, el("button", { type: "button", class: "small", onclick: () => stop.abort() }, "Cancel")), bar));
-    const result = await send(project, files, ({ done, total }) => {
-      bar.value = total ? done / total : 1;
-      words.textContent = `Adding ${plural(files.length, "file")}: ${Math.round(100 * bar.value)} %`;
-    }, stop.signal);
-    stopUpload = null;
-    if (gone) return;
+  /** An upload as it goes on, and what came of it. */
+  function showUpload({ count, done, total, stop }, result) {
+    if (!result) {
+      const share = total ? Math.min(1, done / total) : 1;
+      if (!news.querySelector("progress")) {
+        const cancel = el("button", { type: "button", class: "small", onclick: () => stop.abort() }, "Cancel");
+        news.replaceChildren(el("div", { class: "card" }, el("div", { class: "row" }, el("span"), cancel), el("progress", { max: 1, "aria-label": "Upload" })));
+      }
+      news.querySelector("progress").value = share;
+      news.querySelector("span").textContent = `Adding ${plural(count, "file")}: ${Math.round(100 * share)} %`;
+      return;
+    }
     const captions = result.saved.filter((name) => /\.(txt|caption)$/i.test(name)).length;
     const line = `${plural(result.saved.length - captions, "picture")} and ${plural(captions, "caption")} added${stop.signal.aborted ? "; the rest was cancelled" : ""}.`;
     const refused = result.rejected.map(([name, why]) => `${name}: ${why}`);
-    news.replaceChildren(el("p", {}, line), ...(refused.length ? [el("details", {}, el("summary", {}, `${plural(refused.length, "file")} not taken`), el("ul", {}, refused.map((one) => el("li", {}, one))), copyButton("Copy list", () => refused.join("\n")))] : []), ...result.failed.slice(0, 1).map(errorCard));
-    await load();
+    const list = el("details", {}, el("summary", {}, `${plural(refused.length, "file")} not taken`),
+      el("ul", {}, refused.map((one) => el("li", {}, one))), copyButton("Copy list", () => refused.join("\n")));
+    news.replaceChildren(el("p", {}, line), ...(refused.length ? [list] : []), ...result.failed.slice(0, 1).map(errorCard));
+    load();
   }
 
-  return { load, leave: () => { gone = true; overPage(); window.removeEventListener("beforeunload", warn); stopUpload?.abort(); } };
+  return { load, leave: () => { gone = true; endDrops(); endWatch(); } };
 }

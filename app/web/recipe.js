@@ -1,12 +1,16 @@
-// Recipe: a preset, five sliders beside it, what a run would be, and everything else under More.
-import { Refused, el, get, go, onShow, patch, post, put, tell, toast } from "/web/core.js";
+// Recipe: the base, a preset, five settings with sliders, what it comes to, and Start. Everything else is folded away.
+import { about, bytes, el, get, go, onShow, patch, post, put, tell, toast } from "/web/core.js";
 import { makeField, makeSlider } from "/web/fields.js";
 
 const MAIN = ["base.model", "adapter.rank", "adapter.alpha", "optimizer.learning_rate", "text_encoder.learning_rate", "train.steps"];
 // These are the project's own: its folder and its trigger word have their place on the screen before.
 const ELSEWHERE = ["dataset.images", "dataset.edits", "dataset.trigger", "base.family"];
+// What a field that is left empty takes its value from.
+const UNSET = { "adapter.alpha": "adapter.rank", "text_encoder.learning_rate": "optimizer.learning_rate" };
+const WHILE_DRAGGING = 120; // milliseconds of rest before the card is asked for anew
+const BEFORE_MEASURING = 900;
 
-const at = (values, name) => name.split(".").reduce((group, part) => (group === undefined || group === null ? undefined : group[part]), values);
+const at = (values, name) => name.split(".").reduce((group, part) => group?.[part], values);
 
 /** A copy of nested values with one set, or with `undefined` taken out. */
 function putIn(values, name, value) {
@@ -23,13 +27,14 @@ export function mount(element) {
   const room = el("div");
   element.replaceChildren(room);
   onShow("recipe", ({ project }) => {
+    let leave = () => {};
     let gone = false;
     const trouble = el("div");
     room.replaceChildren(trouble);
     Promise.all([get("/settings"), get(`/projects/${encodeURIComponent(project)}`)])
-      .then(([facts, found]) => gone || makeScreen(room, facts, found))
+      .then(([facts, found]) => { if (!gone) leave = makeScreen(room, facts, found); })
       .catch((error) => gone || tell(trouble, error));
-    return () => (gone = true);
+    return () => ((gone = true), leave());
   });
 }
 
@@ -37,111 +42,125 @@ function makeScreen(room, facts, project) {
   const path = `/projects/${encodeURIComponent(project.id)}`;
   const setting = Object.fromEntries(facts.settings.map((one) => [one.name, one]));
   const trouble = el("div");
-  const saved = el("span", { class: "subdued", role: "status" });
-  const card = el("section", { class: "card live", "aria-label": "What a run would be", "aria-live": "polite" });
-  const presets = el("div", { class: "presets", role: "radiogroup", "aria-label": "Preset" });
+  const said = el("span", { class: "subdued", role: "status" });
+  const facing = el("div");
+  const measuring = makeMeasure(path);
+  const card = el("section", { class: "card live", "aria-label": "What a run would be" }, facing, measuring.node);
+  const presets = el("div", { class: "presets", role: "group", "aria-label": "Preset" });
   const fields = new Map();
-  const wrong = new Map();
-  let recipe = project.recipe;
-  let preset = project.preset;
+  const wrong = new Map(); // name -> what is told at its field; such a value is not saved
+  let { recipe, preset } = project; // as saved
+  let saving = Promise.resolve();
   let asked = null;
+  let rest = 0;
 
-  const change = (name) => async (value) => {
-    const before = recipe;
-    const wanted = putIn(recipe, name, value);
+  /** Changes are saved one after the other, each over the one before: none is lost, and Start waits for the last. */
+  const queue = (what) => (saving = saving.then(what).catch((error) => tell(trouble, error)));
+
+  const store = async (values) => {
+    await patch(path, values);
+    ({ preset, recipe } = { preset, recipe, ...values });
+  };
+
+  const change = (name) => (value) => queue(async () => {
+    clearTimeout(rest);
     try {
-      await patch(path, { recipe: wanted });
-      recipe = wanted;
+      await store({ recipe: putIn(recipe, name, value) });
       wrong.delete(name);
-      saved.textContent = "Saved";
+      said.textContent = "Saved";
     } catch (error) {
-      recipe = before;
-      saved.textContent = "";
-      if (!(error instanceof Refused) || !error.problems.length) return tell(trouble, error);
-      wrong.set(name, error.problems[0].what);
-      error.problems.forEach((problem) => fields.get(problem.where)?.problem(problem.what));
-      fields.get(name)?.problem(error.problems[0].what);
+      said.textContent = "";
+      if (!error.problems?.length) throw error;
+      // A sentence that names another field is told there too: two settings may contradict each other.
+      wrong.set(name, [error.problems[0].what, error.problems[0].hint].filter(Boolean).join(". "));
+      fields.get(name).problem(wrong.get(name));
       return;
     }
     await check();
+  });
+
+  /** The card follows a slider that is still being dragged; nothing is saved yet. */
+  const moved = (name) => (value) => {
+    clearTimeout(rest);
+    rest = setTimeout(() => look(putIn({}, name, value)).then((found) => found && drawCard(found)), WHILE_DRAGGING);
   };
 
-  const slider = (name, options) => fields.set(name, makeSlider(setting[name], change(name), options)).get(name).node;
-  fields.set("base.model", makeField(setting["base.model"], change("base.model"), "Base model"));
-  fields.get("base.model").control.setAttribute("list", "bases");
-  const main = el("section", { class: "card main", "aria-label": "Main settings" },
-    fields.get("base.model").node,
-    el("datalist", { id: "bases" }, facts.bases.map((one) => el("option", { value: one }))),
-    slider("adapter.rank", { label: "Rank", least: 1, most: 128, help: "How much the LoRA can learn, and how large its file is." }),
-    slider("adapter.alpha", { label: "Alpha", least: 1, most: 128, help: "Scales what is learnt by alpha / rank. Empty: equal to the rank." }),
-    slider("optimizer.learning_rate", { label: "Learning rate", least: 1e-6, most: 1e-2, logarithmic: true, help: "How fast it learns. Too high draws noise, too low learns nothing." }),
-    slider("text_encoder.learning_rate", { label: "Text encoder's learning rate", least: 1e-6, most: 1e-2, logarithmic: true, help: "0 leaves the words as they are. Empty: the same as above." }),
-    slider("train.steps", { label: "Steps", least: 10, most: 3000, step: 10, help: "How long it learns." }));
-  const start = el("button", { type: "button", class: "primary start", onclick: () => begin(false) }, "Start training");
-  room.replaceChildren(el("div", { class: "row head" }, el("h1", {}, "Recipe"), saved), presets,
-    el("div", { class: "two" }, main, el("div", { class: "side" }, card, trouble, start)), more(), toml());
+  async function look(settings) {
+    asked?.abort();
+    asked = new AbortController();
+    try {
+      return await post(`${path}/check`, { force: true, settings }, { signal: asked.signal });
+    } catch (error) {
+      if (error.name !== "AbortError") tell(trouble, error);
+      return null;
+    }
+  }
 
-  function drawPresets() {
+  async function check() {
+    const found = await look({});
+    if (!found) return;
+    tell(trouble, null);
+    draw(found);
+    measuring.follow(found);
+  }
+
+  function draw(found) {
+    drawPresets(found.preset || preset);
+    for (const [name, field] of fields) {
+      field.problem(wrong.get(name) || "");
+      if (found.ok && !wrong.has(name)) field.show(at(found.settings, name), at(found.settings, UNSET[name] || name));
+    }
+    if (!found.ok) for (const problem of found.problems) fields.get(problem.where)?.problem(problem.what);
+    drawCard(found);
+    start.disabled = false;
+  }
+
+  function drawCard(found) {
+    const loose = found.problems.filter((problem) => found.ok || !fields.has(problem.where));
+    const problems = el("ul", {}, loose.map((problem) => el("li", { class: problem.severity }, [problem.what, problem.hint].filter(Boolean).join(". "))));
+    if (!found.ok) {
+      return facing.replaceChildren(el("h2", {}, "Not ready yet"), el("p", {}, loose.length ? "" : "Look at the fields that are marked."), problems);
+    }
+    const { rank, alpha } = found.settings.adapter;
+    const all = found.pictures + found.held_out;
+    facing.replaceChildren(
+      el("h2", {}, `${found.steps} steps on ${found.base}`),
+      el("p", {}, found.arithmetic),
+      el("p", {}, `${found.parameters.toLocaleString("en")} numbers learn in ${found.layers} layers; the file has about ${bytes(found.file_bytes)}.`),
+      el("p", { class: "subdued" }, `Rank ${rank}, alpha ${alpha ?? rank}: scale ${Number(found.scale.toFixed(3))}. ${found.held_out} of ${all} pictures are kept aside to see whether it learns more than them.`),
+      problems,
+    );
+  }
+
+  function drawPresets(current) {
     const isPocket = (recipe.base?.model || "pocket") === "pocket";
-    const current = preset || (isPocket ? "pocket" : "character");
-    const one = (found) => el("button", { type: "button", class: "card preset", role: "radio", "aria-checked": String(found.name === current), onclick: () => choose(found.name) },
-      el("b", {}, found.name.replace(/_/g, " ")), el("span", { class: "help" }, found.summary.slice(0, 2).join(" ")));
+    const moved = MAIN.slice(1).filter((name) => at(recipe, name) !== undefined).length;
+    const one = (found) => el("button", { type: "button", class: "card preset", "aria-pressed": String(found.name === current), onclick: () => choose(found.name) },
+      el("b", {}, found.name.replace(/_/g, " ")),
+      found.name === current && moved ? el("span", { class: "changed" }, "changed by you: press for its own numbers") : null,
+      el("span", { class: "help" }, found.summary.slice(0, 2).join(" ")));
     const fits = (found) => (found.name === "pocket") === isPocket && found.family !== "sdxl";
     presets.replaceChildren(...facts.presets.filter(fits).map(one),
       el("details", {}, el("summary", {}, "Presets for other base models"), el("div", { class: "presets" }, facts.presets.filter((found) => !fits(found)).map(one))));
   }
 
   /** A preset with its own numbers: what was moved by hand in the main fields goes, and comes back by Undo. */
-  async function choose(name) {
+  const choose = (name) => queue(async () => {
     const before = { preset, recipe };
-    const next = MAIN.slice(1).reduce((values, field) => putIn(values, field, undefined), recipe);
-    const save = async (values) => {
-      try {
-        await patch(path, values);
-        ({ preset, recipe } = values);
-        wrong.clear();
-        await check();
-      } catch (error) {
-        tell(trouble, error);
-      }
+    const taken = async (values) => {
+      await store(values);
+      wrong.clear();
+      await check();
     };
-    await save({ preset: name, recipe: next });
-    toast(`Preset ${name}.`, () => save(before));
-  }
-
-  async function check() {
-    drawPresets();
-    asked?.abort();
-    asked = new AbortController();
-    try {
-      const found = await post(`${path}/check`, { force: true }, { signal: asked.signal });
-      tell(trouble, null);
-      draw(found);
-    } catch (error) {
-      if (error.name !== "AbortError") tell(trouble, error);
-    }
-  }
-
-  function draw(found) {
-    for (const [name, field] of fields) if (!wrong.has(name)) field.problem("");
-    const loose = found.problems.filter((problem) => !fields.has(problem.where) || problem.severity !== "error");
-    for (const problem of found.problems) if (!loose.includes(problem)) fields.get(problem.where).problem(problem.what);
-    if (found.ok) for (const [name, field] of fields) if (!wrong.has(name)) field.show(at(found.settings, name));
-    const alpha = found.ok && (found.settings.adapter.alpha ?? found.settings.adapter.rank);
-    card.replaceChildren(
-      el("h2", {}, found.ok ? `${found.steps} steps on ${found.base}` : "Not ready yet"),
-      found.ok ? el("p", {}, found.arithmetic) : "",
-      found.ok ? el("p", { class: "subdued" }, `Rank ${found.settings.adapter.rank}, alpha ${alpha}: scale ${Number(found.scale.toFixed(3))}. ${found.held_out} of ${found.pictures + found.held_out} pictures are kept aside to see whether it learns more than them.`) : "",
-      el("ul", {}, loose.map((problem) => el("li", { class: problem.severity }, [problem.what, problem.hint].filter(Boolean).join(". ")))),
-    );
-    start.disabled = false;
-  }
+    await taken({ preset: name, recipe: MAIN.slice(1).reduce((values, field) => putIn(values, field, undefined), recipe) });
+    toast(`Preset ${name}.`, () => queue(() => taken(before)));
+  });
 
   async function begin(force) {
-    if (wrong.size) {
-      fields.get([...wrong.keys()][0])?.control.focus();
-      return;
-    }
+    start.disabled = true;
+    await saving;
+    start.disabled = false;
+    if (wrong.size) return fields.get([...wrong.keys()][0]).control.focus();
     start.disabled = true;
     tell(trouble, null);
     try {
@@ -152,11 +171,23 @@ function makeScreen(room, facts, project) {
       placed.forEach((problem) => fields.get(problem.where).problem(problem.what));
       fields.get(placed[0]?.where)?.control.focus();
       tell(trouble, error);
-      if ((error.problems || []).length && error.problems.every((problem) => problem.severity === "advice")) {
+      if (error.problems?.length && error.problems.every((problem) => problem.severity === "advice")) {
         trouble.append(el("button", { type: "button", onclick: () => begin(true) }, "Start anyway"));
       }
     }
     start.disabled = false;
+  }
+
+  function slider(name, options) {
+    fields.set(name, makeSlider(setting[name], change(name), moved(name), options));
+    return fields.get(name).node;
+  }
+
+  function baseField() {
+    const field = makeField(setting["base.model"], change("base.model"), "Base model");
+    fields.set("base.model", field);
+    field.control.setAttribute("list", "bases");
+    return [field.node, el("datalist", { id: "bases" }, facts.bases.map((one) => el("option", { value: one })))];
   }
 
   function more() {
@@ -165,26 +196,23 @@ function makeScreen(room, facts, project) {
     for (const one of facts.settings) {
       if (MAIN.includes(one.name) || ELSEWHERE.includes(one.name)) continue;
       const field = makeField(one, change(one.name));
-      field.node.append(el("button", { type: "button", class: "quiet small", "aria-label": `Set ${one.name} back to the preset`, onclick: () => (wrong.delete(one.name), change(one.name)(undefined)) }, "Preset's value"));
+      const back = () => (wrong.delete(one.name), change(one.name)(undefined));
+      field.node.append(el("button", { type: "button", class: "quiet small", "aria-label": `Set ${one.name} back to the preset`, onclick: back }, "Preset's value"));
       fields.set(one.name, field);
       groups.set(one.group, [...(groups.get(one.group) || []), field.node]);
     }
     const sections = [...groups].map(([group, nodes]) => el("fieldset", { class: "card" }, el("legend", {}, group.replace(/_/g, " ")), el("div", { class: "settings" }, nodes)));
     find.addEventListener("input", () => {
       for (const section of sections) {
-        let any = false;
-        for (const node of section.querySelectorAll(".setting")) {
-          const name = node.dataset.name;
-          node.hidden = !`${name} ${setting[name].help}`.toLowerCase().includes(find.value.toLowerCase());
-          any ||= !node.hidden;
-        }
-        section.hidden = !any;
+        const nodes = [...section.querySelectorAll(".setting")];
+        for (const node of nodes) node.hidden = !`${node.dataset.name} ${setting[node.dataset.name].help}`.toLowerCase().includes(find.value.toLowerCase());
+        section.hidden = nodes.every((node) => node.hidden);
       }
     });
     return el("details", { class: "more" }, el("summary", {}, "More settings"), find, sections);
   }
 
-  function toml() {
+  function asFile() {
     const text = el("textarea", { rows: 8, "aria-label": "Recipe as TOML", spellcheck: false });
     const fault = el("div");
     const read = async () => {
@@ -192,24 +220,88 @@ function makeScreen(room, facts, project) {
       const now = await get(`${path}/recipe`);
       if (text.value === before) text.value = now; // what a person has begun to type stays
     };
-    const write = async () => {
+    const write = () => queue(async () => {
       try {
         await put(`${path}/recipe`, text.value, { text: true });
-        ({ recipe, preset } = await get(path));
-        wrong.clear();
-        tell(fault, null);
-        await check();
-        toast("The recipe was taken over.");
       } catch (error) {
-        tell(fault, error);
+        return tell(fault, error);
       }
-    };
-    const file = el("input", { type: "file", accept: ".toml", "aria-label": "Recipe file", onchange: async () => { text.value = await file.files[0].text(); await write(); } });
+      ({ recipe, preset } = await get(path));
+      wrong.clear();
+      tell(fault, null);
+      await check();
+      toast("The recipe was taken over.");
+    });
+    const file = el("input", { type: "file", accept: ".toml", hidden: true, onchange: async () => { text.value = await file.files[0].text(); file.value = ""; write(); } });
     const node = el("details", { class: "more" }, el("summary", {}, "Recipe as a file"), text, fault, el("div", { class: "row" },
-      el("button", { type: "button", onclick: write }, "Use this text"), el("a", { class: "button", href: `/api${path}/recipe`, download: `${project.id}.toml` }, "Download"), file));
+      el("button", { type: "button", onclick: write }, "Use this text"),
+      el("button", { type: "button", onclick: () => file.click() }, "Read a file"), file,
+      el("a", { class: "button", href: `/api${path}/recipe`, download: `${project.id}.toml` }, "Download")));
     node.addEventListener("toggle", () => node.open && read().catch((error) => tell(fault, error)));
     return node;
   }
 
-  check();
+  const start = el("button", { type: "button", class: "primary start", onclick: () => begin(false) }, "Start training");
+  const main = el("section", { class: "card main", "aria-label": "Main settings" },
+    ...baseField(),
+    slider("adapter.rank", { label: "Rank", least: 1, most: 128, help: "How much the LoRA can learn, and how large its file is." }),
+    slider("adapter.alpha", { label: "Alpha", least: 1, most: 128, help: "Scales what is learnt by alpha / rank. Empty: equal to the rank." }),
+    slider("optimizer.learning_rate", { label: "Learning rate", least: 1e-6, most: 1e-2, logarithmic: true, help: "How fast it learns. Too high draws noise, too low learns nothing." }),
+    slider("text_encoder.learning_rate", { label: "Text encoder's learning rate", least: 1e-6, most: 1e-2, logarithmic: true, help: "0 leaves the words as they are. Empty: the same as above." }),
+    slider("train.steps", { label: "Steps", least: 10, most: 3000, step: 10, help: "How long it learns." }));
+  room.replaceChildren(el("div", { class: "row head" }, el("h1", {}, "Recipe"), said), presets,
+    el("div", { class: "two" }, main, el("div", { class: "side" }, card, trouble, start)), more(), asFile());
+  queue(check);
+  return () => {
+    clearTimeout(rest);
+    measuring.stop();
+  };
+}
+
+/** The part of the card that says what two real steps took: by itself on a small base, else when the person asks. */
+function makeMeasure(path) {
+  const node = el("div", { class: "measure", role: "status" });
+  let timer = 0;
+  let turn = 0; // which question is the present one
+  const stop = () => {
+    clearTimeout(timer);
+    turn += 1;
+  };
+  const button = (label) => el("button", { type: "button", class: "small", onclick: ask }, label);
+
+  async function ask() {
+    stop();
+    const mine = turn;
+    node.replaceChildren(el("p", { class: "subdued" }, "Taking two real steps to measure time and memory…"), el("progress", { "aria-label": "Measuring" }));
+    for (;;) {
+      const found = await post(`${path}/measure`, { force: true }).catch((error) => ({ state: "failed", what: error.message, hints: [error.hint] }));
+      if (mine !== turn) return;
+      if (found.state !== "measuring") return draw(found);
+      await new Promise((done) => setTimeout(done, 500));
+      if (mine !== turn) return;
+    }
+  }
+
+  function draw(found) {
+    const hints = el("ul", {}, found.hints.filter(Boolean).map((hint) => el("li", {}, hint)));
+    if (found.state !== "done") {
+      return node.replaceChildren(el("p", { class: found.state === "failed" ? "error" : "subdued" }, `${found.what}.`), hints, button("Measure again"));
+    }
+    node.replaceChildren(
+      el("p", {}, el("b", {}, `${about(found.seconds)} to finish`), `, by two real steps of ${found.seconds_per_step.toFixed(2)} s.`),
+      el("p", { class: found.fits ? "" : "error" }, `Memory: ${bytes(found.memory)} of ${bytes(found.memory_free)}${found.fits ? "" : ". That is too much:"}`),
+      hints,
+    );
+  }
+
+  /** What is measured follows the settings; a run that cannot be is not measured. */
+  function follow(found) {
+    stop();
+    if (!found.ok) return node.replaceChildren();
+    if (!found.is_quick) return node.replaceChildren(button("Measure two real steps"));
+    for (const line of node.children) line.classList.add("subdued"); // of the settings before
+    timer = setTimeout(ask, BEFORE_MEASURING);
+  }
+
+  return { node, follow, stop };
 }

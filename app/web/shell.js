@@ -1,5 +1,5 @@
 // The head of the page: the name, the steps of a project, light or dark.
-import { address, change, el, get, onShow, place } from "/web/core.js";
+import { address, change, el, get, place } from "/web/core.js";
 
 const STEPS = [
   ["images", "Images"],
@@ -84,10 +84,7 @@ export function mount(element) {
     }
   };
   document.addEventListener("impasto:place", draw);
-  document.addEventListener("impasto:project", () => ((known = ""), draw()));
   window.addEventListener("hashchange", change);
   change();
   draw();
 }
-
-export { onShow };

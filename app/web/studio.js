@@ -84,12 +84,10 @@ function makeScreen(room, { project, defaults }) {
   let asked = null;
   let current = 0;
   let halt = () => {};
+  let isWhole = true; // no ladder is being drawn
+  let wanted = null; // the strength that the slider was let go at meanwhile
   let kept = []; // decoded pictures, so that the slider never waits for one
 
-  const request = (strengths) => ({
-    ...asked,
-    strengths,
-  });
   const readForm = () => ({
     run: defaults.run,
     step: fields.file.control.value === "null" ? null : Number(fields.file.control.value),
@@ -106,6 +104,8 @@ function makeScreen(room, { project, defaults }) {
     ladder = new Ladder();
     kept = [];
     strip.replaceChildren();
+    base.removeAttribute("src");
+    isWhole = false;
     await run(STRENGTHS);
   }
 
@@ -117,7 +117,7 @@ function makeScreen(room, { project, defaults }) {
     words.textContent = "Waking the renderer…";
     const mine = ladder;
     try {
-      current = (await post("/studio", request(strengths))).id;
+      current = (await post("/studio", { ...asked, strengths })).id;
     } catch (error) {
       ended();
       return tell(trouble, error);
@@ -135,6 +135,7 @@ function makeScreen(room, { project, defaults }) {
         if (!["done", "failed", "cancelled"].includes(found.state)) return;
         halt();
         ended();
+        if (found.state === "done" && wanted !== null) exactly(wanted);
         if (found.problem) trouble.replaceChildren(errorCard(new Error(found.problem)));
       } catch (error) {
         halt();
@@ -145,7 +146,14 @@ function makeScreen(room, { project, defaults }) {
     halt = () => ((stopped = true), stop());
   }
 
-  const ended = () => (bar.hidden = cancel.hidden = true);
+  const ended = () => (bar.hidden = cancel.hidden = isWhole = true);
+
+  /** Renders the strength that the slider was let go at; while a ladder is drawn, after it. */
+  function exactly(strength) {
+    const found = ladder.at(strength);
+    wanted = isWhole ? null : strength;
+    if (isWhole && found && !found.exact) run([strength]);
+  }
 
   /** Takes a picture in once the browser has decoded it. */
   async function take({ strength, url }) {
@@ -182,16 +190,12 @@ function makeScreen(room, { project, defaults }) {
   }
 
   function split() {
-    const on = compare.checked && base.src !== "";
+    const on = compare.checked && base.hasAttribute("src");
     base.hidden = divider.hidden = !on;
     base.style.clipPath = `inset(0 ${100 - divider.value}% 0 0)`;
   }
 
   slider.addEventListener("input", show);
-  slider.addEventListener("change", () => {
-    const strength = Number(slider.value);
-    const found = ladder.at(strength);
-    if (found && !found.exact && bar.hidden) run([strength]);
-  });
+  slider.addEventListener("change", () => exactly(Number(slider.value)));
   return () => halt();
 }

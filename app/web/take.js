@@ -1,16 +1,16 @@
 // Take it home: the file, what is in it, and where it goes.
 import { address, bytes, copyButton, el, get, tell } from "/web/core.js";
 
-/** A card that `draw(run, project, trigger)` fills once the run has a file. */
+/** A card that `draw(run, project)` fills once the run has a file. */
 export function makeTake() {
   const trouble = el("div");
   const body = el("div");
   const node = el("section", { class: "card take", hidden: true, "aria-label": "Take it home" }, el("h2", {}, "Take it home"), trouble, body);
   let drawn = "";
 
-  function draw(run, project, trigger) {
+  function draw(run, project) {
     node.hidden = !run.files.length;
-    const key = JSON.stringify([run.id, run.files, trigger]);
+    const key = JSON.stringify([run.id, run.files]);
     if (key === drawn || !run.files.length) return;
     drawn = key;
     let chosen = run.files[0];
@@ -23,13 +23,11 @@ export function makeTake() {
       link.download = chosen.name;
       link.textContent = `Download (${bytes(chosen.size)})`;
       facts.replaceChildren(el("p", { class: "file-name" }, chosen.name));
-      uses.replaceChildren(...howTo(chosen.name, trigger));
-      describe(run, chosen, facts, trouble);
+      describe(run, chosen, facts, uses, trouble);
     };
     const select = el("select", { "aria-label": "Which checkpoint", onchange: () => { chosen = run.files[select.selectedIndex]; show(); } }, run.files.map((file) => el("option", {}, label(file))));
     body.replaceChildren(el("div", {},
       el("div", { class: "row" }, link, run.files.length > 1 && select, el("a", { class: "button", href: address("studio", project, run.id) }, "Try it in the Studio")),
-      trigger && el("p", { class: "row" }, el("span", {}, "Trigger word: ", el("b", {}, trigger)), copyButton("Copy", () => trigger)),
       facts,
       uses,
     ));
@@ -38,11 +36,15 @@ export function makeTake() {
   return { node, draw };
 }
 
-async function describe(run, file, room, trouble) {
+/** What is inside the file, its trigger word among it: that of the training, whatever the project's is by now. */
+async function describe(run, file, room, uses, trouble) {
   try {
     const found = await get(`/runs/${encodeURIComponent(run.id)}/metadata${file.step === null ? "" : `?step=${file.step}`}`);
     const fields = Object.entries(found.metadata);
+    const trigger = found.metadata["modelspec.trigger_phrase"] || "";
+    uses.replaceChildren(...howTo(found.name, trigger));
     room.replaceChildren(
+      ...(trigger ? [el("p", { class: "row" }, el("span", {}, "Trigger word: ", el("b", {}, trigger)), copyButton("Copy", () => trigger))] : []),
       el("p", { class: "file-name" }, found.name),
       el("p", { class: "subdued" }, `${bytes(found.size)} · hash ${found.autov3.slice(0, 12)} (AutoV3) · SHA-256 ${found.sha256.slice(0, 10)}`),
       el("details", {}, el("summary", {}, `${fields.length} facts are written inside the file`),

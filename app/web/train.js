@@ -1,5 +1,5 @@
 // Train: where it stands, what it costs, what it draws, and the ways to stop it. All of it is read from the run folder.
-import { about, address, bytes, copyButton, el, get, go, onShow, poll, post, tell } from "/web/core.js";
+import { STATES, about, address, bytes, copyButton, el, get, go, onShow, poll, post, tell } from "/web/core.js";
 import { makeChart } from "/web/chart.js";
 import { makeSamples } from "/web/samples.js";
 import { makeTake } from "/web/take.js";
@@ -73,13 +73,15 @@ function follow(room, project, id) {
   async function look() {
     try {
       let status;
+      let news = 0;
       do {
         status = await get(`${path}/status?since=${told.since}`);
         told.since = status.next;
         status.events.forEach(takeIn);
+        news += status.events.length;
       } while (status.more);
       tell(trouble, null);
-      draw(status);
+      draw(status, news > 0);
     } catch (error) {
       tell(trouble, error);
     }
@@ -92,14 +94,16 @@ function follow(room, project, id) {
     } else if (event.type === "sample") told.samples.set(event.path, event);
   }
 
-  function draw(status) {
+  function draw(status, hasNews) {
     const working = ["starting", "running"].includes(status.state);
-    phase.textContent = working ? (status.asked ? "Stopping after this step" : status.phase_words || "Starting") : { finished: "Finished", paused: "Paused", stopped: "Stopped", failed: "Training failed", lost: "Training ended unexpectedly" }[status.state];
+    const asked = { stop: "Stopping after this step", pause: "Pausing after this step" }[status.asked];
+    phase.textContent = working ? asked || status.phase_words || STATES.starting : STATES[status.state];
     const counted = status.phase === "train" || !working || !status.total ? [status.step, status.steps] : [status.done, status.total];
     bar.max = counted[1] || 1;
     if (working && !counted[1]) bar.removeAttribute("value");
     else bar.value = counted[0];
     facts.textContent = [
+      working && status.phase === "prior" && status.total ? `picture ${status.done} of ${status.total}` : "",
       status.steps ? `step ${status.step} of ${status.steps}` : "",
       status.seconds_left !== null ? `${about(status.seconds_left)} left` : "",
       status.seconds_per_step ? `${status.seconds_per_step.toFixed(2)} s a step` : "",
@@ -112,9 +116,9 @@ function follow(room, project, id) {
     drawButtons(status);
     document.title = working && status.steps ? `${Math.floor((100 * status.step) / status.steps)} % – ${project.name}` : `${project.name} – Impasto`;
     const sorted = (map) => [...map].sort((a, b) => a[0] - b[0]);
-    chart.draw(sorted(told.losses), sorted(told.held), status.steps);
+    if (hasNews) chart.draw(sorted(told.losses), sorted(told.held), status.steps);
     samples.draw(id, [...told.samples.values()]);
-    take.draw(status, project.id, project.trigger);
+    take.draw(status, project.id);
   }
 
   function drawButtons(status) {
