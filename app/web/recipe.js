@@ -272,7 +272,8 @@ function makeMeasure(path) {
   async function ask() {
     stop();
     const mine = turn;
-    node.replaceChildren(el("p", { class: "subdued" }, "Taking two real steps to measure time and memory…"), el("progress", { "aria-label": "Measuring" }));
+    // No moving bar: drawing it would cost the time that is being measured.
+    node.replaceChildren(el("p", { class: "subdued" }, "Taking two real steps to measure time and memory…"));
     for (;;) {
       const found = await post(`${path}/measure`, { force: true }).catch((error) => ({ state: "failed", what: error.message, hints: [error.hint] }));
       if (mine !== turn) return;
