@@ -6,7 +6,7 @@ import { startUpload, takeDrops } from "/web/drop.js";
 export function mount(element) {
   const trouble = el("div");
   const heading = el("h1", {}, "Your pictures, as a style of your own");
-  const tagline = el("p", { class: "subdued" }, "Drop a folder of pictures here and train a LoRA from it. Everything stays on this machine.");
+  const tagline = el("p", { class: "subdued" }, "Drop a folder anywhere on this page and train a LoRA from it. Everything stays on this machine.");
   const fresh = el("button", { type: "button", class: "primary", onclick: () => act(fresh, makeNew) }, "New LoRA");
   const sample = el("button", { type: "button", hidden: true, onclick: () => act(sample, trySample) }, "Try with our sample (about 3 minutes)");
   const cards = el("div", { class: "cards" });
