@@ -76,8 +76,10 @@ def test_figures_change_when_the_machine_is_slower(
 def test_what_does_not_fit_says_what_to_change(
     tiny_base: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    large = '{"step_seconds": 1, "load_seconds": 1, "sampling_seconds": 0, "picture_seconds": 0, "memory": 95, "memory_free": 100'
-    monkeypatch.setattr("app.preflight.MEASURE", (sys.executable, "-c", f"print('{large}, \"device\": \"gpu\"}}')"))
+    large = (
+        '{"step_seconds": 1, "load_seconds": 1, "sampling_seconds": 0, "picture_seconds": 0, "memory": 95, "memory_free": 100'
+    )
+    monkeypatch.setattr("app.preflight.MEASURE", (sys.executable, "-c", f'print(\'{large}, "device": "gpu"}}\')'))
     client = make_client(tmp_path / "home")
     told = measured(client, project_on(client, tiny_base, pictures))
     assert not told["fits"] and any("train.batch_size" in hint for hint in told["hints"])

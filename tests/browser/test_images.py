@@ -74,6 +74,7 @@ def test_pictures_are_left_out_and_taken_back_by_undo(window: Any, page: Any, tm
     page.get_by_role("button", name="Select all").click()
     page.get_by_role("button", name="Exclude", exact=True).first.click()
     page.get_by_text("0 pictures to train on").wait_for()
+    assert page.get_by_role("button", name="Excluded 4").is_visible()
     assert page.get_by_role("link", name="Next: Recipe").is_hidden()
     page.get_by_role("button", name="Undo").click()
     page.get_by_text("4 pictures to train on").wait_for()
@@ -109,6 +110,32 @@ def test_what_is_no_picture_is_named_and_the_rest_is_taken(
     page.get_by_text("broken.png: ").wait_for()
     page.get_by_text("program.exe: ").wait_for()
     assert page.locator(".picture").count() == 2
+
+
+def test_a_second_drop_waits_and_an_upload_outlives_its_screen(
+    own_window: Any, page: Any, drop: Callable[..., None], tmp_path: Path
+) -> None:
+    many, few = fill(tmp_path / "many", 1200), fill(tmp_path / "few", 3)
+    new_project(page, own_window.url)
+    drop(page, many)
+    page.get_by_text(" %").first.wait_for()
+    drop(page, few)
+    page.get_by_text("Wait until the files before these have been added.").wait_for()
+    page.get_by_role("link", name="Impasto, all projects").click()
+    page.get_by_text("2400 files added").wait_for()
+    project = next((own_window.home / "projects").iterdir())
+    assert len(list((project / "images").rglob("*.png"))) == 1200
+
+
+def test_a_folder_dropped_on_home_is_a_project_of_its_name(
+    window: Any, page: Any, drop: Callable[..., None], tmp_path: Path
+) -> None:
+    page.goto(window.url)
+    page.get_by_role("button", name="New LoRA", exact=True).wait_for()
+    drop(page, fill(tmp_path / "my paintings", 3))
+    page.get_by_text("3 pictures and 3 captions added.").wait_for()
+    assert page.locator(".topbar .project-name").text_content() == "my paintings"
+    assert page.locator(".picture").count() == 3
 
 
 def test_two_thousand_dropped_pictures_leave_the_window_small(

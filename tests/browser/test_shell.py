@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,15 @@ import pytest
 from tests.app_client import make_run
 
 SCREENS = ("images", "recipe", "train", "studio")
+
+
+def each_screen(page: Any, url: str, project: str) -> Iterator[str]:
+    """Goes to home and to each screen of a project, and names it once it is quiet."""
+    for screen in ("home", *SCREENS):
+        page.goto(f"{url}#/" + ("" if screen == "home" else f"{project}/{screen}"))
+        page.wait_for_function("s => document.body.dataset.screen === s", arg=screen)
+        page.wait_for_load_state("networkidle")
+        yield screen
 
 
 def make_project(page: Any, name: str) -> str:
@@ -36,10 +45,7 @@ def test_the_page_is_seen_and_usable_soon_and_the_window_loads_no_model_library(
 def test_nothing_on_any_screen_is_without_a_name(window: Any, page: Any) -> None:
     page.goto(window.url)
     project = make_project(page, "Names")
-    for screen in ("", *(f"{project}/{name}" for name in SCREENS)):
-        page.goto(f"{window.url}#/{screen}")
-        page.wait_for_function("s => document.body.dataset.screen === s", arg=screen.split("/")[-1] or "home")
-        page.wait_for_load_state("networkidle")
+    for screen in each_screen(page, window.url, project):
         assert (
             page.evaluate(
                 """() => [...document.querySelectorAll('input,select,textarea,button')].filter(e => e.checkVisibility())
@@ -53,17 +59,21 @@ def test_nothing_on_any_screen_is_without_a_name(window: Any, page: Any) -> None
 def test_home_shows_projects_and_renames_and_deletes_them(window: Any, page: Any) -> None:
     page.goto(window.url)
     hostile = "<img src=x onerror=alert(1)>"
-    make_project(page, hostile)
+    project = make_project(page, hostile)
+    folder = window.home / "projects" / project
     card = page.locator("article", has=page.get_by_role("heading", name=hostile))
     card.get_by_role("button", name="Rename").click()
     page.get_by_label("Name of the project").fill("Renamed by hand")
     page.get_by_role("dialog").get_by_role("button", name="Rename").click()
     renamed = page.locator("article", has=page.get_by_role("heading", name="Renamed by hand"))
     renamed.get_by_role("button", name="Delete").click()
+    assert 'name = "Renamed by hand"' in (folder / "project.toml").read_text()
     page.get_by_role("dialog").get_by_role("button", name="Cancel").click()
+    assert folder.is_dir()
     renamed.get_by_role("button", name="Delete").click()
     page.get_by_role("dialog").get_by_role("button", name="Delete").click()
     renamed.wait_for(state="detached")
+    assert not folder.exists()
 
 
 def test_a_new_lora_is_one_key_away_and_the_steps_are_links(window: Any, page: Any) -> None:
@@ -73,8 +83,11 @@ def test_a_new_lora_is_one_key_away_and_the_steps_are_links(window: Any, page: A
     for name in SCREENS[1:]:
         page.get_by_role("navigation", name="Steps").get_by_role("link", name=name.capitalize()).press("Enter")
         page.wait_for_function("s => document.body.dataset.screen === s", arg=name)
+        assert page.locator(".screen:visible").get_attribute("id") == f"screen-{name}"
+        assert page.locator(".steps [aria-current]").text_content() == name.capitalize()
     page.go_back()
     page.wait_for_function("document.body.dataset.screen === 'train'")
+    assert page.get_by_role("heading", name="Nothing has been trained yet").is_visible()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -96,10 +109,7 @@ def test_on_a_phone_nothing_scrolls_sideways(window: Any, new_page: Callable[...
     page.set_viewport_size({"width": 390, "height": 844})
     page.goto(window.url)
     project = make_project(page, "A phone")
-    for screen in ("", *(f"{project}/{name}" for name in SCREENS)):
-        page.goto(f"{window.url}#/{screen}")
-        page.wait_for_function("s => document.body.dataset.screen === s", arg=screen.split("/")[-1] or "home")
-        page.wait_for_load_state("networkidle")
+    for screen in each_screen(page, window.url, project):
         assert page.evaluate("document.documentElement.scrollWidth") <= 390, screen
 
 
@@ -113,6 +123,9 @@ def test_six_tabs_are_all_alive(window: Any, new_page: Callable[..., Any]) -> No
     for page in pages:
         page.bring_to_front()
         page.get_by_role("heading", name="Seen in six tabs").wait_for()
+        page.get_by_role("link", name="Open Seen in six tabs").click()
+        page.get_by_label("Trigger word (optional)").or_(page.get_by_text("Drop a folder of pictures here")).first.wait_for()
+        assert page.locator(".topbar .project-name").text_content() == "Seen in six tabs"
 
 
 def test_a_card_tells_where_its_run_stands_after_a_restart(own_window: Any, page: Any) -> None:
