@@ -39,6 +39,7 @@ function makeScreen(room, project) {
   let images = [];
   let shown = "all";
   let gone = false;
+  let told = "";
   let saving = Promise.resolve(); // the caption that is being saved: Start waits for it
 
   room.replaceChildren(el("div", { class: "row head" }, el("h1", {}, "Images"), next), trouble, zone, news, work);
@@ -81,7 +82,8 @@ function makeScreen(room, project) {
 
   function drawChips() {
     FILTERS.forEach(([key, label, test], index) => {
-      chips.children[index].textContent = `${label} ${images.filter(test).length}`;
+      const text = `${label} ${images.filter(test).length}`;
+      if (chips.children[index].textContent !== text) chips.children[index].textContent = text;
       chips.children[index].setAttribute("aria-pressed", String(shown === key));
     });
   }
@@ -177,12 +179,12 @@ function makeScreen(room, project) {
     drawHealth(answer.health);
     drawChips();
     next.hidden = !answer.health.count;
-    foresee();
   }
 
   async function exclude(changes) {
     try {
       take(await put(`${base}/excluded`, changes));
+      foresee();
       const names = Object.keys(changes);
       const back = Object.fromEntries(names.map((name) => [name, !changes[name]]));
       toast(`${plural(names.length, "picture")} ${changes[names[0]] ? "left out" : "taken in again"}.`, () => exclude(back));
@@ -207,6 +209,9 @@ function makeScreen(room, project) {
   }
 
   function drawHealth(found) {
+    const key = JSON.stringify(found);
+    if (key === told) return; // a thousand cards would be laid out anew for nothing
+    told = key;
     const facts = [plural(found.count, "picture") + " to train on"];
     if (found.excluded) facts.push(`${found.excluded} excluded`);
     if (found.count) facts.push(`smallest side ${found.smallest_side} px (${found.smallest})`);

@@ -125,7 +125,7 @@ def test_six_tabs_are_all_alive(window: Any, new_page: Callable[..., Any]) -> No
         page.get_by_role("heading", name="Seen in six tabs").wait_for()
         page.get_by_role("link", name="Open Seen in six tabs").click()
         page.get_by_label("Trigger word (optional)").or_(page.get_by_text("Drop a folder of pictures here")).first.wait_for()
-        assert page.locator(".topbar .project-name").text_content() == "Seen in six tabs"
+        page.locator(".topbar .project-name", has_text="Seen in six tabs").wait_for()
 
 
 def test_a_card_tells_where_its_run_stands_after_a_restart(own_window: Any, page: Any) -> None:
