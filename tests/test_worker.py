@@ -16,30 +16,14 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.tiny_lora import TEXT, UNET, UNET_OUT, save_lora
 from trainers import worker
 from trainers.errors import SettingError
 from trainers.families import load_family, recognise_base
-from trainers.formats import ModuleWeights, write_adapter
 from trainers.generate import Picture, RenderSettings, render
 from trainers.worker import KEPT_LORAS, Warm, parse_request, serve
 
-UNET = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
-UNET_OUT = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_out.0"
-TEXT = "text_encoder.encoder.layers.0.self_attn.v_proj"
 HOW = RenderSettings(height=32, width=32, steps=3, guidance=4.0, negative="blurry")
-
-
-def save_lora(path: Path, *layers: str, seed: int = 0) -> Path:
-    """A strong random LoRA of 32x32 layers of the tiny base."""
-    generator = torch.Generator().manual_seed(seed)
-    modules = {
-        name: ModuleWeights(
-            {"down": torch.randn(2, 32, generator=generator) * 1.5, "up": torch.randn(32, 2, generator=generator) * 1.5}, 2.0
-        )
-        for name in layers or (UNET, UNET_OUT)
-    }
-    write_adapter(path, modules, {}, "fp32")
-    return path
 
 
 @pytest.fixture
@@ -123,6 +107,21 @@ def test_a_ladder_shows_what_single_pictures_show_and_zero_is_the_base_bit_for_b
     (expected,) = render(base, [Picture("a red apple", 5, {})], HOW)
     assert numpy.array_equal(together[0.0], numpy.asarray(expected))
     assert all(numpy.abs(together[s] - together[0.0]).max() > 2 for s in (0.5, 1.0, 1.5))  # a mix-up would be seen
+
+
+def test_a_picture_says_how_it_was_drawn(ask: Any, tmp_path: Path) -> None:
+    events = run(ask(lora=str(save_lora(tmp_path / "zorbo.safetensors")), strengths=[0.0, 0.5]))
+    paths = {event["strength"]: event["path"] for event in events if event["event"] == "picture"}
+    told = {strength: Image.open(path).text["parameters"].splitlines() for strength, path in paths.items()}
+    assert told[0.5][0] == "a red apple <lora:zorbo:0.5>" and told[0.0][0] == "a red apple"
+    assert (
+        told[0.5][1:]
+        == told[0.0][1:]
+        == [
+            "Negative prompt: blurry",
+            "Steps: 3, Sampler: dpm++, CFG scale: 4, Seed: 5, Size: 32x32",
+        ]
+    )
 
 
 def test_each_step_and_picture_is_told(ask: Any, tmp_path: Path) -> None:

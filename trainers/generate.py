@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from trainers.adapters.inject import keeping_strengths, set_strength
 from trainers.adapters.layer import AdaptedLayer
@@ -146,6 +148,25 @@ def image_of(pixels: torch.Tensor) -> Image.Image:
     """(3, H, W) in [-1, 1] -> RGB image."""
     array = ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).cpu().numpy()
     return Image.fromarray(array)
+
+
+def png_bytes(image: Image.Image, picture: Picture, settings: RenderSettings, files: Mapping[str, str]) -> bytes:
+    """A PNG that says how it was drawn, in the text chunk `parameters` as A1111 writes it and galleries read it.
+
+    `files` gives the file name without ending of each adapter that the picture's strengths name.
+    """
+    loras = [f"<lora:{files[name]}:{strength:g}>" for name, strength in picture.strengths.items() if strength]
+    lines = [" ".join([picture.prompt, *loras])]
+    if settings.negative:
+        lines.append(f"Negative prompt: {settings.negative}")
+    lines.append(
+        f"Steps: {settings.steps}, Sampler: {settings.scheduler}, CFG scale: {settings.guidance:g}, Seed: {picture.seed}, "
+        f"Size: {settings.width}x{settings.height}"
+    )
+    told, data = PngInfo(), io.BytesIO()
+    told.add_itxt("parameters", "\n".join(lines))
+    image.save(data, "PNG", pnginfo=told)
+    return data.getvalue()
 
 
 def label_grid(

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import hashlib
-import io
 import json
 import os
 import queue
@@ -35,7 +34,7 @@ from trainers.errors import AdapterFileError, SettingError, TrainingError
 from trainers.families import BaseModelFacts, check_size, load_family, recognise_base, weight_files
 from trainers.families.base import DiffusionModel
 from trainers.files import write_atomically
-from trainers.generate import Picture, RenderSettings, render
+from trainers.generate import Picture, RenderSettings, png_bytes, render
 from trainers.samplers import check_sampler
 
 Tell = Callable[[dict[str, Any]], object]
@@ -205,10 +204,8 @@ def answer(request: RenderRequest, warm: Warm, tell: Tell, check: Callable[[], N
         pictures = [Picture(request.prompt, request.seed, {adapter: missing[path]} if missing[path] else {}) for path in paths]
         check()
         images = render(model, pictures, how, one_more)
-        for path, image in zip(paths, images, strict=True):
-            data = io.BytesIO()
-            image.save(data, "PNG")
-            write_atomically(path, data.getvalue())
+        for path, image, picture in zip(paths, images, pictures, strict=True):
+            write_atomically(path, png_bytes(image, picture, how, {adapter: Path(request.lora or "").stem}))
             for strength in shown[path]:
                 tell({"event": "picture", "strength": strength, "path": str(path)})
 

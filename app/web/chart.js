@@ -89,7 +89,9 @@ export function makeChart() {
       el("svg:text", { x: LEFT - 6, y: place.y(top * share) + 4, "text-anchor": "end" }, (top * share).toPrecision(2)),
       el("svg:text", { x: place.x(Math.round(end * share)), y: HEIGHT - 6, "text-anchor": share === 1 ? "end" : "middle" }, String(Math.round(end * share))),
     ]);
-    const dots = points.length === 1 ? [el("svg:circle", { class: "dot", cx: place.x(points[0][0]), cy: place.y(points[0][1]), r: 4 })] : [];
+    // A line of one point would not be seen.
+    const dot = (some, kind) => (some.length === 1 ? [el("svg:circle", { class: kind, cx: place.x(some[0][0]), cy: place.y(some[0][1]), r: 4 })] : []);
+    const dots = [...dot(points, "dot"), ...dot(held, "dot held-dot")];
     svg.replaceChildren(...ticks, line(points, "raw"), line(strong, "strong"), line(held, "held"), ...dots);
     const [step] = usable[usable.length - 1];
     const now = strong[strong.length - 1][1];

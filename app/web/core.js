@@ -74,6 +74,12 @@ export function go(screen, project, run) {
   location.hash = address(screen, project, run);
 }
 
+/** What a project is called until it is given a name or gets pictures out of a named folder. */
+export const UNNAMED = "New LoRA";
+
+/** The name of the folder that dropped or chosen files come in; empty for loose files. */
+export const folderOf = (files) => (files[0]?.path.includes("/") ? files[0].path.split("/")[0].slice(0, 80) : "");
+
 const shown = new Map();
 
 /** Calls `show(place)` each time this screen comes up, and what it returned when it goes away. */

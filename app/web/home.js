@@ -1,5 +1,5 @@
 // Home: every project as a card with its best picture and where it stands, and the way to a new one.
-import { STATES, about, address, ask, confirmed, el, get, go, onShow, patch, poll, post, tell } from "/web/core.js";
+import { STATES, UNNAMED, about, address, ask, confirmed, el, folderOf, get, go, onShow, patch, poll, post, tell } from "/web/core.js";
 import { startUpload, takeDrops } from "/web/drop.js";
 
 /** Builds the screen; it looks again every few seconds while it is seen. */
@@ -25,15 +25,14 @@ export function mount(element) {
   }
 
   async function makeNew() {
-    const made = await post("/projects", { name: "New LoRA" });
+    const made = await post("/projects", { name: UNNAMED });
     go("images", made.id);
   }
 
   /** A folder dropped here is a project of its name. */
   async function takeIn(files, unread) {
     if (!files.length && !unread.length) return;
-    const [folder, ...inside] = (files[0]?.path || "").split("/");
-    const made = await post("/projects", { name: inside.length ? folder.slice(0, 80) : "New LoRA" });
+    const made = await post("/projects", { name: folderOf(files) || UNNAMED });
     if (startUpload(made.id, files, unread)) go("images", made.id);
     else await ask("DELETE", `/projects/${made.id}`);
   }

@@ -1,5 +1,5 @@
 // Images: drop a folder, look over the captions, leave out what does not fit.
-import { address, copyButton, el, errorCard, get, go, onShow, patch, plural, post, put, tell, toast } from "/web/core.js";
+import { UNNAMED, address, copyButton, el, errorCard, folderOf, get, go, onShow, patch, plural, post, put, tell, toast } from "/web/core.js";
 import { chosenFiles, startUpload, takeDrops, watchUpload } from "/web/drop.js";
 
 const FILTERS = [
@@ -45,11 +45,23 @@ function makeScreen(room, project) {
   room.replaceChildren(el("div", { class: "row head" }, el("h1", {}, "Images"), next), trouble, zone, news, work);
   const receive = (files, unread = []) => {
     tell(trouble, null);
-    if (files.length || unread.length) startUpload(project, files, unread);
-    else news.replaceChildren(el("p", {}, "There is no file in what was dropped."));
+    if (files.length || unread.length) {
+      if (startUpload(project, files, unread)) nameAfter(folderOf(files));
+    } else news.replaceChildren(el("p", {}, "There is no file in what was dropped."));
   };
   const endDrops = takeDrops(receive);
   const endWatch = watchUpload(project, showUpload);
+
+  /** A project without a name takes that of its folder. */
+  async function nameAfter(folder) {
+    try {
+      if (!folder || (await get(base)).name !== UNNAMED) return;
+      await patch(base, { name: folder });
+      document.dispatchEvent(new CustomEvent("impasto:named"));
+    } catch {
+      // The name is no reason to trouble anybody: it can be given on Home.
+    }
+  }
 
   async function load() {
     try {

@@ -84,6 +84,7 @@ export function mount(element) {
     }
   };
   document.addEventListener("impasto:place", draw);
+  document.addEventListener("impasto:named", () => ((known = ""), draw()));
   window.addEventListener("hashchange", change);
   change();
   draw();

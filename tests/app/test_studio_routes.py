@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 from fastapi.testclient import TestClient
+from PIL import Image
 
+from app.studio_client import ENDED
 from tests.app_client import make_client, make_run, ok, refused
+from tests.command_line import impasto
+from tests.tiny_lora import TEXT, UNET, UNET_OUT, save_lora
 
 # Answers every request with one picture for each strength, as the real worker does, but at once.
 FAKE = """
@@ -91,3 +97,32 @@ def test_a_ladder_comes_picture_by_picture_from_the_run_s_file(client: TestClien
         asked = json.loads(client.get(told["pictures"][1]["url"]).text)
         assert asked["lora"] == str(tmp_path / "runs" / "r1" / "x.safetensors") and asked["base"] == "pocket"
         ok(client.post(f"/api/studio/{number}/cancel"))
+
+
+@pytest.mark.parametrize("layers", [(UNET, UNET_OUT), (UNET, TEXT)], ids=["unet", "with text encoder"])
+def test_the_window_s_ladder_is_what_generate_draws(tiny_base: Path, tmp_path: Path, layers: tuple[str, ...]) -> None:
+    """Through the real renderer and the real command: 0 is the base bit for bit, the others agree within 1/255."""
+    home, strengths = tmp_path / "home", [-0.5, 0.0, 0.5, 1.0, 1.5]
+    run = make_run(home, "r1", [json.dumps({"type": "finished", "time": 1.0, "step": 1, "path": "x.safetensors"})])
+    run.config.write_text(f'[base]\nmodel = "{tiny_base.as_posix()}"\n', encoding="utf-8")
+    file = save_lora(run.path / "x.safetensors", *layers)
+    wish = {"prompt": "a red apple", "seed": 5, "steps": 3, "guidance": 4.0, "width": 32, "height": 32, "strengths": strengths}
+    with make_client(home) as client:
+        number = ok(client.post("/api/studio", json={"run": "r1", **wish}))["id"]
+        end = time.monotonic() + 90
+        while (told := ok(client.get(f"/api/studio/{number}")))["state"] not in ENDED and time.monotonic() < end:
+            time.sleep(0.1)
+        assert told["state"] == "done", told
+        shown = {one["strength"]: pixels(client.get(one["url"]).content) for one in told["pictures"]}
+    words = ("--base", tiny_base, "-p", "a red apple", "--seed", 5, "--steps", 3, "--guidance", 4, "--size", "32x32")
+    for strength in strengths:
+        lora = ("--lora", file, f"--strengths={strength}") if strength else ()
+        assert impasto("generate", *words, *lora, "-o", tmp_path / "one.png") == 0
+        drawn = pixels((tmp_path / "one.png").read_bytes())
+        assert numpy.abs(shown[strength] - drawn).max() <= (1 if strength else 0)
+    assert numpy.abs(shown[1.5] - shown[0.0]).max() > 2
+
+
+def pixels(data: bytes) -> Any:
+    """(H, W, 3) as whole numbers."""
+    return numpy.asarray(Image.open(io.BytesIO(data))).astype(int)
