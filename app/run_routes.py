@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import quote
 
-from fastapi import Query
+from fastapi import Query, Response
 from fastapi.responses import FileResponse, PlainTextResponse
 
 from app.answers import FileAnswer, LogAnswer, MetadataAnswer, RunAnswer, RunsAnswer, StatusAnswer
@@ -53,6 +53,12 @@ def post_resume(run: TheRun, desk: TheDesk) -> RunAnswer:
     desk.preflight.stop()
     desk.runs.resume(run)
     return answer_run(desk.runs.standing(run))
+
+
+def delete_run(run: TheRun, desk: TheDesk) -> Response:
+    """Deletes a run and its LoRA; 409 while it trains."""
+    desk.runs.delete(run)
+    return Response(status_code=204)
 
 
 def get_sample(name: str, run: TheRun) -> FileResponse:
@@ -145,6 +151,7 @@ ROUTES: tuple[tuple[str, str, Callable[..., Any]], ...] = (
     ("POST", "/runs/{run_id}/sample-now", _asks("sample-now")),
     ("POST", "/runs/{run_id}/save-now", _asks("save-now")),
     ("POST", "/runs/{run_id}/resume", post_resume),
+    ("DELETE", "/runs/{run_id}", delete_run),
     ("GET", "/runs/{run_id}/samples/{name}", get_sample),
     ("GET", "/runs/{run_id}/download", get_download),
     ("GET", "/runs/{run_id}/metadata", get_metadata),

@@ -153,6 +153,18 @@ class Runs:
                 run.take_flag(name)
             start_process(run, standing.project, self.home)
 
+    def delete(self, run: RunFolder) -> None:
+        """Deletes a run with its samples, checkpoints and LoRA. Raises Refusal while it trains."""
+        with self._starting:
+            standing = self.standing(run)
+            if standing.is_at_work:
+                raise Refusal("This run is training", standing.id, "Stop it first.", status=CONFLICT)
+            if standing.process:
+                _await_death(standing.process)
+            run.config.unlink()  # from here on it is no run, whatever else may not be deleted
+            self._told.pop(run.path.name, None)
+            shutil.rmtree(run.path)
+
     def ask(self, run: RunFolder, what: Ask) -> None:
         """Asks a training to stop, pause, draw samples or save, after the step it is at. Raises Refusal when none runs."""
         standing = self.standing(run)

@@ -137,6 +137,9 @@ def execute(run: RunFolder, json_lines: bool = False, title: str = "") -> int:
         except TrainingError as error:
             emit(events.Failed(message=str(error)))
         except KeyboardInterrupt:
+            if run.take_flag("stop"):  # while the base drew prior pictures, which stay
+                emit(events.Paused(step=0))
+                return STOPPED
             emit(events.Failed(message="Interrupted at once. `impasto resume` goes on from what is saved."))
         except Exception as error:
             logging.getLogger("impasto").exception("unexpected error")

@@ -92,7 +92,11 @@ def train(run: RunFolder, emit: events.Emit, interrupted: Callable[[], bool] = l
     Every file it makes lies in the run folder. Raises TrainingError in words when it cannot go on; the last training
     state and checkpoints then stay as they are.
     """
-    training = set_up(read_config(run.config), run, emit, interrupted, home_folder() / "cache" / "latents")
+
+    def unwanted() -> bool:
+        return interrupted() or run.stop_asked() is not None
+
+    training = set_up(read_config(run.config), run, emit, unwanted, home_folder() / "cache" / "latents")
     past = _resume(training, run)
     outputs = Outputs(run, training, emit, past["at"])
     outputs.start()

@@ -1,5 +1,5 @@
 // Train: where it stands, what it costs, what it draws, and the ways to stop it. All of it is read from the run folder.
-import { STATES, about, address, bytes, copyButton, el, get, go, onShow, poll, post, tell } from "/web/core.js";
+import { STATES, about, address, ask, bytes, confirmed, copyButton, el, get, go, onShow, plural, poll, post, tell } from "/web/core.js";
 import { makeChart } from "/web/chart.js";
 import { makeSamples } from "/web/samples.js";
 import { makeTake } from "/web/take.js";
@@ -130,7 +130,10 @@ function follow(room, project, id) {
       type: "button", class: ["resume", "stop"].includes(what) ? "primary" : "", disabled: asking === what, onclick: () => request(what),
     }, label));
     if (["failed", "lost"].includes(status.state)) made.push(copyDetails(status));
-    if (!["starting", "running"].includes(status.state)) made.push(el("a", { class: "button", href: address("recipe", project.id) }, "Change the recipe"));
+    if (!["starting", "running"].includes(status.state)) {
+      made.push(el("a", { class: "button", href: address("recipe", project.id) }, "Change the recipe"));
+      made.push(el("button", { type: "button", class: "quiet", onclick: () => remove(status) }, "Delete this run"));
+    }
     buttons.replaceChildren(...made);
     made.find((one) => one.textContent === focused)?.focus();
   }
@@ -144,6 +147,17 @@ function follow(room, project, id) {
       tell(trouble, error);
     }
     asking = "";
+  }
+
+  async function remove(status) {
+    const file = status.files.length ? `, with ${plural(status.files.length, "LoRA file")} in it` : "";
+    if (!(await confirmed(`Delete this run and its samples${file}? What you downloaded stays.`, "Delete"))) return;
+    try {
+      await ask("DELETE", path);
+      go("images", project.id);
+    } catch (error) {
+      tell(trouble, error);
+    }
   }
 
   function copyDetails(status) {

@@ -234,6 +234,18 @@ def test_a_run_is_looked_up_in_the_list(home: Path, name: str) -> None:
             Runs(home).find(asked)
 
 
+def test_a_run_is_deleted_whole_but_not_while_it_trains(home: Path, sleeper: subprocess.Popen[bytes]) -> None:
+    runs = Runs(home)
+    done = make_run(home, "done", [json.dumps({"type": "finished", "time": 1.0, "step": 1, "path": "x.safetensors"})])
+    (done.path / "x.safetensors").write_bytes(b"a file")
+    runs.delete(done)
+    assert not done.path.exists() and runs.standings() == []
+    busy = make_run(home, "busy", [], pid=sleeper.pid, made=psutil.Process(sleeper.pid).create_time())
+    with pytest.raises(Refusal, match="training"):
+        runs.delete(busy)
+    assert busy.config.is_file()
+
+
 def test_the_finished_lora_comes_first_then_the_newest_checkpoint(home: Path) -> None:
     run = make_run(home, "r", RECORDED)
     with pytest.raises(Refusal, match="no LoRA yet"):

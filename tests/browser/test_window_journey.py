@@ -133,6 +133,27 @@ def test_the_journey(own_window: Any, page: Any, drop: Callable[..., None], tmp_
     print(f"the journey of {STEPS} steps took {time.monotonic() - begun:.0f} s")
 
 
+def test_one_drop_and_one_click_train(own_window: Any, page: Any, drop: Callable[..., None], few: Path) -> None:
+    """The shortest way: a folder on Home, Start training, and at the end Download (here it is killed, and its run deleted)."""
+    page.goto(own_window.url)
+    page.get_by_role("button", name="New LoRA", exact=True).wait_for()
+    drop(page, few)
+    page.get_by_text("6 pictures and 6 captions added.").wait_for()
+    page.locator("#screen-images").get_by_text("400 steps on pocket, preset pocket").wait_for()
+    seen = "[...document.querySelectorAll('input, select')].filter(e => e.checkVisibility() && e.type !== 'checkbox').length"
+    assert page.evaluate(seen) <= 8
+    page.locator("#screen-images").get_by_role("button", name="Start training").click()
+    page.get_by_text("The base model draws").or_(page.get_by_text("s a step")).first.wait_for()
+    run = max((own_window.home / "runs").iterdir())
+    assert tomllib.loads((run / "config.toml").read_text())["train"]["steps"] == 400
+    assert page.get_by_role("button", name="Delete this run").count() == 0
+    os.kill(int(json.loads((run / "process.json").read_text())["pid"]), signal.SIGKILL)
+    page.get_by_role("button", name="Delete this run").click()
+    page.get_by_role("dialog").get_by_role("button", name="Delete").click()
+    page.wait_for_function("document.body.dataset.screen === 'images'")
+    assert not run.exists() and page.locator(".picture").count() == 6
+
+
 def check_slider(page: Any) -> None:
     """Moving it swaps pictures without a request; letting go renders that strength."""
     asked: list[str] = []
