@@ -213,12 +213,12 @@ function makeScreen(room, facts, project) {
   }
 
   function asFile() {
-    const text = el("textarea", { rows: 8, "aria-label": "Recipe as TOML", spellcheck: false });
+    let isTyped = false; // what a person has begun to type stays
+    const text = el("textarea", { rows: 8, "aria-label": "Recipe as TOML", spellcheck: false, oninput: () => (isTyped = true) });
     const fault = el("div");
     const read = async () => {
-      const before = text.value;
       const now = await get(`${path}/recipe`);
-      if (text.value === before) text.value = now; // what a person has begun to type stays
+      if (!isTyped) text.value = now;
     };
     const write = () => queue(async () => {
       try {
@@ -226,6 +226,7 @@ function makeScreen(room, facts, project) {
       } catch (error) {
         return tell(fault, error);
       }
+      isTyped = false;
       ({ recipe, preset } = await get(path));
       wrong.clear();
       tell(fault, null);

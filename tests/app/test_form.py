@@ -67,4 +67,6 @@ def test_the_route_tells_settings_presets_and_the_bases_used_so_far(tmp_path: Pa
     assert told["bases"] == ["pocket", "someone/model"]
     assert [one["name"] for one in told["presets"]] == list_presets()
     assert all(one["summary"] for one in told["presets"])
-    assert {one["name"] for one in told["presets"] if one["family"] == "sdxl"} == {"sdxl_style"}
+    assert {one["name"] for one in told["presets"] if one["family"] == "sdxl"} == {
+        name for name in list_presets() if name.startswith("sdxl_")
+    }
