@@ -9,9 +9,10 @@ from app.answers import CheckAnswer, MeasureAnswer, RunAnswer, RunStart
 from app.desk import Place, ThePlace
 from app.image_list import answer_problem
 from app.planning import plan_project, take_edits
-from app.refusals import Refusal
+from app.refusals import setting_problems
 from app.run_routes import answer_run
 from trainers.dataset.edits import Edits, write_edits
+from trainers.errors import TrainingError
 from trainers.launch import RunPlan
 from trainers.layers import adapter_size
 from trainers.preflight import memory_hints, time_to_finish
@@ -22,8 +23,8 @@ def post_check(body: RunStart, place: ThePlace) -> CheckAnswer:
     try:
         plan, _ = _plan(body, place)
         size = adapter_size(plan.config, plan.base)
-    except Refusal as error:
-        return CheckAnswer(ok=False, problems=[answer_problem(problem) for problem in error.problems])
+    except TrainingError as error:
+        return CheckAnswer(ok=False, problems=[answer_problem(problem) for problem in setting_problems(error)])
     adapter = plan.config.adapter
     return CheckAnswer(
         ok=True,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from trainers.adapters import ADAPTERS
 from trainers.adapters.plan import LayerPlan, canonical_name
 from trainers.config import TrainConfig
+from trainers.errors import AdapterFileError, BaseModelError
 from trainers.families import BaseModelFacts, weight_files
 from trainers.families.targets import match_targets
 from trainers.formats.container import open_file, read_header
@@ -51,7 +52,7 @@ def plan_layers(config: TrainConfig, parts: Sequence[str], find: Callable[[str, 
 
 
 def adapter_size(config: TrainConfig, base: BaseModelFacts) -> AdapterSize:
-    """How large the adapter of these settings is on this base. Raises FileFormatError for a damaged weight file."""
+    """How large the adapter of these settings is on this base. Raises BaseModelError for a damaged weight file."""
     shapes = {part: _weight_shapes(base, part) for part in PARTS}
     plans = plan_layers(config, PARTS, lambda part, targets: match_targets(part, targets, shapes[part]))
     named = {canonical_name(part, path): shape for part in PARTS for path, shape in shapes[part].items()}
@@ -67,7 +68,10 @@ def _weight_shapes(base: BaseModelFacts, part: str) -> dict[str, tuple[int, ...]
     """Layer path -> shape of its weight, in the order of the files."""
     shapes: dict[str, tuple[int, ...]] = {}
     for path in weight_files(base.folder, part):
-        with open_file(path) as handle:
-            entries = read_header(handle, path).entries
+        try:
+            with open_file(path) as handle:
+                entries = read_header(handle, path).entries
+        except AdapterFileError as error:
+            raise BaseModelError(error.what, error.where, error.hint) from error
         shapes |= {name.removesuffix(".weight"): entry.shape for name, entry in entries.items() if name.endswith(".weight")}
     return shapes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -54,6 +55,13 @@ def test_a_check_tells_numbers_layers_and_the_file(client: TestClient, tiny_base
         sizes.append((told["parameters"], told["file_bytes"]))
     assert sizes[1][0] == 2 * sizes[0][0]  # tiny's text encoder follows the rank too
     assert 0 < sizes[0][1] < sizes[1][1] < 2 * sizes[0][1]
+
+
+def test_a_damaged_base_is_told_at_its_field(client: TestClient, tiny_base: Path, pictures: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_base, tmp_path / "base")
+    (tmp_path / "base" / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"cut off")
+    told = ok(client.post(f"/api/projects/{project_on(client, tmp_path / 'base', pictures)}/check", json={}))
+    assert not told["ok"] and [problem["where"] for problem in told["problems"]] == ["base.model"]
 
 
 def test_figures_change_when_the_machine_is_slower(
