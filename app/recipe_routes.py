@@ -15,7 +15,7 @@ from trainers.presets import list_presets, preset_summary, read_preset
 
 
 class PresetAnswer(BaseModel):
-    """A preset: its header comment line by line, and the family of base models it is for (empty: any)."""
+    """A preset: its header comment (for whom, how long, how much memory), and the family of base models it is for (empty: any)."""
 
     name: str
     summary: list[str]

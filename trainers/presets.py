@@ -49,13 +49,16 @@ def preset_text(name: str) -> str:
 
 
 def preset_summary(name: str) -> list[str]:
-    """The header comment of a preset, line by line: for whom, how long, how much memory."""
-    lines = []
+    """The header comment of a preset: for whom, how long, how much memory; an indented line goes on with the one above."""
+    told: list[str] = []
     for line in preset_text(name).splitlines():
         if not line.startswith("#"):
             break
-        lines.append(line.lstrip("# ").rstrip())
-    return lines
+        if line.startswith("#  ") and told:
+            told[-1] += f" {line.lstrip('# ').rstrip()}"
+        else:
+            told.append(line.lstrip("# ").rstrip())
+    return told
 
 
 def default_preset(base: BaseModelFacts) -> str:

@@ -10,6 +10,8 @@ const UNSET = { "adapter.alpha": "adapter.rank", "text_encoder.learning_rate": "
 const WHILE_DRAGGING = 120; // milliseconds of rest before the card is asked for anew
 const BEFORE_MEASURING = 900;
 
+const inWords = ({ what, hint }) => [what, hint].filter(Boolean).join(". ");
+
 const at = (values, name) => name.split(".").reduce((group, part) => group?.[part], values);
 
 /** A copy of nested values with one set, or with `undefined` taken out. */
@@ -64,6 +66,7 @@ function makeScreen(room, facts, project) {
 
   const change = (name) => (value) => queue(async () => {
     clearTimeout(rest);
+    measuring.stop();
     try {
       await store({ recipe: putIn(recipe, name, value) });
       wrong.delete(name);
@@ -71,8 +74,7 @@ function makeScreen(room, facts, project) {
     } catch (error) {
       said.textContent = "";
       if (!error.problems?.length) throw error;
-      // A sentence that names another field is told there too: two settings may contradict each other.
-      wrong.set(name, [error.problems[0].what, error.problems[0].hint].filter(Boolean).join(". "));
+      wrong.set(name, inWords(error.problems[0]));
       fields.get(name).problem(wrong.get(name));
       return;
     }
@@ -110,14 +112,14 @@ function makeScreen(room, facts, project) {
       field.problem(wrong.get(name) || "");
       if (found.ok && !wrong.has(name)) field.show(at(found.settings, name), at(found.settings, UNSET[name] || name));
     }
-    if (!found.ok) for (const problem of found.problems) fields.get(problem.where)?.problem(problem.what);
+    if (!found.ok) for (const problem of found.problems) fields.get(problem.where)?.problem(inWords(problem));
     drawCard(found);
     start.disabled = false;
   }
 
   function drawCard(found) {
     const loose = found.problems.filter((problem) => found.ok || !fields.has(problem.where));
-    const problems = el("ul", {}, loose.map((problem) => el("li", { class: problem.severity }, [problem.what, problem.hint].filter(Boolean).join(". "))));
+    const problems = el("ul", {}, loose.map((problem) => el("li", { class: problem.severity }, inWords(problem))));
     if (!found.ok) {
       return facing.replaceChildren(el("h2", {}, "Not ready yet"), el("p", {}, loose.length ? "" : "Look at the fields that are marked."), problems);
     }
@@ -138,10 +140,12 @@ function makeScreen(room, facts, project) {
     const one = (found) => el("button", { type: "button", class: "card preset", "aria-pressed": String(found.name === current), onclick: () => choose(found.name) },
       el("b", {}, found.name.replace(/_/g, " ")),
       found.name === current && moved ? el("span", { class: "changed" }, "changed by you: press for its own numbers") : null,
-      el("span", { class: "help" }, found.summary.slice(0, 2).join(" ")));
+      // "For whom: ...", and of the rest the first sentence.
+      el("span", { class: "help" }, [found.summary[0].replace(/^For whom: /, ""), found.summary[1]?.split(/\. (?=[A-Z])/)[0]].filter(Boolean).join(" ")));
     const fits = (found) => (found.name === "pocket") === isPocket && found.family !== "sdxl";
+    const others = facts.presets.filter((found) => !fits(found));
     presets.replaceChildren(...facts.presets.filter(fits).map(one),
-      el("details", {}, el("summary", {}, "Presets for other base models"), el("div", { class: "presets" }, facts.presets.filter((found) => !fits(found)).map(one))));
+      el("details", { open: others.some((found) => found.name === current) }, el("summary", {}, "Presets for other base models"), el("div", { class: "presets" }, others.map(one))));
   }
 
   /** A preset with its own numbers: what was moved by hand in the main fields goes, and comes back by Undo. */
@@ -168,7 +172,7 @@ function makeScreen(room, facts, project) {
       go("train", project.id, run.id);
     } catch (error) {
       const placed = (error.problems || []).filter((problem) => fields.has(problem.where));
-      placed.forEach((problem) => fields.get(problem.where).problem(problem.what));
+      placed.forEach((problem) => fields.get(problem.where).problem(inWords(problem)));
       fields.get(placed[0]?.where)?.control.focus();
       tell(trouble, error);
       if (error.problems?.length && error.problems.every((problem) => problem.severity === "advice")) {
@@ -192,6 +196,7 @@ function makeScreen(room, facts, project) {
 
   function more() {
     const find = el("input", { type: "search", placeholder: "Search settings", "aria-label": "Search settings" });
+    const none = el("p", { class: "subdued", hidden: true }, "No setting has this in its name or its help.");
     const groups = new Map();
     for (const one of facts.settings) {
       if (MAIN.includes(one.name) || ELSEWHERE.includes(one.name)) continue;
@@ -208,8 +213,9 @@ function makeScreen(room, facts, project) {
         for (const node of nodes) node.hidden = !`${node.dataset.name} ${setting[node.dataset.name].help}`.toLowerCase().includes(find.value.toLowerCase());
         section.hidden = nodes.every((node) => node.hidden);
       }
+      none.hidden = sections.some((section) => !section.hidden);
     });
-    return el("details", { class: "more" }, el("summary", {}, "More settings"), find, sections);
+    return el("details", { class: "more" }, el("summary", {}, "More settings"), find, none, sections);
   }
 
   function asFile() {
