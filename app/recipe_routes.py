@@ -15,10 +15,11 @@ from trainers.presets import list_presets, preset_summary, read_preset
 
 
 class PresetAnswer(BaseModel):
-    """A preset: its header comment (for whom, how long, how much memory), and the family of base models it is for (empty: any)."""
+    """A preset: its header comment, and the family of base models that it is for (empty: any)."""
 
     name: str
     summary: list[str]
+    """For whom, how long, how much memory."""
     family: str
 
 

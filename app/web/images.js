@@ -40,7 +40,7 @@ function makeScreen(room, project) {
   let shown = "all";
   let gone = false;
   let told = "";
-  let saving = Promise.resolve(); // the caption that is being saved: Start waits for it
+  let saving = Promise.resolve(); // captions that are being saved: Start waits for them
 
   room.replaceChildren(el("div", { class: "row head" }, el("h1", {}, "Images"), next), trouble, zone, news, work);
   const receive = (files, unread = []) => {
@@ -156,7 +156,7 @@ function makeScreen(room, project) {
       el("div", { class: "row name" }, el("span", { title: image.rel }, image.rel.split("/").pop()), mark),
       text, cut, el("div", { class: "row under" }, count, out), badges, fault);
     text.addEventListener("input", () => (mark.textContent = "unsaved"));
-    text.addEventListener("change", () => (saving = save()));
+    text.addEventListener("change", () => (saving = Promise.all([saving, save()])));
     async function save() {
       mark.textContent = "saving";
       try {
@@ -275,6 +275,7 @@ function makeScreen(room, project) {
 
   /** An upload as it goes on, and what came of it. */
   function showUpload({ count, done, total, stop }, result) {
+    start.disabled = !result; // on half of a folder nobody wants to train
     if (!result) {
       const share = total ? Math.min(1, done / total) : 1;
       if (!news.querySelector("progress")) {

@@ -55,6 +55,7 @@ function makeScreen(room, facts, project) {
   let saving = Promise.resolve();
   let asked = null;
   let rest = 0;
+  let gone = false;
 
   /** Changes are saved one after the other, each over the one before: none is lost, and Start waits for the last. */
   const queue = (what) => (saving = saving.then(what).catch((error) => tell(trouble, error)));
@@ -67,6 +68,7 @@ function makeScreen(room, facts, project) {
   const change = (name) => (value) => queue(async () => {
     clearTimeout(rest);
     measuring.stop();
+    ({ recipe, preset } = await get(path)); // another tab may have changed it
     try {
       await store({ recipe: putIn(recipe, name, value) });
       wrong.delete(name);
@@ -75,8 +77,6 @@ function makeScreen(room, facts, project) {
       said.textContent = "";
       if (!error.problems?.length) throw error;
       wrong.set(name, inWords(error.problems[0]));
-      fields.get(name).problem(wrong.get(name));
-      return;
     }
     await check();
   });
@@ -99,8 +99,8 @@ function makeScreen(room, facts, project) {
   }
 
   async function check() {
-    const found = await look({});
-    if (!found) return;
+    const found = gone ? null : await look({});
+    if (!found || gone) return;
     tell(trouble, null);
     draw(found);
     measuring.follow(found);
@@ -160,26 +160,32 @@ function makeScreen(room, facts, project) {
     toast(`Preset ${name}.`, () => queue(() => taken(before)));
   });
 
+  /** Puts the cursor into a field, also where it is folded away. */
+  function lead(name) {
+    const { control } = fields.get(name);
+    control.closest("details")?.setAttribute("open", "");
+    control.focus();
+  }
+
   async function begin(force) {
-    start.disabled = true;
-    await saving;
-    start.disabled = false;
-    if (wrong.size) return fields.get([...wrong.keys()][0]).control.focus();
     start.disabled = true;
     tell(trouble, null);
     try {
+      await saving;
+      if (wrong.size) return lead([...wrong.keys()][0]);
       const run = await post(`${path}/runs`, { force });
       go("train", project.id, run.id);
     } catch (error) {
       const placed = (error.problems || []).filter((problem) => fields.has(problem.where));
       placed.forEach((problem) => fields.get(problem.where).problem(inWords(problem)));
-      fields.get(placed[0]?.where)?.control.focus();
-      tell(trouble, error);
+      if (placed.length) lead(placed[0].where);
+      if (!placed.length || placed.length < error.problems.length) tell(trouble, error);
       if (error.problems?.length && error.problems.every((problem) => problem.severity === "advice")) {
         trouble.append(el("button", { type: "button", onclick: () => begin(true) }, "Start anyway"));
       }
+    } finally {
+      start.disabled = false;
     }
-    start.disabled = false;
   }
 
   function slider(name, options) {
@@ -260,6 +266,7 @@ function makeScreen(room, facts, project) {
     el("div", { class: "two" }, main, el("div", { class: "side" }, card, trouble, start)), more(), asFile());
   queue(check);
   return () => {
+    gone = true;
     clearTimeout(rest);
     measuring.stop();
   };
