@@ -200,12 +200,17 @@ function makeScreen(room, facts, project) {
     return [field.node, el("datalist", { id: "bases" }, facts.bases.map((one) => el("option", { value: one })))];
   }
 
+  function prompts() {
+    fields.set("samples.prompts", makeField(setting["samples.prompts"], change("samples.prompts"), "Sample prompts, one per line"));
+    return el("details", { class: "more" }, el("summary", {}, "Sample prompts"), fields.get("samples.prompts").node);
+  }
+
   function more() {
     const find = el("input", { type: "search", placeholder: "Search settings", "aria-label": "Search settings" });
     const none = el("p", { class: "subdued", hidden: true }, "No setting has this in its name or its help.");
     const groups = new Map();
     for (const one of facts.settings) {
-      if (MAIN.includes(one.name) || ELSEWHERE.includes(one.name)) continue;
+      if (fields.has(one.name) || ELSEWHERE.includes(one.name)) continue;
       const field = makeField(one, change(one.name));
       const back = () => (wrong.delete(one.name), change(one.name)(undefined));
       field.node.append(el("button", { type: "button", class: "quiet small", "aria-label": `Set ${one.name} back to the preset`, onclick: back }, "Preset's value"));
@@ -263,7 +268,7 @@ function makeScreen(room, facts, project) {
     slider("text_encoder.learning_rate", { label: "Text encoder's learning rate", least: 1e-6, most: 1e-2, logarithmic: true, help: "0 leaves the words as they are. Empty: the same as above." }),
     slider("train.steps", { label: "Steps", least: 10, most: 3000, step: 10, help: "How long it learns." }));
   room.replaceChildren(el("div", { class: "row head" }, el("h1", {}, "Recipe"), said), presets,
-    el("div", { class: "two" }, main, el("div", { class: "side" }, card, trouble, start)), more(), asFile());
+    el("div", { class: "two" }, main, el("div", { class: "side" }, card, trouble, start)), prompts(), more(), asFile());
   queue(check);
   return () => {
     gone = true;

@@ -123,3 +123,15 @@ def test_the_card_follows_a_slider_and_two_real_steps_are_measured(recipe: Any, 
     field_of(recipe, "train.steps").press("Tab")
     recipe.get_by_role("heading", name="4000 steps on pocket").wait_for()
     recipe.wait_for_function("text => document.querySelector('.measure').textContent !== text", arg=first)
+
+
+def test_sample_prompts_are_a_line_each(recipe: Any, window: Window) -> None:
+    recipe.get_by_text("Sample prompts", exact=True).click()
+    field = field_of(recipe, "samples.prompts")
+    field.fill("a red heart\n\n a wolf, running ")
+    field.press("Tab")
+    recipe.get_by_text("Saved", exact=True).wait_for()
+    assert saved(window, recipe.project) == {"samples": {"prompts": ["a red heart", "a wolf, running"]}}
+    recipe.reload()
+    recipe.locator("#screen-recipe .live h2").wait_for()
+    assert field.input_value() == "a red heart\na wolf, running"
