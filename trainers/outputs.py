@@ -169,19 +169,15 @@ def memory_used(device: torch.device) -> int:
 
 
 def memory_peak(device: torch.device) -> tuple[int, int]:
-    """(bytes that this process held at the most, bytes free beside that now) on the device."""
+    """(bytes that this process held at the most, bytes that it can hold: what it holds now and what is free) on the device."""
     if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated()), int(torch.cuda.mem_get_info()[0] + _unused_reserve())
+        free, _ = torch.cuda.mem_get_info()
+        return int(torch.cuda.max_memory_allocated()), int(free + torch.cuda.memory_reserved())
     import psutil
 
     info = psutil.Process().memory_info()
     peak = getattr(info, "peak_wset", 0) or _resident_peak() or info.rss
-    return int(peak), max(0, int(psutil.virtual_memory().available) - int(peak - info.rss))
-
-
-def _unused_reserve() -> int:
-    """What torch keeps of the GPU's memory without using it."""
-    return int(torch.cuda.memory_reserved() - torch.cuda.max_memory_allocated())
+    return int(peak), int(psutil.virtual_memory().available + info.rss)
 
 
 def _resident_peak() -> int:

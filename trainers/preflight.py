@@ -36,7 +36,7 @@ class Measured:
     memory: int
     """The most that was held."""
     memory_free: int
-    """The most that can be held: what was held and what is free beside it."""
+    """The most that can be held: what is held at the end, and what is free beside it."""
     device: str
 
     @property
@@ -102,8 +102,7 @@ def measure(config: TrainConfig) -> Measured:
         seconds = time.monotonic() - tick
         loaded = tick - begun - seconds
         sampling, picture = _time_drawing(training)
-        used, free = memory_peak(training.device.device)
-        return Measured(seconds, loaded, sampling, picture, used, used + free, training.device.reason)
+        return Measured(seconds, loaded, sampling, picture, *memory_peak(training.device.device), training.device.reason)
 
 
 def _largest_step(training: Training) -> int:
@@ -125,8 +124,8 @@ def _time_drawing(training: Training) -> tuple[float, float]:
     ticks = [time.monotonic()]
     render(training.model, [Picture("", 0, {TRAINED: 1.0})], how, lambda: ticks.append(time.monotonic()))
     ticks.append(time.monotonic())
-    sampling = (ticks[3] - ticks[1]) / 2  # the first step also warms up
-    return sampling, ticks[4] - ticks[3] + max(0.0, ticks[1] - ticks[0] - sampling)
+    sampling = (ticks[-2] - ticks[1]) / 2  # the first step also warms up, and some samplers look twice in one
+    return sampling, ticks[-1] - ticks[-2] + max(0.0, ticks[1] - ticks[0] - sampling)
 
 
 def main(arguments: list[str]) -> int:
