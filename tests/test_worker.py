@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
 import time
@@ -17,11 +18,11 @@ import torch
 from PIL import Image
 
 from tests.tiny_lora import TEXT, UNET, UNET_OUT, save_lora
-from trainers import worker
 from trainers.errors import SettingError
 from trainers.families import load_family, recognise_base
 from trainers.generate import Picture, RenderSettings, render
-from trainers.worker import KEPT_LORAS, Warm, parse_request, serve
+from trainers.warm import KEPT_LORAS, Warm, adapted_layers
+from trainers.worker import parse_request, serve
 
 HOW = RenderSettings(height=32, width=32, steps=3, guidance=4.0, negative="blurry")
 
@@ -57,7 +58,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         read.append(facts.name)
         return load_family(facts, *more)
 
-    monkeypatch.setattr(worker, "load_family", load)
+    monkeypatch.setattr("trainers.warm.load_family", load)
     return read
 
 
@@ -109,6 +110,18 @@ def test_a_ladder_shows_what_single_pictures_show_and_zero_is_the_base_bit_for_b
     assert all(numpy.abs(together[s] - together[0.0]).max() > 2 for s in (0.5, 1.0, 1.5))  # a mix-up would be seen
 
 
+def test_pictures_of_long_ago_make_room(ask: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "full"
+    folder.mkdir()
+    for number in range(4):
+        (folder / f"{number}.png").write_bytes(bytes(1000))
+        os.utime(folder / f"{number}.png", (number, number))
+    monkeypatch.setattr("trainers.warm.KEPT_BYTES", 2000)
+    warm = Warm()
+    run(ask(lora=None, folder=str(folder)), ask(lora=None, folder=str(folder), seed=6, id=2), warm=warm)
+    assert {"2.png", "3.png"} < {path.name for path in folder.iterdir()} and len(list(folder.iterdir())) == 4
+
+
 def test_a_picture_says_how_it_was_drawn(ask: Any, tmp_path: Path) -> None:
     events = run(ask(lora=str(save_lora(tmp_path / "zorbo.safetensors")), strengths=[0.0, 0.5]))
     paths = {event["strength"]: event["path"] for event in events if event["event"] == "picture"}
@@ -145,7 +158,7 @@ def test_loras_are_swapped_without_reading_the_base_again(ask: Any, tmp_path: Pa
     assert numpy.array_equal(pictures(again)[1.0], seen[0])
     assert not numpy.array_equal(pictures(base)[0.0], seen[-1])
     model = warm.model(recognise_base(asked[0]["base"]), lambda event: None)
-    assert {len(layer.adapters) for layer in worker._adapted(model)} == {KEPT_LORAS}
+    assert {len(layer.adapters) for layer in adapted_layers(model)} == {KEPT_LORAS}
 
 
 def test_a_lora_that_was_written_again_is_read_again(ask: Any, tmp_path: Path, loads: list[str]) -> None:

@@ -11,7 +11,6 @@ when something must be read), `step` with done and total, `picture` with strengt
 from __future__ import annotations
 
 import contextlib
-import gc
 import hashlib
 import json
 import os
@@ -26,22 +25,14 @@ from typing import Annotated, Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from trainers.adapters.inject import find_layers
-from trainers.adapters.layer import AdaptedLayer
-from trainers.device import choose_device
-from trainers.draw import LIMIT, attach_files
-from trainers.errors import AdapterFileError, SettingError, TrainingError
-from trainers.families import BaseModelFacts, check_size, load_family, recognise_base, weight_files
-from trainers.families.base import DiffusionModel
+from trainers.draw import LIMIT
+from trainers.errors import SettingError, TrainingError
+from trainers.families import check_size, recognise_base
 from trainers.files import write_atomically
 from trainers.generate import Picture, RenderSettings, png_bytes, render
 from trainers.samplers import check_sampler
+from trainers.warm import Mark, Tell, Warm, base_marks, lora_mark
 
-Tell = Callable[[dict[str, Any]], object]
-Mark = tuple[str, int, int]
-"""What a file is known by: path, time of change in nanoseconds, size in bytes."""
-KEPT_LORAS = 4
-"""How many LoRA files stay beside the base; the one not used for longest makes room."""
 _DRAWN_BY = 1  # to be raised when the same request draws another picture, so that old files no longer answer for it
 
 
@@ -88,72 +79,6 @@ Waiting = queue.SimpleQueue[tuple[RenderRequest, threading.Event] | None]
 """Requests in the order they came, each with an event that is set when it has ended or nobody wants it; None at the end."""
 
 
-class Warm:
-    """The base model in memory and the LoRA files put into it. A LoRA is swapped without reading the base again."""
-
-    def __init__(self) -> None:
-        self._base: tuple[Mark, ...] = ()
-        self._model: DiffusionModel | None = None
-        self._loras: dict[Mark, str] = {}  # the last used one last
-
-    def model(self, base: BaseModelFacts, tell: Tell) -> DiffusionModel:
-        """The loaded base, read only when it is another one or its files have changed. Raises TrainingError."""
-        marks = base_marks(base)
-        if self._model is None or self._base != marks:
-            tell({"event": "loading"})
-            self._model = None  # before the next is read: two bases may not fit into memory
-            self._loras.clear()
-            gc.collect()
-            device = choose_device("auto", sum(size for name, _, size in marks if Path(name).parent.name == "unet"))
-            self._model, self._base = load_family(base, device.dtype, device.device), marks
-        return self._model
-
-    def adapter(self, model: DiffusionModel, lora: Mark, tell: Tell) -> str:
-        """Name of the LoRA's adapter in the loaded base. Raises AdapterFileError, with the base left as it was."""
-        if lora not in self._loras:
-            tell({"event": "loading"})
-            (given,) = attach_files(model, [Path(lora[0])], lambda remark: print(remark, file=sys.stderr))
-            name = str(lora)  # attach_files counts from 0 each time
-            for layer in _adapted(model):
-                if given in layer.adapters:
-                    layer.adapters[name] = layer.adapters.pop(given)
-                    layer.strengths[name] = layer.strengths.pop(given)
-            self._loras[lora] = name
-        self._loras[lora] = self._loras.pop(lora)
-        # Of a file that a training has just written again, only the new state is of use.
-        stale = [mark for mark in self._loras if mark[0] == lora[0] and mark != lora]
-        for old in stale or list(self._loras)[:-KEPT_LORAS]:
-            name = self._loras.pop(old)
-            for layer in _adapted(model):
-                layer.adapters.pop(name, None)
-                layer.strengths.pop(name, None)
-        return self._loras[lora]
-
-
-def _adapted(model: DiffusionModel) -> list[AdaptedLayer]:
-    return [layer for layer in find_layers(model.parts()).values() if isinstance(layer, AdaptedLayer)]
-
-
-def base_marks(base: BaseModelFacts) -> tuple[Mark, ...]:
-    """What the files of a base are known by: all weights, and the settings that change what is drawn."""
-    files = [file for part in ("unet", "vae", "text_encoder") for file in weight_files(base.folder, part)]
-    return tuple(_mark(file) for file in [*files, base.folder / "scheduler" / "scheduler_config.json"])
-
-
-def lora_mark(path: str | None) -> Mark | None:
-    """What a LoRA file is known by; None for none. Raises AdapterFileError when there is no such file."""
-    if path is None:
-        return None
-    if not Path(path).is_file():
-        raise AdapterFileError("There is no such LoRA file", where=path, hint="Check the path.")
-    return _mark(Path(path).absolute())
-
-
-def _mark(path: Path) -> Mark:
-    facts = path.stat()
-    return str(path), facts.st_mtime_ns, facts.st_size
-
-
 def picture_file(request: RenderRequest, base: tuple[Mark, ...], lora: Mark | None, strength: float) -> Path:
     """Where a picture lies: named by a hash of all that it depends on. At strength 0 that is not the LoRA."""
     negative = request.negative if request.guidance > 1 else ""
@@ -171,6 +96,7 @@ def answer(request: RenderRequest, warm: Warm, tell: Tell, check: Callable[[], N
     Raises TrainingError, OSError.
     """
     check_sampler(request.scheduler)
+    warm.tidy(Path(request.folder))
     base = recognise_base(request.base)
     check_size(base, request.height, request.width)
     lora = lora_mark(request.lora)

@@ -1,0 +1,106 @@
+"""A base model that stays in memory, and the LoRA files beside it: what the render worker keeps from request to request."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from trainers.adapters.inject import find_layers
+from trainers.adapters.layer import AdaptedLayer
+from trainers.device import choose_device
+from trainers.draw import attach_files
+from trainers.errors import AdapterFileError
+from trainers.families import BaseModelFacts, load_family, weight_files
+from trainers.families.base import DiffusionModel
+
+Tell = Callable[[dict[str, Any]], object]
+Mark = tuple[str, int, int]
+"""What a file is known by: path, time of change in nanoseconds, size in bytes."""
+KEPT_LORAS = 4
+"""How many LoRA files stay beside the base; the one not used for longest makes room."""
+KEPT_BYTES = 2 * 2**30
+"""How much of earlier pictures stays on the disk."""
+
+
+class Warm:
+    """The base model in memory and the LoRA files put into it. A LoRA is swapped without reading the base again."""
+
+    def __init__(self) -> None:
+        self._base: tuple[Mark, ...] = ()
+        self._model: DiffusionModel | None = None
+        self._loras: dict[Mark, str] = {}  # the last used one last
+        self._tidied: set[Path] = set()
+
+    def tidy(self, folder: Path) -> None:
+        """Once for each folder: the oldest pictures go until KEPT_BYTES are left."""
+        if folder in self._tidied:
+            return
+        self._tidied.add(folder)
+        found = sorted((file.stat().st_mtime, file.stat().st_size, file) for file in folder.glob("*.png"))
+        over = sum(size for _, size, _ in found) - KEPT_BYTES
+        for _, size, file in found:
+            if over <= 0:
+                break
+            file.unlink(missing_ok=True)
+            over -= size
+
+    def model(self, base: BaseModelFacts, tell: Tell) -> DiffusionModel:
+        """The loaded base, read only when it is another one or its files have changed. Raises TrainingError."""
+        marks = base_marks(base)
+        if self._model is None or self._base != marks:
+            tell({"event": "loading"})
+            self._model = None  # before the next is read: two bases may not fit into memory
+            self._loras.clear()
+            gc.collect()
+            device = choose_device("auto", sum(size for name, _, size in marks if Path(name).parent.name == "unet"))
+            self._model, self._base = load_family(base, device.dtype, device.device), marks
+        return self._model
+
+    def adapter(self, model: DiffusionModel, lora: Mark, tell: Tell) -> str:
+        """Name of the LoRA's adapter in the loaded base. Raises AdapterFileError, with the base left as it was."""
+        if lora not in self._loras:
+            tell({"event": "loading"})
+            (given,) = attach_files(model, [Path(lora[0])], lambda remark: print(remark, file=sys.stderr))
+            name = str(lora)  # attach_files counts from 0 each time
+            for layer in adapted_layers(model):
+                if given in layer.adapters:
+                    layer.adapters[name] = layer.adapters.pop(given)
+                    layer.strengths[name] = layer.strengths.pop(given)
+            self._loras[lora] = name
+        self._loras[lora] = self._loras.pop(lora)
+        # Of a file that a training has just written again, only the new state is of use.
+        stale = [mark for mark in self._loras if mark[0] == lora[0] and mark != lora]
+        for old in stale or list(self._loras)[:-KEPT_LORAS]:
+            name = self._loras.pop(old)
+            for layer in adapted_layers(model):
+                layer.adapters.pop(name, None)
+                layer.strengths.pop(name, None)
+        return self._loras[lora]
+
+
+def adapted_layers(model: DiffusionModel) -> list[AdaptedLayer]:
+    """The layers that any LoRA was put into."""
+    return [layer for layer in find_layers(model.parts()).values() if isinstance(layer, AdaptedLayer)]
+
+
+def base_marks(base: BaseModelFacts) -> tuple[Mark, ...]:
+    """What the files of a base are known by: all weights, and the settings that change what is drawn."""
+    files = [file for part in ("unet", "vae", "text_encoder") for file in weight_files(base.folder, part)]
+    return tuple(_mark(file) for file in [*files, base.folder / "scheduler" / "scheduler_config.json"])
+
+
+def lora_mark(path: str | None) -> Mark | None:
+    """What a LoRA file is known by; None for none. Raises AdapterFileError when there is no such file."""
+    if path is None:
+        return None
+    if not Path(path).is_file():
+        raise AdapterFileError("There is no such LoRA file", where=path, hint="Check the path.")
+    return _mark(Path(path).absolute())
+
+
+def _mark(path: Path) -> Mark:
+    facts = path.stat()
+    return str(path), facts.st_mtime_ns, facts.st_size
