@@ -201,7 +201,7 @@ class SavedAnswer(BaseModel):
 
 
 class CheckAnswer(BaseModel):
-    """POST /api/projects/{id}/check: what a run would be. With `ok` false `problems` says why, and the rest is empty."""
+    """POST /api/projects/{id}/check: what a run would be. With `ok` false `problems` says why, and only settings are known."""
 
     ok: bool
     problems: list[ProblemAnswer]

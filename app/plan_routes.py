@@ -8,7 +8,7 @@ from typing import Any, Literal
 from app.answers import CheckAnswer, MeasureAnswer, RunAnswer, RunStart
 from app.desk import Place, ThePlace
 from app.image_list import answer_problem
-from app.planning import plan_project, take_edits
+from app.planning import plan_project, settings_of, take_edits
 from app.refusals import setting_problems
 from app.run_routes import answer_run
 from trainers.dataset.edits import Edits, write_edits
@@ -24,7 +24,9 @@ def post_check(body: RunStart, place: ThePlace) -> CheckAnswer:
         plan, _ = _plan(body, place)
         size = adapter_size(plan.config, plan.base)
     except TrainingError as error:
-        return CheckAnswer(ok=False, problems=[answer_problem(problem) for problem in setting_problems(error)])
+        name, settings = settings_of(place.project, body.settings, body.preset)
+        problems = [answer_problem(problem) for problem in setting_problems(error)]
+        return CheckAnswer(ok=False, problems=problems, preset=name, settings=settings)
     adapter = plan.config.adapter
     return CheckAnswer(
         ok=True,

@@ -12,7 +12,9 @@ from app.scanning import Scanner
 from trainers.config import TrainConfig
 from trainers.dataset.edits import Edits
 from trainers.errors import Problem, TrainingError
+from trainers.families import recognise_base
 from trainers.launch import RunPlan, plan_run
+from trainers.presets import default_preset, resolve
 from trainers.settings import merge
 
 
@@ -67,6 +69,16 @@ def plan_project(
     if advice and not force:
         raise refuse_settings(advice)
     return _named(plan, project)
+
+
+def settings_of(project: Project, settings: dict[str, Any], preset: str | None) -> tuple[str, dict[str, Any]]:
+    """(preset, complete settings) of a recipe that may not lead to a run, as for want of pictures; empty when unknown."""
+    try:
+        values = _over(read_recipe(project), settings)
+        name = preset or project.preset or default_preset(recognise_base(base_of(project)))
+        return name, resolve(name, values).model_dump(mode="json")
+    except TrainingError:
+        return "", {}
 
 
 def _over(recipe: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:

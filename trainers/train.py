@@ -135,10 +135,11 @@ def train(run: RunFolder, emit: events.Emit, interrupted: Callable[[], bool] = l
         outputs.tell(loss, norm, factor, held_out_loss(training) if due else None)
         if (every and (training.step % every == 0 or training.step == steps)) or flagged("sample-now"):
             outputs.sample()
-        if training.config.checkpoints.every and training.step % training.config.checkpoints.every == 0:
+        keep = flagged("save-now")
+        if keep or (training.config.checkpoints.every and training.step % training.config.checkpoints.every == 0):
             outputs.checkpoint()
         age = time.monotonic() - saved + statistics.median(training.durations)  # as it would be after one more step
-        if age > training.config.train.save_state_seconds or flagged("save-now"):
+        if age > training.config.train.save_state_seconds or keep:
             save()
             saved = time.monotonic()
     save()

@@ -168,7 +168,9 @@ export function copyButton(label, text) {
 
 /** Puts an error card into `room`, in the place of the one before; null takes it away. */
 export function tell(room, error) {
+  const isNew = error && !room.childElementCount;
   room.replaceChildren(...(error ? [errorCard(error)] : []));
+  if (isNew) room.scrollIntoView({ block: "nearest" });
 }
 
 /** A line at the foot of the page that goes by itself; `undo` adds a button. */
@@ -197,7 +199,7 @@ export function confirmed(question, yes, no = "Cancel") {
         "div",
         { class: "row" },
         el("button", { type: "button", class: "primary", onclick: () => close(true) }, yes),
-        el("button", { type: "button", onclick: () => close(false) }, no),
+        el("button", { type: "button", autofocus: true, onclick: () => close(false) }, no),
       ),
     );
     dialog.addEventListener("cancel", () => close(false));

@@ -1,5 +1,5 @@
 // Dropped folders and chosen files, sent in batches with their relative paths.
-import { Refused, plural, toast } from "/web/core.js";
+import { Refused, folderOf, plural, toast } from "/web/core.js";
 
 const BATCH_FILES = 100;
 const BATCH_BYTES = 16e6;
@@ -74,7 +74,7 @@ export function batches(files) {
   return now.length ? [...made, now] : made;
 }
 
-let current = null; // {project, count, done, total, stop}: one upload at a time, whichever screen is seen
+let current = null; // {project, count, folder, done, total, stop}: one upload at a time, whichever screen is seen
 const watchers = new Map();
 
 const warn = (event) => event.preventDefault();
@@ -96,7 +96,7 @@ export function startUpload(project, files, unread = []) {
     return false;
   }
   const total = files.reduce((sum, one) => sum + one.file.size, 0);
-  const upload = { project, count: files.length, done: 0, total, stop: new AbortController() };
+  const upload = { project, count: files.length, folder: folderOf(files), done: 0, total, stop: new AbortController() };
   current = upload;
   window.addEventListener("beforeunload", warn);
   const told = (done) => {

@@ -5,7 +5,8 @@ import { el, rate } from "/web/core.js";
 export function numberOf(text, optional) {
   const clean = text.trim();
   if (!clean) return optional ? null : "";
-  return Number.isFinite(Number(clean)) ? Number(clean) : clean;
+  const number = Number(clean.replace(/^(-?\d*),(\d+)/, "$1.$2")); // many write 0,5
+  return Number.isFinite(number) ? number : clean;
 }
 
 /** The limits of a number in words; empty without any. */

@@ -1,5 +1,5 @@
 // Images: drop a folder, look over the captions, leave out what does not fit.
-import { UNNAMED, address, copyButton, el, errorCard, folderOf, get, go, onShow, patch, plural, post, put, tell, toast } from "/web/core.js";
+import { UNNAMED, address, copyButton, el, errorCard, get, go, onShow, patch, plural, post, put, tell, toast } from "/web/core.js";
 import { chosenFiles, startUpload, takeDrops, watchUpload } from "/web/drop.js";
 
 const FILTERS = [
@@ -27,26 +27,28 @@ function makeScreen(room, project) {
   const news = el("div", { role: "status", "aria-live": "polite" });
   const health = el("section", { class: "card health", "aria-label": "Health of the folder" });
   const grid = el("div", { class: "grid" });
+  const nothing = el("p", { class: "subdued", hidden: true }, "No picture is like this.");
   const find = el("input", { type: "search", placeholder: "Search names and captions", "aria-label": "Search names and captions", oninput: () => filter() });
   const chips = el("div", { class: "row", role: "group", "aria-label": "Show" });
   const start = el("button", { type: "button", class: "primary", onclick: () => begin() }, "Start training");
   const would = el("span", { class: "subdued" });
   const next = el("div", { class: "row" }, would, el("a", { class: "button", href: address("recipe", project) }, "Next: Recipe"), start);
   const bulk = el("div", { class: "row bulk", role: "group", "aria-label": "Selected pictures" });
-  const work = el("div", { class: "work" }, triggerField(), health, el("div", { class: "row tools" }, chips, find), bulk, grid);
+  const work = el("div", { class: "work" }, triggerField(), health, el("div", { class: "row tools" }, chips, find), bulk, nothing, grid);
   const zone = dropZone();
   const cards = new Map();
   let images = [];
   let shown = "all";
   let gone = false;
   let told = "";
+  let picks = new Set(); // what was selected before the pictures were read again
   let saving = Promise.resolve(); // captions that are being saved: Start waits for them
 
   room.replaceChildren(el("div", { class: "row head" }, el("h1", {}, "Images"), next), trouble, zone, news, work);
   const receive = (files, unread = []) => {
     tell(trouble, null);
     if (files.length || unread.length) {
-      if (startUpload(project, files, unread)) nameAfter(folderOf(files));
+      startUpload(project, files, unread);
     } else news.replaceChildren(el("p", {}, "There is no file in what was dropped."));
   };
   const endDrops = takeDrops(receive);
@@ -86,10 +88,10 @@ function makeScreen(room, project) {
     chips.replaceChildren(...FILTERS.map(([key]) => el("button", { type: "button", class: "small", onclick: () => { shown = key; drawChips(); filter(); } })));
     drawChips();
     foresee();
+    picks = new Set([...cards].filter(([, card]) => card.pick.checked).map(([rel]) => rel));
     cards.clear();
     grid.replaceChildren();
     drawSome(0);
-    drawBulk();
   }
 
   function drawChips() {
@@ -126,6 +128,7 @@ function makeScreen(room, project) {
     const list = images;
     for (const image of list.slice(from, from + SLICE)) {
       const card = makeCard(image);
+      card.pick.checked = picks.has(image.rel);
       cards.set(image.rel, card);
       grid.append(card.node);
     }
@@ -140,6 +143,8 @@ function makeScreen(room, project) {
       const card = cards.get(image.rel);
       if (card) card.node.hidden = !(test(image) && `${image.rel} ${image.caption || image.fallback}`.toLowerCase().includes(words));
     }
+    nothing.hidden = !images.length || images.some((image) => cards.get(image.rel)?.node.hidden !== true);
+    drawBulk();
   }
 
   function makeCard(image) {
@@ -173,7 +178,7 @@ function makeScreen(room, project) {
       out.textContent = image.excluded ? "Include" : "Exclude";
       out.setAttribute("aria-label", `${out.textContent} ${image.rel}`);
       count.textContent = `${image.tokens} / 75 tokens`;
-      cut.textContent = image.cut === null ? "" : `Not read: ${(image.caption || image.fallback).slice(image.cut)}`;
+      cut.textContent = image.cut === null ? "" : `Not read: ${(image.caption || image.fallback).slice(image.cut).replace(/^[\s,]+/, "")}`;
       badges.replaceChildren(...image.problems.map((problem) => el("span", { class: "badge", title: problem.hint }, problem.what)));
     };
     refresh();
@@ -194,6 +199,7 @@ function makeScreen(room, project) {
   }
 
   async function exclude(changes) {
+    if (!Object.keys(changes).length) return;
     try {
       take(await put(`${base}/excluded`, changes));
       foresee();
@@ -206,9 +212,10 @@ function makeScreen(room, project) {
   }
 
   function drawBulk() {
-    const picked = images.filter((image) => cards.get(image.rel)?.pick.checked);
+    // Only what is seen: nobody means a picture that a search or a filter hides.
+    const picked = images.filter((image) => cards.get(image.rel)?.pick.checked && !cards.get(image.rel).node.hidden);
     const set = (value) => { for (const image of images) { const card = cards.get(image.rel); if (card && !card.node.hidden) card.pick.checked = value; } drawBulk(); };
-    const change = (value) => exclude(Object.fromEntries(picked.map((image) => [image.rel, value])));
+    const change = (value) => exclude(Object.fromEntries(picked.filter((image) => image.excluded !== value).map((image) => [image.rel, value])));
     bulk.replaceChildren(
       el("button", { type: "button", class: "quiet small", onclick: () => set(true) }, "Select all"),
       ...(picked.length ? [
@@ -274,7 +281,7 @@ function makeScreen(room, project) {
   }
 
   /** An upload as it goes on, and what came of it. */
-  function showUpload({ count, done, total, stop }, result) {
+  function showUpload({ count, done, total, stop, folder }, result) {
     start.disabled = !result; // on half of a folder nobody wants to train
     if (!result) {
       const share = total ? Math.min(1, done / total) : 1;
@@ -286,6 +293,7 @@ function makeScreen(room, project) {
       news.querySelector("span").textContent = `Adding ${plural(count, "file")}: ${Math.round(100 * share)} %`;
       return;
     }
+    if (result.saved.length) nameAfter(folder);
     const captions = result.saved.filter((name) => /\.(txt|caption)$/i.test(name)).length;
     const line = `${plural(result.saved.length - captions, "picture")} and ${plural(captions, "caption")} added${stop.signal.aborted ? "; the rest was cancelled" : ""}.`;
     const refused = result.rejected.map(([name, why]) => `${name}: ${why}`);

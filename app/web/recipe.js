@@ -51,6 +51,7 @@ function makeScreen(room, facts, project) {
   const presets = el("div", { class: "presets", role: "group", "aria-label": "Preset" });
   const fields = new Map();
   const wrong = new Map(); // name -> what is told at its field; such a value is not saved
+  const waiting = new Map(); // name -> changes that are not saved yet: what is typed there stays
   let { recipe, preset } = project; // as saved
   let saving = Promise.resolve();
   let asked = null;
@@ -65,9 +66,15 @@ function makeScreen(room, facts, project) {
     ({ preset, recipe } = { preset, recipe, ...values });
   };
 
-  const change = (name) => (value) => queue(async () => {
+  const change = (name) => (value) => {
+    waiting.set(name, (waiting.get(name) || 0) + 1);
+    return queue(() => save(name, value));
+  };
+
+  async function save(name, value) {
     clearTimeout(rest);
     measuring.stop();
+    waiting.set(name, waiting.get(name) - 1);
     ({ recipe, preset } = await get(path)); // another tab may have changed it
     try {
       await store({ recipe: putIn(recipe, name, value) });
@@ -79,7 +86,7 @@ function makeScreen(room, facts, project) {
       wrong.set(name, inWords(error.problems[0]));
     }
     await check();
-  });
+  }
 
   /** The card follows a slider that is still being dragged; nothing is saved yet. */
   const moved = (name) => (value) => {
@@ -110,7 +117,7 @@ function makeScreen(room, facts, project) {
     drawPresets(found.preset || preset);
     for (const [name, field] of fields) {
       field.problem(wrong.get(name) || "");
-      if (found.ok && !wrong.has(name)) field.show(at(found.settings, name), at(found.settings, UNSET[name] || name));
+      if (found.settings.adapter && !wrong.has(name) && !waiting.get(name)) field.show(at(found.settings, name), at(found.settings, UNSET[name] || name));
     }
     if (!found.ok) for (const problem of found.problems) fields.get(problem.where)?.problem(inWords(problem));
     drawCard(found);
@@ -137,7 +144,7 @@ function makeScreen(room, facts, project) {
   function drawPresets(current) {
     const isPocket = (recipe.base?.model || "pocket") === "pocket";
     const moved = MAIN.slice(1).filter((name) => at(recipe, name) !== undefined).length;
-    const one = (found) => el("button", { type: "button", class: "card preset", "aria-pressed": String(found.name === current), onclick: () => choose(found.name) },
+    const one = (found) => el("button", { type: "button", class: "card preset", disabled: found.family === "sdxl", "aria-pressed": String(found.name === current), onclick: () => choose(found.name) },
       el("b", {}, found.name.replace(/_/g, " ")),
       found.name === current && moved ? el("span", { class: "changed" }, "changed by you: press for its own numbers") : null,
       // "For whom: ...", and of the rest the first sentence.

@@ -1,8 +1,10 @@
 // Studio: one prompt and one seed at many strengths, and a slider that walks through them.
-import { address, el, errorCard, get, onShow, poll, post, tell } from "/web/core.js";
+import { address, el, errorCard, get, go, onShow, poll, post, tell, toast } from "/web/core.js";
 import { Ladder } from "/web/ladder.js";
 
 const STRENGTHS = [-0.5, -0.25, 0, 0.25, 0.5, 0.75, 1, 1.25, 1.5];
+
+const remembered = new Map(); // run -> what was asked there last, for as long as the page is open
 
 export function mount(element) {
   const room = el("div");
@@ -22,16 +24,14 @@ export function mount(element) {
 /** What to begin with: the run of the address, else the project's newest with a file; null without one. */
 async function begin(place) {
   const project = await get(`/projects/${encodeURIComponent(place.project)}`);
-  let run = place.run;
-  if (!run) {
-    const { runs } = await get("/runs");
-    run = runs.find((one) => project.runs.includes(one.id) && one.files.length)?.id;
-  }
+  const all = (await get("/runs")).runs;
+  const runs = all.filter((one) => project.runs.includes(one.id) && one.files.length).map((one) => one.id);
+  const run = place.run || runs[0];
   if (!run) return { project, defaults: null };
-  return { project, defaults: await get(`/runs/${encodeURIComponent(run)}/studio`) };
+  return { project, runs, defaults: await get(`/runs/${encodeURIComponent(run)}/studio`) };
 }
 
-function makeScreen(room, { project, defaults }) {
+function makeScreen(room, { project, runs, defaults }) {
   if (!defaults || !defaults.files.length) {
     room.replaceChildren(el("div", { class: "card" }, el("h1", {}, "No LoRA to try yet"), el("p", {}, "Stop and keep writes one at any moment of a training."), el("a", { class: "button primary", href: address("train", project.id) }, "Go to Train")));
     return () => {};
@@ -45,6 +45,9 @@ function makeScreen(room, { project, defaults }) {
     const control = el("select", { "aria-label": label }, options.map(([key, text]) => el("option", { value: key, selected: key === value }, text)));
     return { control, node: el("label", { class: "field" }, el("span", {}, label), control) };
   };
+  const run = choice("Run", runs.map((one) => [one, one]), defaults.run);
+  run.node.hidden = runs.length < 2;
+  run.control.addEventListener("change", () => go("studio", project.id, run.control.value));
   const fields = {
     prompt: input("Prompt", { rows: 3, value: defaults.prompt }),
     seed: input("Seed", { type: "number", min: 0, step: 1, value: defaults.seed }),
@@ -62,7 +65,7 @@ function makeScreen(room, { project, defaults }) {
   const words = el("p", { class: "subdued", role: "status" }, "Draw renders nine strengths from the same noise; the slider then walks through them.");
   const fresh = el("button", { type: "button", class: "quiet small", onclick: () => { fields.seed.control.value = Math.floor(Math.random() * 1e6); stale(); } }, "New seed");
   const form = el("form", { class: "card settings", onsubmit: (event) => (event.preventDefault(), drawLadder()), oninput: () => stale() },
-    fields.prompt.node, el("div", { class: "row" }, fields.seed.node, fresh), fields.file.node,
+    fields.prompt.node, el("div", { class: "row" }, fields.seed.node, fresh), run.node, fields.file.node,
     el("details", {}, el("summary", {}, "More"), el("div", { class: "more" }, ["negative", "width", "height", "guidance", "steps", "scheduler"].map((name) => fields[name].node))),
     el("div", { class: "row" }, draw, cancel), bar, words, trouble);
 
@@ -99,17 +102,25 @@ function makeScreen(room, { project, defaults }) {
     if (asked && JSON.stringify(asked) !== JSON.stringify(readForm())) words.textContent = "Changed: press Draw to see it.";
   }
 
+  async function warnWhenBusy() {
+    const { runs } = await get("/runs").catch(() => ({ runs: [] }));
+    const busy = runs.some((one) => ["starting", "running"].includes(one.state));
+    if (busy) toast("Something trains now: drawing slows it down, and takes longer itself.");
+  }
+
   async function drawLadder() {
     asked = readForm();
+    remembered.set(defaults.run, asked);
+    warnWhenBusy();
     ladder = new Ladder();
     kept = [];
     strip.replaceChildren();
     base.removeAttribute("src");
     isWhole = false;
-    await run(STRENGTHS);
+    await render(STRENGTHS);
   }
 
-  async function run(strengths) {
+  async function render(strengths) {
     halt();
     tell(trouble, null);
     bar.hidden = cancel.hidden = false;
@@ -152,7 +163,7 @@ function makeScreen(room, { project, defaults }) {
   function exactly(strength) {
     const found = ladder.at(strength);
     wanted = isWhole ? null : strength;
-    if (isWhole && found && !found.exact) run([strength]);
+    if (isWhole && found && !found.exact) render([strength]);
   }
 
   /** Takes a picture in once the browser has decoded it. */
@@ -195,6 +206,7 @@ function makeScreen(room, { project, defaults }) {
     base.style.clipPath = `inset(0 ${100 - divider.value}% 0 0)`;
   }
 
+  for (const [name, value] of Object.entries(remembered.get(defaults.run) || {})) if (fields[name]) fields[name].control.value = value;
   slider.addEventListener("input", show);
   slider.addEventListener("change", () => exactly(Number(slider.value)));
   return () => halt();

@@ -1,5 +1,5 @@
 // Train: where it stands, what it costs, what it draws, and the ways to stop it. All of it is read from the run folder.
-import { STATES, about, address, ask, bytes, confirmed, copyButton, el, get, go, onShow, plural, poll, post, tell } from "/web/core.js";
+import { STATES, about, address, ask, bytes, confirmed, copyButton, el, get, go, onShow, plural, poll, post, tell, toast } from "/web/core.js";
 import { makeChart } from "/web/chart.js";
 import { makeSamples } from "/web/samples.js";
 import { makeTake } from "/web/take.js";
@@ -11,6 +11,8 @@ const ASKS = [
   ["save-now", "Save now"],
   ["resume", "Resume"],
 ];
+
+const NEWS = { "sample-now": "Samples are drawn after this step.", "save-now": "A LoRA as it stands is written after this step." };
 
 export function mount(element) {
   const room = el("div");
@@ -142,6 +144,7 @@ function follow(room, project, id) {
     asking = what;
     try {
       await post(`${path}/${what}`);
+      if (NEWS[what]) toast(NEWS[what]);
       await look();
     } catch (error) {
       tell(trouble, error);
@@ -154,6 +157,7 @@ function follow(room, project, id) {
     if (!(await confirmed(`Delete this run and its samples${file}? What you downloaded stays.`, "Delete"))) return;
     try {
       await ask("DELETE", path);
+      toast("The run was deleted.");
       go("images", project.id);
     } catch (error) {
       tell(trouble, error);

@@ -83,6 +83,28 @@ def test_pictures_are_left_out_and_taken_back_by_undo(window: Any, page: Any, tm
     page.get_by_text("5 / 75 tokens").or_(page.get_by_text("6 / 75 tokens")).first.wait_for()
 
 
+def test_what_a_search_hides_is_not_excluded_and_undo_takes_back_only_what_was_done(
+    window: Any, page: Any, tmp_path: Path
+) -> None:
+    new_project(page, window.url)
+    use_folder(page, fill(tmp_path / "five", 5))
+    page.get_by_role("button", name="Exclude 0000.png").click()
+    page.get_by_text("4 pictures to train on").wait_for()
+    page.get_by_role("button", name="Select all").click()
+    page.get_by_label("Search names and captions").fill("0003")
+    page.get_by_text("1 selected").wait_for()
+    page.get_by_role("group", name="Selected pictures").get_by_role("button", name="Exclude").click()
+    page.get_by_text("3 pictures to train on").wait_for()
+    page.get_by_label("Search names and captions").fill("zzz")
+    page.get_by_text("No picture is like this.").wait_for()
+    page.get_by_label("Search names and captions").fill("")
+    page.get_by_role("button", name="Select all").click()
+    page.get_by_role("group", name="Selected pictures").get_by_role("button", name="Exclude").click()
+    page.get_by_text("0 pictures to train on").wait_for()
+    page.locator(".toast", has_text="3 pictures left out").get_by_role("button", name="Undo").click()
+    page.get_by_text("3 pictures to train on").wait_for()
+
+
 @pytest.mark.parametrize("kind", ["empty", "no pictures", "missing"])
 def test_a_folder_without_pictures_is_told_in_words(window: Any, page: Any, tmp_path: Path, kind: str) -> None:
     page.watched.allowed = {400, 404, 422}

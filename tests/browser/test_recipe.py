@@ -102,6 +102,37 @@ def test_changes_made_faster_than_they_are_saved_all_stay(recipe: Any, window: W
     assert saved(window, recipe.project)["train"] == {"steps": 77}
 
 
+def test_a_bad_value_among_quick_changes_stays_where_it_was_typed(recipe: Any) -> None:
+    rate = field_of(recipe, "optimizer.learning_rate")
+    for name, value in (("adapter.rank", "8"), ("optimizer.learning_rate", "fast"), ("train.steps", "1e3")):
+        field_of(recipe, name).fill(value)
+        field_of(recipe, name).press("Tab")
+    recipe.get_by_role("heading", name="1000 steps on pocket").wait_for()
+    fault_of(recipe, "optimizer.learning_rate").wait_for()
+    assert rate.input_value() == "fast"
+    rate.fill("0,002")  # as many write it
+    rate.press("Tab")
+    fault_of(recipe, "optimizer.learning_rate").wait_for(state="detached")
+    assert recipe.locator(".fault:not(:empty)").count() == 0
+
+
+def test_settings_are_shown_also_when_there_is_no_picture_to_train_on(recipe: Any) -> None:
+    field_of(recipe, "train.steps").fill("77")
+    field_of(recipe, "train.steps").press("Tab")
+    recipe.get_by_role("heading", name="77 steps on pocket").wait_for()
+    recipe.evaluate(
+        """project => import('/web/core.js').then(async ({get, put}) => {
+          const {images} = await get(`/projects/${project}/images`);
+          await put(`/projects/${project}/excluded`, Object.fromEntries(images.map(one => [one.rel, true]))); })""",
+        recipe.project,
+    )
+    recipe.reload()
+    recipe.get_by_role("heading", name="Not ready yet").wait_for()
+    assert field_of(recipe, "train.steps").input_value() == "77"
+    assert field_of(recipe, "adapter.rank").input_value() == "16"
+    assert recipe.get_by_role("button", name="pocket", pressed=True).is_visible()
+
+
 def test_the_card_follows_a_slider_and_two_real_steps_are_measured(recipe: Any, window: Window) -> None:
     recipe.locator(".measure").get_by_text("to finish").wait_for()
     first = recipe.locator(".measure").text_content()
