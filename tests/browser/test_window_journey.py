@@ -151,6 +151,7 @@ def test_one_drop_and_one_click_train(own_window: Any, page: Any, drop: Callable
     page.get_by_role("button", name="Delete this run").click()
     page.get_by_role("dialog").get_by_role("button", name="Delete").click()
     page.wait_for_function("document.body.dataset.screen === 'images'")
+    page.locator(".picture").nth(5).wait_for()  # the screen comes first, its pictures when they have been listed
     assert not run.exists() and page.locator(".picture").count() == 6
 
 
