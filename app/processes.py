@@ -8,11 +8,12 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from trainers import events
 from trainers.files import write_atomically
+from trainers.process_id import is_same, made_at
 from trainers.run_folder import RunFolder
 
 # Windows' word for a session of its own; 0 elsewhere, where these names are missing.
@@ -27,9 +28,9 @@ class Process:
     """Id of the project that the run belongs to; empty when nobody knows."""
     pid: int
     made: float
-    """When the system made the process, in seconds since 1970: ids are used again, this pair is not."""
-    began: float
-    """When the window asked for it: what the run told before is not of this process."""
+    """When the system made the process, in seconds since it started itself: ids are used again, this pair is not."""
+    before: int
+    """How many events the run had told: those are not of this process."""
     exit_code: int | None = None
     """How it ended, negative for a signal, where the window was there to see it."""
 
@@ -47,13 +48,13 @@ def read_process(run: RunFolder) -> Process | None:
         return None
 
 
-def start_process(run: RunFolder, project: str, home: Path) -> Process:
+def start_process(run: RunFolder, project: str, home: Path, force: bool = False) -> Process:
     """Starts `trainers resume RUN` apart from the window, all it says going into trainer.log, and notes it."""
-    began = time.time()
+    before = len(events.read_since(run.events)[0])
     with run.log.open("ab") as log:
         started = subprocess.Popen(
             # -P: without it a stray trainers.py in the working folder would run instead.
-            [sys.executable, "-P", "-m", "trainers", "resume", str(run.path)],
+            [sys.executable, "-P", "-m", "trainers", "resume", str(run.path), *(["--force"] if force else [])],
             cwd=home,
             env={**os.environ, "IMPASTO_HOME": str(home)},
             stdin=subprocess.DEVNULL,
@@ -63,7 +64,7 @@ def start_process(run: RunFolder, project: str, home: Path) -> Process:
             start_new_session=True,
             creationflags=_APART,
         )
-    process = Process(project, started.pid, _made(started.pid) or began, began)
+    process = Process(project, started.pid, made_at(started.pid) or 0.0, before)
     try:
         _note(run, process)
     except OSError:  # a training that nobody could find again
@@ -77,7 +78,7 @@ def _await_end(started: subprocess.Popen[bytes], run: RunFolder, process: Proces
     """Notes how it ended. Without a wait a dead child stays in the system's table."""
     code = started.wait()
     now = read_process(run)
-    if now is not None and (now.pid, now.began) == (process.pid, process.began):
+    if now is not None and (now.pid, now.made) == (process.pid, process.made):
         with contextlib.suppress(OSError):
             _note(run, Process(**{**asdict(now), "exit_code": code}))
 
@@ -88,24 +89,7 @@ def _note(run: RunFolder, process: Process) -> None:
 
 def is_alive(process: Process) -> bool:
     """Whether it still runs: the same id, made at the same time, and not only waiting to be buried."""
-    made = _made(process.pid)
-    return process.exit_code is None and made is not None and abs(made - process.made) < 2
-
-
-def has_id_since(pid: int, told: float) -> bool:
-    """Whether a process with this id runs that was there at a time in seconds since 1970; for runs started elsewhere."""
-    made = _made(pid)
-    return made is not None and made <= told + 2
-
-
-def _made(pid: int) -> float | None:
-    import psutil
-
-    try:
-        found = psutil.Process(pid)
-        return None if found.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD) else float(found.create_time())
-    except (psutil.Error, OSError, OverflowError, ValueError):
-        return None
+    return process.exit_code is None and is_same(process.pid, process.made)
 
 
 def tail(path: Path, lines: int = 200, most: int = 256 * 1024) -> list[str]:

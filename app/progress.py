@@ -14,6 +14,7 @@ State = Literal["starting", "running", "paused", "stopped", "finished", "failed"
 PHASES = {
     "scan": "Reading your pictures",
     "load": "Loading the base model",
+    "cache": "Preparing the pictures",
     "prior": "The base model draws pictures to remember",
     "train": "Training",
     "export": "Writing the file",
@@ -26,12 +27,18 @@ class Progress:
     """All events up to byte `offset`, folded. Times in seconds since 1970, memory in bytes."""
 
     offset: int = 0
-    begun: float = 0.0
-    """When the latest process took the run up."""
+    count: int = 0
+    """How many events that are."""
+    begun: int = 0
+    """The number of the event by which the latest process took the run up; 0 before."""
+    ended: int = 0
+    """The number of the event that ended it."""
     told: float = 0.0
     """When the latest event was told."""
     process: int | None = None
     """Its id, once it has told it."""
+    process_made: float = 0.0
+    """When the system made that process, in seconds since it started itself."""
     phase: str = ""
     detail: str = ""
     done: int = 0
@@ -54,9 +61,10 @@ class Progress:
     def apply(self, event: dict[str, Any]) -> None:
         """Adds one event as it stands in events.jsonl; what it lacks is left as it was."""
         kind = event.get("type")
+        self.count += 1
         self.told = float(event.get("time") or self.told)
         if kind in _ENDINGS:
-            self.ending = event
+            self.ending, self.ended = event, self.count
             self.step = int(event.get("step") or self.step)
             return
         self.ending = None
@@ -64,6 +72,7 @@ class Progress:
             self._enter(event)
         elif kind == "started":
             self.process, self.device = event.get("process"), str(event.get("device") or "")
+            self.process_made = float(event.get("made") or 0.0)
             self.step = self.first_step = int(event.get("step") or 0)
             self.steps = int(event.get("steps") or 0)
         elif kind == "step":
@@ -74,14 +83,21 @@ class Progress:
             self.memory = event.get("memory")
         elif kind == "sample":
             self.sample = str(event.get("path") or "")
-        elif kind == "warning" and event.get("message") not in self.warnings:
+        elif kind == "recovered":
+            self.step = self.first_step = int(event.get("step") or 0)
+            self._warn(event)
+        elif kind == "warning":
+            self._warn(event)
+
+    def _warn(self, event: dict[str, Any]) -> None:
+        if event.get("message") not in self.warnings:
             self.warnings.append(str(event.get("message")))
 
     def _enter(self, event: dict[str, Any]) -> None:
         self.phase, self.detail = str(event.get("name") or ""), str(event.get("detail") or "")
         self.done, self.total = int(event.get("done") or 0), int(event.get("total") or 0)
         if self.phase == "scan":  # where every process begins
-            self.begun, self.process, self.warnings, self.seconds_left = self.told, None, [], None
+            self.begun, self.process, self.warnings, self.seconds_left = self.count, None, [], None
 
     def left_now(self, now: float | None = None) -> float | None:
         """Seconds to the end, from the moment of asking. None before three steps are done: the first ones mislead."""
@@ -90,15 +106,18 @@ class Progress:
         return max(0.0, self.seconds_left - max(0.0, (time.time() if now is None else now) - self.told))
 
 
-def state_of(progress: Progress, alive: bool, process_began: float) -> State:
-    """The run's state. `process_began` is when the window last started a process for it, 0 when it never did."""
+def state_of(progress: Progress, alive: bool, before: int) -> State:
+    """The run's state. `before` events were told when the window last started a process for it, 0 when it never did.
+
+    Events are counted and not compared by their times, as somebody may set the clock.
+    """
     ending = progress.ending
-    if ending is not None and float(ending.get("time") or 0) >= process_began:
+    if ending is not None and progress.ended > before:
         kind: State = ending["type"]
         return kind
     if not alive:
         return "lost"
-    return "running" if progress.phase and progress.begun >= process_began else "starting"
+    return "running" if progress.phase and progress.begun > before else "starting"
 
 
 def in_a_sentence(state: State, progress: Progress, saved_step: int, exit_code: int | None = None, last_line: str = "") -> str:

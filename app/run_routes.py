@@ -18,6 +18,7 @@ from app.progress import PHASES
 from app.refusals import NOT_FOUND, Refusal
 from app.runs import Ask, Standing, find_lora, lora_files
 from trainers import events
+from trainers.doctor import make_report
 from trainers.formats.container import open_file, read_header
 from trainers.formats.hashes import file_hashes
 
@@ -53,6 +54,19 @@ def post_resume(run: TheRun, desk: TheDesk) -> RunAnswer:
     desk.preflight.stop()
     desk.runs.resume(run)
     return answer_run(desk.runs.standing(run))
+
+
+def post_resume_anyway(run: TheRun, desk: TheDesk) -> RunAnswer:
+    """Goes on although base, pictures, captions or settings have changed since; 409 while something trains."""
+    desk.preflight.stop()
+    desk.runs.resume(run, force=True)
+    return answer_run(desk.runs.standing(run))
+
+
+def get_report(run: TheRun) -> Response:
+    """A zip to attach to a report: versions, settings, events and log, with paths shortened, and no picture."""
+    headers = {"Content-Disposition": 'attachment; filename="impasto-report.zip"'}
+    return Response(make_report(run), media_type="application/zip", headers=headers)
 
 
 def delete_run(run: TheRun, desk: TheDesk) -> Response:
@@ -151,6 +165,8 @@ ROUTES: tuple[tuple[str, str, Callable[..., Any]], ...] = (
     ("POST", "/runs/{run_id}/sample-now", _asks("sample-now")),
     ("POST", "/runs/{run_id}/save-now", _asks("save-now")),
     ("POST", "/runs/{run_id}/resume", post_resume),
+    ("POST", "/runs/{run_id}/resume-anyway", post_resume_anyway),
+    ("GET", "/runs/{run_id}/report", get_report),
     ("DELETE", "/runs/{run_id}", delete_run),
     ("GET", "/runs/{run_id}/samples/{name}", get_sample),
     ("GET", "/runs/{run_id}/download", get_download),

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from app.planning import plan_project, take_edits
-from app.processes import Process, has_id_since, is_alive, read_process, start_process, tail
+from app.processes import Process, is_alive, read_process, start_process, tail
 from app.progress import Progress, State, in_a_sentence, state_of
 from app.projects import Project, add_run, make_slug
 from app.refusals import CONFLICT, NOT_FOUND, Refusal
@@ -21,6 +21,7 @@ from app.scanning import Scanner
 from trainers import events
 from trainers.dataset.edits import write_edits
 from trainers.files import write_atomically
+from trainers.process_id import is_same
 from trainers.run_folder import RunFolder, new_run
 
 Ask = Literal["stop", "pause", "sample-now", "save-now"]
@@ -59,7 +60,8 @@ class Standing:
         if self.state == "finished":
             return []
         if not self.is_at_work:
-            return ["resume"]
+            changed = self.state == "failed" and bool((self.progress.ending or {}).get("changed"))
+            return ["resume", "resume-anyway"] if changed else ["resume"]
         return {"stop": [], "pause": ["stop"], None: ["stop", "pause", "sample-now", "save-now"]}[self.asked]
 
 
@@ -98,7 +100,7 @@ class Runs:
         """Where a run stands now, read from its folder and the system's table of processes."""
         process = read_process(run)
         progress = self._read(run)
-        state = state_of(progress, _is_alive(progress, process), process.began if process else 0.0)
+        state = state_of(progress, _is_alive(progress, process), process.before if process else 0)
         saved = _saved_step(run)
         last = ""
         if state == "lost":
@@ -140,8 +142,11 @@ class Runs:
                 raise
         return run
 
-    def resume(self, run: RunFolder) -> None:
-        """Goes on with a run that has ended before its end. Raises Refusal when it is finished or something trains."""
+    def resume(self, run: RunFolder, force: bool = False) -> None:
+        """Goes on with a run that has ended before its end, with `force` also where what went into it has changed.
+
+        Raises Refusal when it is finished or something trains.
+        """
         with self._starting:
             standing = self.standing(run)
             if standing.state == "finished":
@@ -151,7 +156,7 @@ class Runs:
                 _await_death(standing.process)
             for name in ("stop", "sample-now", "save-now"):  # left over from the process before
                 run.take_flag(name)
-            start_process(run, standing.project, self.home)
+            start_process(run, standing.project, self.home, force)
 
     def delete(self, run: RunFolder) -> None:
         """Deletes a run with its samples, checkpoints and LoRA. Raises Refusal while it trains."""
@@ -228,7 +233,7 @@ def _is_alive(progress: Progress, process: Process | None) -> bool:
     if process and is_alive(process):
         return True
     if progress.process is not None:
-        return has_id_since(progress.process, progress.told)
+        return is_same(progress.process, progress.process_made)
     return process is None and progress.begun > 0 and time.time() - progress.told < _UNTOLD_SECONDS
 
 

@@ -52,7 +52,7 @@ def make_run(home: Path, name: str, lines: list[str], **process: Any) -> RunFold
     if lines:
         run.events.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     if process:
-        note = {"project": "", "pid": 2**22 + 1, "made": 1.0, "began": 0.0, **process}
+        note = {"project": "", "pid": 2**22 + 1, "made": 1.0, "before": 0, **process}
         (run.path / "process.json").write_text(json.dumps(note), encoding="utf-8")
     return run
 

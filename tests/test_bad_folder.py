@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -50,20 +49,3 @@ def test_train_finishes_on_the_good_pictures_and_leaves_the_folder_alone(
     warnings = " ".join(event["message"] for event in told if event["type"] == "warning")
     assert [name for name in expected if name not in warnings] == []
     assert contents(folder) == before
-
-
-def test_a_picture_that_goes_bad_while_training_ends_the_run_in_words(
-    pictures: Path, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from trainers.setup import set_up
-
-    def set_up_and_spoil(*given: Any) -> object:
-        training = set_up(*given)
-        for path in pictures.glob("*.png"):
-            path.write_bytes(b"spoilt")
-        return training
-
-    monkeypatch.setattr("trainers.train.set_up", set_up_and_spoil)
-    assert impasto("train", pictures, "--output", tmp_path / "run", "--base", tiny_base, *TINY, "--steps", 3) == 1
-    last = read_events(tmp_path / "run")[-1]
-    assert last["type"] == "failed" and ".png" in last["message"] and "Traceback" not in last["message"]

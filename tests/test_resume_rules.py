@@ -18,11 +18,10 @@ from trainers.run_folder import RunFolder
 @pytest.fixture
 def stopped(pictures: Path, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run of 6 steps that was stopped after the second."""
-    seen = []
 
     def asked(run: RunFolder) -> str | None:
-        seen.append(run)
-        return "stop" if len(seen) == 3 else None
+        done = run.events.exists() and any(event["type"] == "step" and event["step"] == 2 for event in read_events(run.path))
+        return "stop" if done else None
 
     with monkeypatch.context() as patch:
         patch.setattr(RunFolder, "stop_asked", asked)
@@ -48,14 +47,14 @@ def test_settings_that_do_not_decide_the_result_may_change_before_resume(stopped
 def test_a_setting_that_decides_the_result_is_named_when_it_changed(stopped: Path, capsys: pytest.CaptureFixture[str]) -> None:
     change(stopped, "batch_size = 2", "batch_size = 3")
     assert impasto("resume", stopped) == 1
-    assert "settings.train.batch_size" in capsys.readouterr().out
+    assert "the setting train.batch_size has changed from 2 to 3" in capsys.readouterr().out
     assert read_events(stopped)[-1]["type"] == "failed"
 
 
 def test_a_changed_caption_is_named_by_its_picture(stopped: Path, pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (pictures / "00.txt").write_text("something else", encoding="utf-8")
     assert impasto("resume", stopped) == 1
-    assert "captions.00.png" in capsys.readouterr().out
+    assert "the caption of 00.png has changed" in capsys.readouterr().out
 
 
 def test_events_are_only_ever_added_so_a_reader_goes_on_where_it_was(stopped: Path) -> None:

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from trainers.errors import RunFolderError
+from trainers.recovery import StateKeeper, remember
 from trainers.run_folder import RunFolder
-from trainers.setup import Training
-from trainers.train import _resume, update
+from trainers.train import update
 from trainers.training_state import TrainingState, load_state, save_state
 
 OPTIMIZERS = {
@@ -25,11 +25,6 @@ OPTIMIZERS = {
 @pytest.fixture
 def run(tmp_path: Path) -> RunFolder:
     return RunFolder(tmp_path / "run")
-
-
-def state_of(training: Training) -> TrainingState:
-    facts = {"at": 1.5, "seconds": 2.5, "threads": torch.get_num_threads()}
-    return TrainingState(training.step, training.flat.weights, training.mean, training.optimizer.state_dict(), facts)
 
 
 def simple(step: int, value: float = 0.0) -> TrainingState:
@@ -48,11 +43,17 @@ def test_updates_after_a_reload_give_bit_identical_weights(start: Any, run: RunF
     unbroken = start(*settings)
     for _ in range(3):
         update(unbroken)
-    save_state(run, state_of(unbroken))
+    remember(unbroken)
+    kept = StateKeeper(run, unbroken, None)
+    kept.save()
+    state = load_state(run)
+    assert state is not None
+    saved = state.facts["seconds"]
     resumed = start(*settings)
-    facts = _resume(resumed, run)
-    assert facts == {"at": 1.5, "seconds": 2.5}
-    assert resumed.step == 3
+    keeper = StateKeeper(run, resumed, load_state(run))
+    assert keeper.began == kept.began and 0 < saved <= keeper.seconds < 60
+    assert resumed.step == 3 and resumed.good is not None
+    assert torch.equal(resumed.good.weights, unbroken.flat.weights)
     for _ in range(2):
         assert update(resumed) == update(unbroken)
         assert torch.equal(resumed.flat.weights, unbroken.flat.weights)

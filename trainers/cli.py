@@ -81,6 +81,9 @@ def train(
 @cli.command()
 def resume(
     run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder of an earlier `train`.", show_default=False)],
+    force: Annotated[
+        bool, typer.Option("--force", help="Go on although base, pictures, captions or settings have changed.")
+    ] = False,
     json_lines: Json = False,
 ) -> None:
     """Go on with a run that was stopped, paused or killed."""
@@ -95,7 +98,7 @@ def resume(
     if follows():
         raise typer.Exit(follow(run))
     with run.lock():
-        raise typer.Exit(execute(run, json_lines))
+        raise typer.Exit(execute(run, json_lines, force=force))
 
 
 @cli.command()
@@ -161,6 +164,24 @@ def check(
     print_plan(plan)
     if measure:
         typer.echo("\n".join(describe(plan.config, plan.data.steps, measure_run(plan.config))))
+
+
+@cli.command()
+def doctor(
+    run_folder: Annotated[
+        Path | None, typer.Argument(metavar="[RUN]", help="Run folder that the report is about.", show_default=False)
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The zip to write.")] = Path("impasto-report.zip"),
+) -> None:
+    """Write a report to attach to a question: versions, settings, events, log; paths shortened, no picture."""
+    from trainers.doctor import make_report
+    from trainers.files import write_atomically
+    from trainers.run_folder import open_run
+
+    if output.exists():
+        raise RunFolderError("There is such a file already", str(output), "Choose another --output.")
+    write_atomically(output, make_report(open_run(run_folder) if run_folder else None))
+    typer.echo(f"{output} ({output.stat().st_size} bytes). Look through it before you send it.")
 
 
 @cli.command("inspect")

@@ -125,6 +125,8 @@ class TrainSettings(Settings):
     """Adds this much of a constant per channel to the noise, for darker darks and lighter lights."""
     ema: float = Field(default=0.0, ge=0, lt=1)
     """Decay of a running mean of the adapter that is exported instead of its last value. 0: off."""
+    recoveries: int = Field(default=3, ge=0, le=100)
+    """How often a run may go back to its last good state, at half the rate, when its numbers are not finite."""
     checkpointing: bool = False
     """Gradient checkpointing: less memory, about a third more time."""
     save_state_seconds: float = Field(default=30.0, ge=0, le=30)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -32,6 +34,20 @@ class Device:
         """Whether this process writes the files."""
         return self.index == 0
 
+    def kernels(self) -> dict[str, Any]:
+        """What decides the last bits of a result beside the numbers that go in. Kept with the training state."""
+        on_gpu = self.device.type == "cuda"
+        return {
+            "device": self.device.type,
+            "processor": torch.cuda.get_device_name() if on_gpu else torch.backends.cpu.get_cpu_capability(),
+            "processes": self.count,
+            "torch": torch.__version__,
+            "dtype": self.dtype_name,
+            "threads": torch.get_num_threads(),
+            "matmul": torch.get_float32_matmul_precision(),
+            "onednn": torch.backends.mkldnn.enabled,
+        }
+
     def sum_over_processes(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum of `tensor` over all processes, in place where there is only one."""
         if self.count == 1:
@@ -58,8 +74,11 @@ class Device:
             wait_for_everyone()
 
 
-def choose_device(precision: str, denoiser_bytes: int) -> Device:
-    """CUDA before Apple's GPU before the CPU. Raises SettingError when bf16 is asked for where there is none."""
+def choose_device(precision: str, denoiser_bytes: int, before: Mapping[str, Any] | None = None) -> Device:
+    """CUDA before Apple's GPU before the CPU. Raises SettingError when bf16 is asked for where there is none.
+
+    `before` are the `kernels` that a resumed run has computed with: what can be set is set again.
+    """
     index, count = 0, 1
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from accelerate import PartialState
@@ -74,13 +93,24 @@ def choose_device(precision: str, denoiser_bytes: int) -> Device:
         device = torch.device("cpu")
         # Said aloud even though it changes no number: only then does MKL stop choosing by itself how many threads a
         # product gets, which a resumed process chose differently, in the last bit of a result.
-        torch.set_num_threads(torch.get_num_threads())
+        # Sums are cut into as many parts as there are threads, so a resumed run needs as many as before.
+        torch.set_num_threads(before["threads"] if before else torch.get_num_threads())
+    if before:
+        torch.set_float32_matmul_precision(before["matmul"])
     bf16 = device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_bf16_supported())
     if precision == "bf16" and not bf16:
         raise SettingError("train.precision = bf16 is not possible on this GPU", hint="Set train.precision=fp32.")
-    if precision == "auto":
+    if precision == "auto" and before and (bf16 or before["dtype"] == "fp32"):
+        precision = before["dtype"]
+        reason = f"{device.type}, {precision} as before"
+    elif precision == "auto":
         precision = "bf16" if bf16 and denoiser_bytes > SMALL else "fp32"
         reason = f"{device.type}, {precision} chosen for a denoiser of {denoiser_bytes / 1e6:.0f} MB"
     else:
         reason = f"{device.type}, {precision} as set"
     return Device(device, {"fp32": torch.float32, "bf16": torch.bfloat16}[precision], reason, index, count)
+
+
+def other_kernels(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What a resumed run cannot have as before, in words: its result may differ in the last digits from an unbroken run's."""
+    return [f"{name} {before[name]} is now {now[name]}" for name in now if name in before and before[name] != now[name]]

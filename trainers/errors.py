@@ -6,6 +6,7 @@
     |-- BaseModelError           the base model is missing, incomplete or of another family
     |-- AdapterFileError         a LoRA file cannot be read or does not fit the base
     |-- RunFolderError           a run folder is taken, locked, missing or not a run
+    |   `-- ChangedError         what went into a run is not what it was when the run began
     `-- DivergedError            the loss or a gradient is no longer a finite number
 
 `Problem` is the same three sentences as a value, for checks that list all they find.
@@ -82,8 +83,20 @@ class RunFolderError(TrainingError):
     exit_code = 2
 
 
+class ChangedError(RunFolderError):
+    """Base, pictures, captions or settings are not what they were when the run began; `--force` goes on."""
+
+
 class DivergedError(TrainingError):
     """The loss or a gradient is no longer finite; nothing non-finite is ever exported."""
+
+
+class NoSpaceError(OSError):
+    """A file did not fit: the disk, or what this person may put on it, is full. `needed` and `free` in bytes."""
+
+    def __init__(self, number: int, path: str, needed: int, free: int) -> None:
+        super().__init__(number, "No space left", path)
+        self.needed, self.free = needed, free
 
 
 def is_out_of_memory(error: BaseException) -> bool:

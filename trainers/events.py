@@ -28,7 +28,8 @@ class Event:
 class Started(Event):
     """A process took the run up at `step` of `steps`, with so many own, prior and held-out pictures.
 
-    `parameters` are trainable numbers, `device` says where and why.
+    `parameters` are trainable numbers, `device` says where and why. `process` is its id, `made` the seconds from the
+    machine's start to the process's, which tells it from a later one of the same id.
     """
 
     type: ClassVar[str] = "started"
@@ -40,6 +41,7 @@ class Started(Event):
     parameters: int
     device: str
     process: int
+    made: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +101,21 @@ class Warned(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Recovered(Event):
+    """The numbers broke after `broke` steps: the run went back to `step`, whose later steps are told once more.
+
+    `rate` is the factor on the learning rates from now on; `attempt` counts from 1.
+    """
+
+    type: ClassVar[str] = "recovered"
+    step: int
+    broke: int
+    attempt: int
+    rate: float
+    message: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Paused(Event):
     """The run was paused at `step` with everything saved."""
 
@@ -127,10 +144,11 @@ class Finished(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Failed(Event):
-    """The run ended with an error, told in a sentence."""
+    """The run ended with an error, told in a sentence. `changed`: `resume --force` would go on all the same."""
 
     type: ClassVar[str] = "failed"
     message: str
+    changed: bool = False
 
 
 Emit = Callable[[Event], None]

@@ -6,11 +6,16 @@ import contextlib
 import errno
 import os
 import secrets
+import shutil
 import stat
 from collections.abc import Iterable
 from io import BufferedReader
 from pathlib import Path
 
+from trainers.errors import NoSpaceError
+
+# What a full disk, a quota and a limit on the size of files say; Windows has numbers of its own for the first.
+_FULL = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
 ASIDE = ".tmp"
 """Ending of a file that is being written; one that is left over belongs to a process that was killed."""
 
@@ -49,7 +54,7 @@ def write_atomically(path: Path, pieces: Iterable[bytes] | bytes, *, fsync: bool
     """Writes aside, flushes to the disk and renames: `path` is the old file or the whole new one, also after a power cut.
 
     Missing folders are made. Without `fsync` a power cut may leave a damaged file, which is enough for a cache that
-    checks what it reads, and faster. Raises OSError, with nothing left behind.
+    checks what it reads, and faster. Raises OSError (NoSpaceError when it does not fit), with nothing left behind.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     # Not made from the name, which may be as long as a name can be.
@@ -61,11 +66,27 @@ def write_atomically(path: Path, pieces: Iterable[bytes] | bytes, *, fsync: bool
                 file.flush()
                 os.fsync(file.fileno())
         os.replace(aside, path)
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        needed = len(pieces) if isinstance(pieces, bytes) else 0
+        raise NoSpaceError(error.errno, str(path), needed, shutil.disk_usage(path.parent).free) from error
     finally:
         with contextlib.suppress(OSError):
             aside.unlink(missing_ok=True)
     if fsync:
         _sync_folder(path.parent)
+
+
+def sweep_aside(folder: Path) -> None:
+    """Deletes what killed processes left half-written in `folder` and in the folders right in it."""
+    import psutil
+
+    for path in [*folder.glob(f".*-*{ASIDE}"), *folder.glob(f"*/.*-*{ASIDE}")]:
+        number = path.name[1:].partition("-")[0]
+        if number.isdigit() and (int(number) == os.getpid() or not psutil.pid_exists(int(number))):
+            with contextlib.suppress(OSError):
+                path.unlink()
 
 
 def _sync_folder(folder: Path) -> None:

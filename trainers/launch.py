@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import signal
 import threading
@@ -17,14 +18,17 @@ from trainers.config import TrainConfig, parse_override, write_config
 from trainers.console import make_display
 from trainers.dataset.folder import Scan
 from trainers.dataset.prepare import TrainingSet, planned_prior, prepare, render_side, scan_images
-from trainers.errors import Problem, SettingError, TrainingError, is_out_of_memory
+from trainers.errors import ChangedError, NoSpaceError, Problem, SettingError, TrainingError, is_out_of_memory
 from trainers.families import BaseModelFacts, recognise_base
+from trainers.files import sweep_aside, write_atomically
 from trainers.formats.metadata import source_date
 from trainers.presets import default_preset, resolve
 from trainers.run_folder import RunFolder, absolute
 from trainers.settings import merge
 
 DONE, FAILED, STOPPED = 0, 1, 3
+_RESERVE = 64 * 1024  # bytes
+_KEPT = "What was saved until now is kept."
 
 
 @dataclass(frozen=True)
@@ -114,14 +118,14 @@ def last_words(run: RunFolder) -> dict[str, Any] | None:
     return next((event for event in told if event["type"] == "finished" and run.result is not None), None)
 
 
-def execute(run: RunFolder, json_lines: bool = False, title: str = "") -> int:
+def execute(run: RunFolder, json_lines: bool = False, title: str = "", force: bool = False) -> int:
     """Trains in this process, writing events.jsonl and trainer.log. The one place that turns an error into `failed`."""
     with _logged(run), make_display(run, json_lines, title) as show, _signals() as stop:
-        told: set[tuple[str, int | str] | None] = set()
+        told = _Told()
         shown = [show]
 
         def emit(event: events.Event) -> None:
-            if _place(event.type, vars(event)) not in told:
+            if told.is_new(event.type, vars(event)):
                 events.append(run.events, event)
             logging.getLogger("impasto").info(event.to_json())
             try:
@@ -129,29 +133,63 @@ def execute(run: RunFolder, json_lines: bool = False, title: str = "") -> int:
             except OSError:  # whoever looked on has gone; the files go on telling
                 shown[0] = lambda _: None
 
+        def fail(message: str, changed: bool = False) -> None:
+            run.reserve.unlink(missing_ok=True)  # room for these words
+            event = events.Failed(message=message, changed=changed)
+            try:
+                emit(event)
+            except OSError:  # no room all the same: whoever looks on is told, and the log
+                shown[0](event)
+
         try:
-            told |= {_place(event["type"], event) for event in events.continue_file(run.events)} - {None}
+            sweep_aside(run.path)
+            for event in events.continue_file(run.events):
+                told.is_new(event["type"], event)
+            write_atomically(run.reserve, bytes(_RESERVE), fsync=False)
             from trainers.train import train
 
-            return DONE if train(run, emit, stop.is_set) else STOPPED
+            done = train(run, emit, stop.is_set, force)
+            run.reserve.unlink(missing_ok=True)
+            return DONE if done else STOPPED
         except TrainingError as error:
-            emit(events.Failed(message=str(error)))
+            fail(str(error), isinstance(error, ChangedError))
         except KeyboardInterrupt:
             if run.take_flag("stop"):  # while the base drew prior pictures, which stay
                 emit(events.Paused(step=0))
                 return STOPPED
-            emit(events.Failed(message="Interrupted at once. `impasto resume` goes on from what is saved."))
+            fail("Interrupted at once. `impasto resume` goes on from what is saved.")
         except Exception as error:
+            run.reserve.unlink(missing_ok=True)
             logging.getLogger("impasto").exception("unexpected error")
-            emit(events.Failed(message=_in_words(error, run)))
+            fail(_in_words(error, run))
         return FAILED
 
 
-def _place(kind: str, values: Mapping[str, Any]) -> tuple[str, int | str] | None:
-    """What makes an event one of its kind: steps after the last training state are done again, alike, and told once."""
-    if kind == "step":
-        return kind, values["step"]
-    return (kind, values["path"]) if kind in ("sample", "checkpoint") else None
+class _Told:
+    """What a run's events have told already: steps after the last training state are done again, alike, and told once."""
+
+    def __init__(self) -> None:
+        self._step = 0
+        self._paths: set[tuple[str, str]] = set()
+        self._attempts = 0
+
+    def is_new(self, kind: str, values: Mapping[str, Any]) -> bool:
+        """Whether an event says something new; from then on it does not."""
+        if kind == "step":
+            new = bool(values["step"] > self._step)
+            self._step = max(self._step, values["step"])
+            return new
+        if kind == "recovered":  # what follows differs from what was told
+            new = bool(values["attempt"] > self._attempts)
+            if new:
+                self._attempts, self._step = values["attempt"], values["step"]
+                self._paths.clear()
+            return new
+        if kind not in ("sample", "checkpoint"):
+            return True
+        new = (kind, values["path"]) not in self._paths
+        self._paths.add((kind, values["path"]))
+        return new
 
 
 def follow(run: RunFolder) -> int:
@@ -169,9 +207,18 @@ def _in_words(error: Exception, run: RunFolder) -> str:
             "Out of memory. Set `checkpointing = true` under [train] in config.toml and resume, or train anew with a lower"
             " train.batch_size or dataset.resolution."
         )
-    if isinstance(error, OSError) and error.errno == 28:
-        return f"The disk is full ({error.filename or run.path}). Free some space; then `impasto resume` goes on."
+    if isinstance(error, NoSpaceError) or (isinstance(error, OSError) and error.errno == errno.ENOSPC):
+        needed = f": {_size(error.needed)} were needed, {_size(error.free)} are free" if isinstance(error, NoSpaceError) else ""
+        return f"The disk is full{needed} ({error.filename or run.path}). {_KEPT} Free some space; then resume goes on."
+    if isinstance(error, OSError):
+        what = error.strerror or text
+        return f"A file cannot be read or written: {what} ({error.filename or run.path}). {_KEPT} Then resume goes on."
     return f"{type(error).__name__}: {text} (details in {run.log.name})."
+
+
+def _size(count: int) -> str:
+    """Bytes in a person's units."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count} bytes"
 
 
 @contextmanager
@@ -195,10 +242,17 @@ def _signals() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
+class _LogFile(logging.FileHandler):
+    """A log that cannot be written is no reason to end anything, nor to print about it."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Does nothing."""
+
+
 @contextmanager
 def _logged(run: RunFolder) -> Iterator[None]:
     """Everything logged or warned goes into trainer.log, for the curious and for bug reports."""
-    handler = logging.FileHandler(run.log, encoding="utf-8")
+    handler = _LogFile(run.log, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
     root, ours = logging.getLogger(), logging.getLogger("impasto")
     root.addHandler(handler)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import statistics
 import sys
 import time
 from collections.abc import Iterator
@@ -16,9 +15,10 @@ import torch
 from trainers import events
 from trainers.adapters.inject import TRAINED
 from trainers.dataset.prepare import render_side
-from trainers.export import describe_run, export_adapter, file_name
+from trainers.export import base_hashes, describe_run, export_adapter, file_name
 from trainers.files import write_atomically
 from trainers.generate import Picture, RenderSettings, render
+from trainers.process_id import made_at
 from trainers.run_folder import RunFolder
 from trainers.setup import Training
 
@@ -30,7 +30,10 @@ class Outputs:
         self._run, self._training, self._started_at = run, training, started_at
         self._emit: events.Emit = emit if training.device.is_main else (lambda _: None)
         self._name = file_name(training.config, training.model.facts)
-        self._sample_seconds = 0.0
+        own = tuple(dict.fromkeys(prepared.example.caption for prepared in training.data.own))
+        self._prompts = training.config.samples.prompts or own[:2]
+        self.sample_seconds = 0.0
+        """Seconds that the last samples took."""
         self._exported_at = -1
 
     def start(self) -> None:
@@ -46,14 +49,30 @@ class Outputs:
                 parameters=training.flat.weights.numel(),
                 device=training.device.reason,
                 process=os.getpid(),
+                made=made_at(os.getpid()) or 0.0,
             )
         )
-        self._emit(events.Stage(name="train", done=training.step, total=training.data.steps))
+        if training.device.is_main:  # while the base is still there
+            base_hashes(training.model.facts)
+
+    def begin_training(self) -> None:
+        """All is prepared: the steps follow."""
+        self._emit(events.Stage(name="train", done=self._training.step, total=self._training.data.steps))
+
+    def tell_recovery(self, what: str, broke: int) -> None:
+        """The run went back to where it stands now, as the batch after `broke` steps gave no finite number."""
+        training, recovery = self._training, self._training.recovery
+        self._exported_at = -1
+        times = f"{recovery.attempts} of {training.config.train.recoveries} times"
+        message = f"{what} at step {broke + 1}: back to step {training.step}, at {recovery.rate:g} of the rate ({times})."
+        self._emit(
+            events.Recovered(step=training.step, broke=broke, attempt=recovery.attempts, rate=recovery.rate, message=message)
+        )
 
     def tell(self, loss: float, norm: float, factor: float, held_out: float | None) -> None:
         """The event of the step just done."""
         training = self._training
-        pace = statistics.median(training.durations)
+        pace = training.median
         left = training.data.steps - training.step
         every = training.config.samples.every
         samples_left = left // every if every else 1
@@ -66,7 +85,7 @@ class Outputs:
                 learning_rates={group: self._rate(group) * factor for group in training.flat.groups},
                 gradient_norm=norm,
                 seconds_per_step=pace,
-                seconds_left=left * pace + samples_left * self._sample_seconds,
+                seconds_left=left * pace + samples_left * self.sample_seconds,
                 memory=memory_used(training.device.device),
             )
         )
@@ -81,14 +100,13 @@ class Outputs:
         if not training.device.is_main:
             return
         begun = time.monotonic()
-        prompts = settings.prompts or tuple(dict.fromkeys(p.example.caption for p in training.data.own))[:2]
         side = render_side(training.config, training.model.facts)
         how = RenderSettings(side, side, settings.steps, settings.guidance, settings.negative, settings.scheduler)
         with exported_weights(training):
-            for number, prompt in enumerate(prompts):
+            for number, prompt in enumerate(self._prompts):
                 picture = Picture(prompt, settings.seed, {TRAINED: settings.strength})
                 image = render(training.model, [picture], how)[0]
-                path = self._run.samples / f"{training.step:08d}_{number:02d}.png"
+                path = self._sample_path(number)
                 data = io.BytesIO()
                 image.save(data, "PNG")
                 write_atomically(path, data.getvalue())
@@ -101,7 +119,14 @@ class Outputs:
                         strength=settings.strength,
                     )
                 )
-        self._sample_seconds = time.monotonic() - begun
+        self.sample_seconds = time.monotonic() - begun
+
+    def has_sampled(self) -> bool:
+        """Whether the samples of this step are there, from a process before."""
+        return all(self._sample_path(number).exists() for number in range(len(self._prompts)))
+
+    def _sample_path(self, number: int) -> Path:
+        return self._run.samples / f"{self._training.step:08d}_{number:02d}.png"
 
     def checkpoint(self) -> str:
         """Exports the adapter as it stands, keeps the newest few, and returns the path inside the run folder."""

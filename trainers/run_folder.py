@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from trainers.errors import RunFolderError
+from trainers.errors import ChangedError, RunFolderError
 from trainers.files import write_atomically
 
 
@@ -52,6 +52,11 @@ class RunFolder:
     def manifest(self) -> Path:
         """Content hashes of all that went in."""
         return self.path / "manifest.json"
+
+    @property
+    def reserve(self) -> Path:
+        """Room on the disk for the last words of a run that has filled it."""
+        return self.path / ".reserve"
 
     @property
     def samples(self) -> Path:
@@ -103,38 +108,72 @@ class RunFolder:
         try:
             lock.acquire(timeout=0)
         except Timeout as error:
+            hint = "Wait for it, or ask it to end: `touch stop` in that folder."
             raise RunFolderError(
-                "Another process is training in this run folder", where=str(self.path), hint="Wait for it, or stop it first."
+                f"Another process is training in this run folder{self._holder()}", where=str(self.path), hint=hint
             ) from error
         try:
             yield
         finally:
             lock.release()
 
-    def check_manifest(self, manifest: dict[str, Any]) -> None:
-        """Writes the manifest the first time; later compares. Raises RunFolderError naming what has changed since."""
+    def _holder(self) -> str:
+        """Who that is, by its own last word on it."""
+        from trainers import events
+
+        told, _ = events.read_since(self.events)
+        number = next((event.get("process") for event in reversed(told) if event["type"] == "started"), None)
+        return f": process {number}" if number else ""
+
+    def check_manifest(self, manifest: dict[str, Any], force: bool = False) -> list[str]:
+        """Writes the manifest the first time; later compares. With `force` returns what has changed since, in words.
+
+        Raises ChangedError naming it otherwise, or RunFolderError when the old manifest cannot be read.
+        """
         text = json.dumps(manifest, indent=1, sort_keys=True)
-        if not self.manifest.exists():
+        changed: list[str] = []
+        if self.manifest.exists():
+            try:
+                before = json.loads(self.manifest.read_text(encoding="utf-8"))
+            except ValueError as error:
+                hint = "Delete that file to go on without the comparison."
+                raise RunFolderError("The list of what went into this run is damaged", str(self.manifest), hint) from error
+            changed = differences(before, json.loads(text))
+            if changed and not force:
+                some = "; ".join(changed[:5]) + (f"; and {len(changed) - 5} more" if changed[5:] else "")
+                hint = "Put it back, or go on all the same with `impasto resume --force`, or train into a new run folder."
+                raise ChangedError(f"Since this run began, {some}", where=str(self.path), hint=hint)
+        if changed or not self.manifest.exists():
             write_atomically(self.manifest, text.encode())
-            return
-        before = json.loads(self.manifest.read_text(encoding="utf-8"))
-        now = json.loads(text)
-        changed = [key for key in sorted(_flat(now)) if _flat(before).get(key) != _flat(now)[key]]
-        changed += sorted(_flat(before).keys() - _flat(now).keys())
-        if changed:
-            raise RunFolderError(
-                f"Since this run began, something changed: {', '.join(changed[:5])}{', ...' if changed[5:] else ''}",
-                where=str(self.path),
-                hint="Put it back, or train into a new run folder.",
-            )
+        return changed
 
 
-def _flat(manifest: dict[str, Any]) -> dict[str, Any]:
-    """Dotted names of all that must not change between stop and resume."""
+_KINDS = {"images": "the picture {}", "captions": "the caption of {}", "repeats": "the repeats of {}", "base": "the base's {}"}
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What differs between two manifests, each as a clause; versions of programs may differ."""
+    found = []
+    for kind, name in _KINDS.items():
+        old, new = before.get(kind, {}), now.get(kind, {})
+        for key in sorted(old.keys() | new.keys()):
+            if kind in ("captions", "repeats") and not (key in old and key in new):
+                continue  # told as a picture
+            if old.get(key) != new.get(key):
+                how = "is gone" if key not in new else "is new" if key not in old else "has changed"
+                found.append(f"{name.format(key)} {how}")
+    old, new = _flat(before.get("settings", {})), _flat(now.get("settings", {}))
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key):
+            was, is_ = (repr(values[key]) if key in values else "its default" for values in (old, new))
+            found.append(f"the setting {key} has changed from {was[:80]} to {is_[:80]}")
+    return found
+
+
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
+    """Dotted names -> values."""
     flat: dict[str, Any] = {}
-    for key, value in manifest.items():
-        if key == "versions":
-            continue
+    for key, value in values.items():
         inner = _flat(value) if isinstance(value, dict) else {"": value}
         flat |= {f"{key}.{name}".rstrip("."): part for name, part in inner.items()}
     return flat

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import statistics
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,19 +23,20 @@ from trainers.dataset.batches import BatchMaker
 from trainers.dataset.cache import ContentCache, prune
 from trainers.dataset.folder import Scan
 from trainers.dataset.prepare import TrainingSet, prepare, scan_images
-from trainers.device import Device, choose_device
+from trainers.device import Device, choose_device, other_kernels
 from trainers.families import load_family, recognise_base, weight_files
 from trainers.families.base import Conditioning, DiffusionModel
 from trainers.layers import plan_layers
 from trainers.prior import prior_examples
 from trainers.run_folder import RunFolder
+from trainers.training_state import Recovery, TrainingState
 
 Condition = Callable[[tuple[str, ...]], Conditioning]
 
 
 @dataclass
 class Training:
-    """A run in progress: what is fixed, and the few things that move (flat.weights, optimizer, mean, step)."""
+    """A run in progress: what is fixed, and the few things that move (flat.weights, optimizer, mean, step, recovery)."""
 
     config: TrainConfig
     model: DiffusionModel
@@ -47,7 +49,15 @@ class Training:
     optimizer: torch.optim.Optimizer
     mean: torch.Tensor | None
     step: int = 0
+    recovery: Recovery = field(default_factory=Recovery)
+    good: TrainingState | None = None
+    """What to go back to when the numbers break."""
     durations: deque[float] = field(default_factory=lambda: deque(maxlen=30))
+
+    @property
+    def median(self) -> float:
+        """Seconds that a step takes, by the last ones; 0 before the first."""
+        return statistics.median(self.durations) if self.durations else 0.0
 
     @property
     def exported(self) -> torch.Tensor:
@@ -61,21 +71,29 @@ def set_up(
     emit: events.Emit,
     interrupted: Callable[[], bool] = lambda: False,
     cache_folder: Path | None = None,
+    before: TrainingState | None = None,
+    force: bool = False,
 ) -> Training:
     """All stages before the first step. Raises TrainingError when base, pictures or settings do not fit together.
 
-    `cache_folder` holds the latents from run to run; None keeps them in memory. Raises KeyboardInterrupt when
-    `interrupted` while the base draws prior pictures.
+    `cache_folder` holds the latents from run to run; None keeps them in memory. `before` is the state that the run goes
+    on from: it will compute as it did; with `force` also where base, pictures or settings have changed since. Raises
+    KeyboardInterrupt when `interrupted` while the base draws prior pictures.
     """
     emit(events.Stage(name="scan", detail=f"reading {config.dataset.images}"))
     base = recognise_base(config.base.model)
     scan = scan_images(config)
     emit(events.Stage(name="load", detail=f"base model {base.name}"))
     size = sum(file.stat().st_size for file in weight_files(base.folder, "unet"))
-    device = choose_device(config.train.precision, size)
+    computed = before.facts.get("kernels") if before else None
+    device = choose_device(config.train.precision, size, computed)
+    if computed and (others := other_kernels(computed, device.kernels())):
+        what = f"This run goes on under other conditions ({'; '.join(others)})"
+        emit(events.Warned(message=f"{what}: its result may differ in the last digits from an unbroken run's."))
     model = load_family(base, device.dtype, device.device)
     if device.is_main:
-        run.check_manifest(make_manifest(config, scan, model))
+        for change in run.check_manifest(make_manifest(config, scan, model), force):
+            emit(events.Warned(message=f"Since this run began, {change}; it goes on all the same."))
     prior = prior_examples(model, config, run.prior, device, emit, interrupted)
     data = prepare(config, base, scan.examples, prior)
     for problem in (*check_settings(config, base), *check_pictures(config, base, scan, data)):
@@ -93,12 +111,16 @@ def set_up(
     ]
     if cache_folder and device.is_main:
         prune(cache_folder)
+
+    def warn(message: str) -> None:
+        emit(events.Warned(message=message))
+
     return Training(
         config=config,
         model=model,
         device=device,
         data=data,
-        batches=BatchMaker(model, config, data.training, data.plan, ContentCache(cache_folder), device),
+        batches=BatchMaker(model, config, data.training, data.plan, ContentCache(cache_folder), device, warn),
         condition=choose_condition(model, device.device, learns=config.text_encoder_rate > 0),
         plans=plans,
         flat=flat,
@@ -136,7 +158,7 @@ def make_manifest(config: TrainConfig, scan: Scan, model: DiffusionModel) -> dic
     are those that change nothing in the adapter, so that they may be changed between stop and resume.
     """
     free: dict[str, Any] = {"base": {"model"}, "samples": True, "checkpoints": True, "output": True}
-    free |= {"dataset": {"images", "edits"}, "train": {"save_state_seconds", "checkpointing"}}
+    free |= {"dataset": {"images", "edits"}, "train": {"save_state_seconds", "checkpointing", "recoveries"}}
     settings = config.model_dump(mode="json", exclude_defaults=True, exclude=free)
     return {
         "images": {example.name: example.sha256 for example in scan.examples},

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 import time
 from collections.abc import Callable
 
@@ -16,10 +15,12 @@ from trainers.errors import DivergedError
 from trainers.families.base import DiffusionModel
 from trainers.objective import mean_of_squares
 from trainers.outputs import Outputs, exported_weights
+from trainers.recovery import StateKeeper, go_back, remember
 from trainers.run_folder import RunFolder, home_folder
 from trainers.schedule import rate_factor
 from trainers.setup import Condition, Training, set_up
-from trainers.training_state import TrainingState, load_state, save_state
+from trainers.training_state import load_state
+from trainers.watchdog import Watchdog
 
 
 def training_step(model: DiffusionModel, batch: Batch, condition: Condition, min_snr_gamma: float | None) -> torch.Tensor:
@@ -54,7 +55,7 @@ def update(training: Training) -> tuple[float, float]:
         raise DivergedError(
             f"The {'gradient' if math.isfinite(float(loss)) else 'loss'} is no longer a finite number",
             where=f"step {training.step + 1}",
-            hint="Train anew with a lower optimizer.learning_rate or train.precision=fp32; what was saved until now is kept.",
+            hint="Train anew with a lower optimizer.learning_rate or train.precision=fp32.",
         )
     if settings.max_grad_norm and norm > settings.max_grad_norm:
         flat.gradient.mul_(settings.max_grad_norm / norm)
@@ -70,9 +71,10 @@ def update(training: Training) -> tuple[float, float]:
 
 
 def factor_now(training: Training) -> float:
-    """The schedule's factor on the learning rates of the next update."""
+    """The schedule's factor on the learning rates of the next update, lower once the run had to go back."""
     schedule = training.config.schedule
-    return rate_factor(schedule.type, schedule.warmup, schedule.floor, training.step, training.data.steps)
+    factor = rate_factor(schedule.type, schedule.warmup, schedule.floor, training.step, training.data.steps)
+    return factor * training.recovery.rate
 
 
 @torch.no_grad()
@@ -86,30 +88,28 @@ def held_out_loss(training: Training) -> float | None:
     return float(torch.stack(parts).sum())
 
 
-def train(run: RunFolder, emit: events.Emit, interrupted: Callable[[], bool] = lambda: False) -> bool:
+def train(run: RunFolder, emit: events.Emit, interrupted: Callable[[], bool] = lambda: False, force: bool = False) -> bool:
     """Trains the run to its end, or goes on with it from its last training state. Returns False when it was stopped.
 
-    Every file it makes lies in the run folder. Raises TrainingError in words when it cannot go on; the last training
-    state and checkpoints then stay as they are.
+    Every file it makes lies in the run folder. With `force` it goes on although base, pictures or settings have changed.
+    Raises TrainingError in words when it cannot go on; the last training state and checkpoints then stay as they are.
     """
 
     def unwanted() -> bool:
         return interrupted() or run.stop_asked() is not None
 
-    training = set_up(read_config(run.config), run, emit, unwanted, home_folder() / "cache" / "latents")
-    past = _resume(training, run)
-    outputs = Outputs(run, training, emit, past["at"])
+    def warn(message: str) -> None:
+        emit(events.Warned(message=message))
+
+    before = load_state(run)
+    training = set_up(read_config(run.config), run, emit, unwanted, home_folder() / "cache" / "latents", before, force)
+    keeper = StateKeeper(run, training, before)
+    outputs = Outputs(run, training, emit, keeper.began)
     outputs.start()
-    begun = saved = time.monotonic()
+    fill_cache(training, emit, unwanted)
+    outputs.begin_training()
     steps, every = training.data.steps, training.config.samples.every
     loss_due = every or max(1, steps // 20)
-
-    def seconds() -> float:
-        return past["seconds"] + time.monotonic() - begun
-
-    def save() -> None:
-        if training.device.is_main:
-            _save(training, run, {"at": past["at"], "seconds": seconds(), "threads": torch.get_num_threads()})
 
     def stop_asked() -> str | None:
         # The first process alone reads the flags, so that none of the others takes them away from it.
@@ -119,51 +119,64 @@ def train(run: RunFolder, emit: events.Emit, interrupted: Callable[[], bool] = l
     def flagged(name: str) -> bool:
         return training.device.is_main and run.take_flag(name)
 
-    if every and training.step == 0:
+    if every and training.step % every == 0 and not outputs.has_sampled():
         outputs.sample()
-    while training.step < steps:
-        asked = stop_asked()
-        if asked:
-            save()
-            outputs.stop(asked)
-            return False
-        tick = time.monotonic()
-        factor = factor_now(training)
-        loss, norm = update(training)
-        training.durations.append(time.monotonic() - tick)
-        due = training.step % loss_due == 0 or training.step == steps
-        outputs.tell(loss, norm, factor, held_out_loss(training) if due else None)
-        if (every and (training.step % every == 0 or training.step == steps)) or flagged("sample-now"):
-            outputs.sample()
-        keep = flagged("save-now")
-        if keep or (training.config.checkpoints.every and training.step % training.config.checkpoints.every == 0):
-            outputs.checkpoint()
-        age = time.monotonic() - saved + statistics.median(training.durations)  # as it would be after one more step
-        if age > training.config.train.save_state_seconds or keep:
-            save()
-            saved = time.monotonic()
-    save()
-    outputs.finish(seconds())
+    with Watchdog(warn).watching() as watchdog:
+        while training.step < steps:
+            asked = stop_asked()
+            if asked:
+                keeper.save()
+                outputs.stop(asked)
+                return False
+            remember(training)
+            if training.step in training.recovery.skipped:
+                training.step += 1
+                continue
+            tick, factor = time.monotonic(), factor_now(training)
+            try:
+                with watchdog.step(training.step + 1, training.median):
+                    loss, norm = update(training)
+            except DivergedError as error:
+                recover(training, error, keeper, outputs)
+                continue
+            training.durations.append(time.monotonic() - tick)
+            due = training.step % loss_due == 0 or training.step == steps
+            outputs.tell(loss, norm, factor, held_out_loss(training) if due else None)
+            if (every and (training.step % every == 0 or training.step == steps)) or flagged("sample-now"):
+                keeper.save_if_older(outputs.sample_seconds)  # as nothing is saved while pictures are drawn
+                outputs.sample()
+            keep = flagged("save-now")
+            if keep or (training.config.checkpoints.every and training.step % training.config.checkpoints.every == 0):
+                outputs.checkpoint()
+            keeper.save() if keep else keeper.save_if_older(training.median)  # as it would be after one more step
+    keeper.save()
+    outputs.finish(keeper.seconds)
     return True
 
 
-def _save(training: Training, run: RunFolder, facts: dict[str, float]) -> None:
-    state = training.optimizer.state_dict()
-    save_state(run, TrainingState(training.step, training.flat.weights, training.mean, state, facts))
+def fill_cache(training: Training, emit: events.Emit, unwanted: Callable[[], bool]) -> None:
+    """Encodes the pictures before the first step; a stop that is asked for meanwhile is heard."""
+
+    def told(done: int, total: int) -> bool:
+        if training.device.is_main:
+            emit(events.Stage(name="cache", done=done, total=total))
+        return not unwanted()
+
+    training.batches.fill_cache(training.data.held_out, told)
+    training.device.wait_for_all()
 
 
-def _resume(training: Training, run: RunFolder) -> dict[str, float]:
-    """Puts the newest training state back, if there is one. Returns when the run began and the seconds it has trained."""
-    state = load_state(run)
-    if state is None:
-        return {"at": time.time(), "seconds": 0.0}
-    training.step = state.step
-    with torch.no_grad():
-        training.flat.weights.copy_(state.weights)
-        if training.mean is not None and state.mean is not None:
-            training.mean.copy_(state.mean)
-    training.optimizer.load_state_dict(state.optimizer)
-    # Sums are cut into as many parts as there are threads, so another number would give other last bits.
-    if training.device.device.type == "cpu":
-        torch.set_num_threads(state.facts["threads"])
-    return {"at": state.facts["at"], "seconds": state.facts["seconds"]}
+def recover(training: Training, error: DivergedError, keeper: StateKeeper, outputs: Outputs) -> None:
+    """Goes back to the last good state, saves it and tells. Raises DivergedError, that state exported, when in vain."""
+    broke = training.step
+    try:
+        go_back(training, error)
+    except DivergedError:
+        keeper.save()
+        path = outputs.checkpoint()
+        times = training.recovery.attempts
+        kept = f"The adapter of step {training.step}, the last good one, is kept as {path}"
+        after = f", although the run went back {times} times with a lower rate" if times else ""
+        raise DivergedError(f"{error.what}{after}", error.where, f"{kept}. {error.hint}") from error
+    keeper.save()  # first, so that a run killed now does not go back again
+    outputs.tell_recovery(error.what, broke)

@@ -1,13 +1,15 @@
 """Everything a resume needs, in one file: the adapter's float32 masters, the optimizer, the running mean, the step.
 
 The file is a .safetensors; what is not a tensor stands as JSON in its metadata, with a checksum over both. It is written
-aside, flushed and renamed; the two newest are kept, and a damaged one falls back to the one before.
+aside, flushed and renamed; the two newest are kept, and a damaged one falls back to the one before. Beside them lies the
+state that the run would go back to if its numbers broke, so that a resumed run goes back as far as an unbroken one.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,24 @@ GENERATIONS = 2
 
 
 @dataclass(frozen=True)
+class Recovery:
+    """How often a run went back, by which factor its learning rates are lower since, and whose steps are passed over."""
+
+    attempts: int = 0
+    rate: float = 1.0
+    skipped: tuple[int, ...] = ()
+
+    def again(self, step: int) -> Recovery:
+        """One more, after the batch of `step` gave no finite number."""
+        return Recovery(self.attempts + 1, self.rate / 2, (*self.skipped, step))
+
+    @classmethod
+    def of(cls, facts: dict[str, Any]) -> Recovery:
+        """From the JSON of its fields."""
+        return cls(facts["attempts"], facts["rate"], tuple(facts["skipped"]))
+
+
+@dataclass(frozen=True)
 class TrainingState:
     """`step` optimizer updates are done. `optimizer` is a torch optimizer's state_dict; `mean` is the EMA or None."""
 
@@ -31,11 +51,34 @@ class TrainingState:
     weights: torch.Tensor
     mean: torch.Tensor | None
     optimizer: dict[str, Any]
-    facts: dict[str, Any]  # what must be set again to go on alike: thread count, dtype, seconds trained
+    facts: dict[str, Any]  # what must be set again to go on alike: kernels, seconds trained, how often it went back
 
 
-def save_state(run: RunFolder, state: TrainingState) -> None:
-    """Writes one generation and removes the oldest beyond two."""
+def save_state(run: RunFolder, state: TrainingState, good: TrainingState | None = None) -> None:
+    """Writes one generation, and `good` where it is not there yet; removes what is older than two generations.
+
+    States of later steps are from before the run went back, and are removed too. Raises OSError, with all as it was.
+    """
+    if good is not None and not _path(run, "good", good.step).exists():
+        _write(_path(run, "good", good.step), good)
+    _write(_path(run, "step", state.step), state)
+    past = [path for path in _newest_first(run) if _step_of(path) <= state.step]
+    for path in {*_newest_first(run)} - {*past[:GENERATIONS]}:
+        path.unlink(missing_ok=True)
+    for path in _newest_first(run, "good")[GENERATIONS:]:
+        path.unlink(missing_ok=True)
+
+
+def _path(run: RunFolder, kind: str, step: int) -> Path:
+    return run.state / f"{kind}-{step:08d}.safetensors"
+
+
+def _step_of(path: Path) -> int:
+    match = re.search(r"-(\d+)$", path.stem)
+    return int(match[1]) if match else -1
+
+
+def _write(path: Path, state: TrainingState) -> None:
     tensors = {"weights": state.weights}
     if state.mean is not None:
         tensors["mean"] = state.mean
@@ -43,9 +86,7 @@ def save_state(run: RunFolder, state: TrainingState) -> None:
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     values = json.dumps({"step": state.step, "optimizer": plain, "facts": state.facts})
     metadata = {"state": values, "sha256": _checksum(values, tensors)}
-    write_atomically(run.state / f"step-{state.step:08d}.safetensors", save(tensors, metadata))
-    for old in _newest_first(run)[GENERATIONS:]:
-        old.unlink(missing_ok=True)
+    write_atomically(path, save(tensors, metadata))
 
 
 def load_state(run: RunFolder) -> TrainingState | None:
@@ -60,8 +101,13 @@ def load_state(run: RunFolder) -> TrainingState | None:
     return None
 
 
-def _newest_first(run: RunFolder) -> list[Path]:
-    return sorted(run.state.glob("step-*.safetensors"), reverse=True)
+def load_good(run: RunFolder, step: int) -> TrainingState | None:
+    """The state of `step` that a run goes back to when its numbers break; None when it is missing or damaged."""
+    return _read(_path(run, "good", step))
+
+
+def _newest_first(run: RunFolder, kind: str = "step") -> list[Path]:
+    return sorted(run.state.glob(f"{kind}-*.safetensors"), key=_step_of, reverse=True)
 
 
 def _read(path: Path) -> TrainingState | None:

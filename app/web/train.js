@@ -10,6 +10,7 @@ const ASKS = [
   ["sample-now", "Sample now"],
   ["save-now", "Save now"],
   ["resume", "Resume"],
+  ["resume-anyway", "Resume all the same"],
 ];
 
 const NEWS = { "sample-now": "Samples are drawn after this step.", "save-now": "A LoRA as it stands is written after this step." };
@@ -94,6 +95,10 @@ function follow(room, project, id) {
       told.losses.set(event.step, event.loss);
       if (event.held_out_loss !== null) told.held.set(event.step, event.held_out_loss);
     } else if (event.type === "sample") told.samples.set(event.path, event);
+    else if (event.type === "recovered") { // the later steps are told once more
+      for (const map of [told.losses, told.held]) for (const step of [...map.keys()]) if (step > event.step) map.delete(step);
+      for (const [name, sample] of [...told.samples]) if (sample.step > event.step) told.samples.delete(name);
+    }
   }
 
   function draw(status, hasNews) {
@@ -105,7 +110,7 @@ function follow(room, project, id) {
     if (working && !counted[1]) bar.removeAttribute("value");
     else bar.value = counted[0];
     facts.textContent = [
-      working && status.phase === "prior" && status.total ? `picture ${status.done} of ${status.total}` : "",
+      working && ["prior", "cache"].includes(status.phase) && status.total ? `picture ${status.done} of ${status.total}` : "",
       status.steps ? `step ${status.step} of ${status.steps}` : "",
       status.seconds_left !== null ? `${about(status.seconds_left)} left` : "",
       status.seconds_per_step ? `${status.seconds_per_step.toFixed(2)} s a step` : "",
@@ -131,7 +136,10 @@ function follow(room, project, id) {
     const made = ASKS.filter(([what]) => status.can.includes(what)).map(([what, label]) => el("button", {
       type: "button", class: ["resume", "stop"].includes(what) ? "primary" : "", disabled: asking === what, onclick: () => request(what),
     }, label));
-    if (["failed", "lost"].includes(status.state)) made.push(copyDetails(status));
+    if (["failed", "lost"].includes(status.state)) {
+      made.push(copyDetails(status));
+      made.push(el("a", { class: "button", href: `/api${path}/report`, download: "" }, "Download a report"));
+    }
     if (!["starting", "running"].includes(status.state)) {
       made.push(el("a", { class: "button", href: address("recipe", project.id) }, "Change the recipe"));
       made.push(el("button", { type: "button", class: "quiet", onclick: () => remove(status) }, "Delete this run"));

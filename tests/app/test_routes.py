@@ -15,6 +15,7 @@ from fastapi.testclient import TestClient
 from tests.app_client import make_client, make_run, ok, project_with, refused
 from tests.command_line import contents, run_fresh
 from trainers.config import build_config
+from trainers.process_id import made_at
 
 RECORDED = (Path(__file__).parent / "recorded_events.jsonl").read_text(encoding="utf-8").splitlines()
 
@@ -293,7 +294,7 @@ def test_of_two_starts_at_the_same_moment_one_wins(
 
     def pretend(run: Any, owner: str, _home: Path) -> None:
         me = psutil.Process()
-        note = {"project": owner, "pid": me.pid, "made": me.create_time(), "began": 1.0}
+        note = {"project": owner, "pid": me.pid, "made": made_at(me.pid), "before": 0}
         (run.path / "process.json").write_text(json.dumps(note), encoding="utf-8")
 
     monkeypatch.setattr("app.runs.start_process", pretend)

@@ -20,6 +20,7 @@ from app.refusals import Refusal
 from app.runs import Runs, find_lora
 from tests.app_client import await_state, make_client, make_run, ok, project_with, refused
 from tests.command_line import contents
+from trainers.process_id import made_at
 
 RECORDED = (Path(__file__).parent / "recorded_events.jsonl").read_text(encoding="utf-8").splitlines()
 """A run on pocket, 6 steps, samples every 3: all that the trainer told."""
@@ -53,7 +54,7 @@ def sleeper() -> Iterator[subprocess.Popen[bytes]]:
 
 
 def note_of(process: subprocess.Popen[bytes], **more: Any) -> dict[str, Any]:
-    return {"pid": process.pid, "made": psutil.Process(process.pid).create_time(), **more}
+    return {"pid": process.pid, "made": made_at(process.pid), **more}
 
 
 def test_recorded_events_add_up() -> None:
@@ -130,41 +131,61 @@ def test_a_living_process_is_found_again_by_a_new_window(home: Path, sleeper: su
 
 
 def test_another_process_with_the_same_id_is_not_taken_for_it(home: Path, sleeper: subprocess.Popen[bytes]) -> None:
-    run = make_run(home, "r", until("step", 3), pid=sleeper.pid, made=psutil.Process(sleeper.pid).create_time() - 3600)
+    run = make_run(home, "r", until("step", 3), pid=sleeper.pid, made=(made_at(sleeper.pid) or 0) - 3600)
     assert Runs(home).standing(run).state == "lost"
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows buries its dead at once")
 def test_a_dead_child_that_nobody_waited_for_is_dead() -> None:
     child = subprocess.Popen([sys.executable, "-c", ""])
-    made = psutil.Process(child.pid).create_time()
+    made = made_at(child.pid)
+    assert made
     deadline = time.monotonic() + 60
-    while is_alive(Process("", child.pid, made, 0.0)) and time.monotonic() < deadline:
+    while is_alive(Process("", child.pid, made, 0)) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not is_alive(Process("", child.pid, made, 0.0))
+    assert not is_alive(Process("", child.pid, made, 0))
     child.wait()
 
 
 def test_a_run_of_the_command_line_is_known_by_the_process_that_it_names(home: Path, sleeper: subprocess.Popen[bytes]) -> None:
-    now = time.time() + 1
-    lines = [json.dumps({**json.loads(text), "time": now}) for text in until("step", 3)]
-    lines = [text.replace(f'"process": {json.loads(text)["process"]}', f'"process": {sleeper.pid}')
-             if '"process"' in text else text for text in lines]  # fmt: skip
-    assert Runs(home).standing(make_run(home, "alive", lines)).state == "running"
-    # The same id, but what was told is older than the process.
-    old = [text.replace(str(now), str(now - 7200)) for text in lines]
-    assert Runs(home).standing(make_run(home, "dead", old)).state == "lost"
+    def named(made: float) -> list[str]:
+        told = [json.loads(text) for text in until("step", 3)]
+        return [json.dumps({**one, "process": sleeper.pid, "made": made} if one["type"] == "started" else one) for one in told]
+
+    made = made_at(sleeper.pid)
+    assert made
+    assert Runs(home).standing(make_run(home, "alive", named(made))).state == "running"
+    assert Runs(home).standing(make_run(home, "dead", named(made - 7200))).state == "lost", "the same id, another process"
+
+
+def test_setting_the_clock_changes_nothing(
+    home: Path, sleeper: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Events an hour before the process that tells them, and a system whose clock was moved by a day since."""
+    told = [json.loads(text) for text in until("step", 3)]
+    earlier = [json.dumps({**one, "time": one["time"] - 3600}) for one in told]
+    run = make_run(home, "r", earlier, **note_of(sleeper))
+    assert Runs(home).standing(run).state == "running"
+    booted = psutil.boot_time()
+    made = psutil.Process(sleeper.pid).create_time()
+    monkeypatch.setattr(psutil, "boot_time", lambda: booted + 86400)
+    monkeypatch.setattr(psutil.Process, "create_time", lambda self: made + 86400)
+    monkeypatch.setattr(time, "time", lambda: 0.0)
+    standing = Runs(home).standing(run)
+    assert standing.state == "running" and (standing.progress.left_now() or 0) >= 0
+    with run.events.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"type": "stopped", "time": 5.0, "step": 3, "path": "x"}) + "\n")
+    assert Runs(home).standing(run).state == "stopped"
 
 
 def test_an_older_ending_is_not_that_of_a_process_started_since(home: Path, sleeper: subprocess.Popen[bytes]) -> None:
     lines = [*until("step", 4), line("stopped", step=4, path="x")]
-    began = TOLD[-1]["time"] + 60
-    run = make_run(home, "r", lines, **note_of(sleeper, began=began))
+    run = make_run(home, "r", lines, **note_of(sleeper, before=len(lines)))
     assert Runs(home).standing(run).state == "starting"
     sleeper.kill()
     sleeper.wait()
     assert Runs(home).standing(run).state == "lost"
-    assert state_of(folded(lines), False, 0.0) == "stopped"
+    assert state_of(folded(lines), False, 0) == "stopped"
 
 
 def test_only_new_bytes_are_read(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,7 +261,7 @@ def test_a_run_is_deleted_whole_but_not_while_it_trains(home: Path, sleeper: sub
     (done.path / "x.safetensors").write_bytes(b"a file")
     runs.delete(done)
     assert not done.path.exists() and runs.standings() == []
-    busy = make_run(home, "busy", [], pid=sleeper.pid, made=psutil.Process(sleeper.pid).create_time())
+    busy = make_run(home, "busy", [], pid=sleeper.pid, made=made_at(sleeper.pid))
     with pytest.raises(Refusal, match="training"):
         runs.delete(busy)
     assert busy.config.is_file()

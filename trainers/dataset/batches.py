@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy
@@ -16,6 +16,7 @@ from trainers.dataset.pictures import load_pixels
 from trainers.dataset.plan import StepPlan, random_for
 from trainers.dataset.prepare import Prepared
 from trainers.device import Device
+from trainers.errors import DatasetError
 from trainers.families.base import DiffusionModel
 from trainers.objective import draw_noise, draw_timestep
 
@@ -38,6 +39,10 @@ class Batch:
     weights: torch.Tensor
 
 
+Row = tuple[torch.Tensor, torch.Tensor, int, str, float]
+"""latents, noise, timestep, caption, weight of one example."""
+
+
 class BatchMaker:
     """Builds batches for any step, and the fixed batches of the held-out loss."""
 
@@ -49,18 +54,40 @@ class BatchMaker:
         plan: StepPlan,
         cache: ContentCache,
         device: Device,
+        warn: Callable[[str], None] = lambda message: None,
     ) -> None:
         self._model, self._config, self._examples, self._plan = model, config, examples, plan
-        self._cache, self._device = cache, device
+        self._cache, self._device, self._warn = cache, device, warn
+        self._lost: set[str] = set()  # names of pictures that cannot be read any more
+
+    def fill_cache(self, held_out: Sequence[Prepared], told: Callable[[int, int], bool]) -> None:
+        """Encodes every picture that no cache knows yet, so that one that vanishes later is not missed.
+
+        Calls `told` with how many of how many are done, which may answer False to end it there. Processes share the work.
+        """
+        flips = (False, True) if self._config.dataset.flip else (False,)
+        wanted = [(prepared, flip) for prepared in self._examples for flip in flips] + [(one, False) for one in held_out]
+        missing = [(prepared, flip) for prepared, flip in wanted if not self._cache.knows(self._name(prepared, flip))]
+        mine = missing[self._device.index :: self._device.count]
+        for done, (prepared, flip) in enumerate(mine):
+            if not told(done, len(mine)):
+                return
+            self._try_latents(prepared, flip, ("cache",))
 
     def step(self, step: int) -> Iterator[Batch]:
-        """The micro-batches of `step` that this process computes. Slots are dealt out to the processes in turn."""
+        """The micro-batches of `step` that this process computes. Slots are dealt out to the processes in turn.
+
+        A picture that cannot be read any more is told once, and another one of its size stands in for it. Raises
+        DatasetError when none is left.
+        """
         indices = self._plan.indices(step)
         mine = list(enumerate(indices))[self._device.index :: self._device.count]
         size = self._config.train.batch_size
         for start in range(0, len(mine), size):
             rows = [self._row(step, slot, index) for slot, index in mine[start : start + size]]
-            yield self._join(rows, len(indices))
+            kept = [row for row in rows if row is not None]
+            if kept:
+                yield self._join(kept, len(indices))
 
     def held_out(self, examples: Sequence[Prepared], draws: int = 4) -> Iterator[Batch]:
         """One batch for each held-out example: `draws` fixed noises at timesteps spread evenly over the schedule."""
@@ -70,13 +97,28 @@ class BatchMaker:
             rows = []
             for draw in range(draws):
                 key = (seed, "holdout", prepared.example.sha256, draw)
-                latents = self._latents(prepared, False, key)
+                latents = self._try_latents(prepared, False, key)
+                if latents is None:
+                    continue
                 noise = draw_noise(_shape(latents), 0.0, *key)
                 timestep = int(total * (draw + 0.5) / draws)
                 rows.append((latents, noise, timestep, prepared.example.caption, 1.0))
-            yield self._join(rows, draws * len(examples))
+            if rows:
+                yield self._join(rows, draws * len(examples))
 
-    def _row(self, step: int, slot: int, index: int) -> tuple[torch.Tensor, torch.Tensor, int, str, float]:
+    def _row(self, step: int, slot: int, index: int) -> Row | None:
+        """The row of a slot, or of the first one in its bucket that can be read; None when there is none."""
+        bucket = self._plan.buckets[index]
+        for other in (*range(index, len(self._examples)), *range(index)):
+            if self._plan.buckets[other] == bucket and self._examples[other].example.name not in self._lost:
+                row = self._try_row(step, slot, other)
+                if row is not None:
+                    return row
+        if len(self._lost) >= len({prepared.example.name for prepared in self._examples}):
+            raise DatasetError("No picture can be read any more", self._config.dataset.images, "Put them back, and resume.")
+        return None
+
+    def _try_row(self, step: int, slot: int, index: int) -> Row | None:
         settings, prepared = self._config.dataset, self._examples[index]
         key = (self._config.train.seed, step, slot, index)
         flip = settings.flip and random_for("flip", *key).random() < 0.5
@@ -87,27 +129,44 @@ class BatchMaker:
             settings.caption_keep,
             settings.caption_dropout,
         )
-        latents = self._latents(prepared, flip, key)
+        latents = self._try_latents(prepared, flip, key)
+        if latents is None:
+            return None
         noise = draw_noise(_shape(latents), self._config.train.noise_offset, *key)
         return latents, noise, draw_timestep(self._model.objective.timesteps, *key), caption, prepared.weight
 
-    def _latents(self, prepared: Prepared, flip: bool, key: tuple[object, ...]) -> torch.Tensor:
-        """One draw from the VAE's distribution of a picture, (C, h, w), scaled."""
+    def _try_latents(self, prepared: Prepared, flip: bool, key: tuple[object, ...]) -> torch.Tensor | None:
+        """The latents of a picture, or None, told once, when it has become unreadable."""
+        try:
+            return self._latents(prepared, flip, key)
+        except DatasetError as error:
+            if prepared.example.name not in self._lost:
+                self._lost.add(prepared.example.name)
+                self._warn(f"{error.what} ({prepared.example.name}). It is left out from now on; the training goes on.")
+            return None
+
+    def _name(self, prepared: Prepared, flip: bool) -> str:
+        """What the cache knows a picture's latents by."""
         picture = (PREPROCESSING, prepared.example.sha256, prepared.placement, flip)
         # A GPU's answer differs in the last bits from a CPU's: a run must not depend on who filled the cache.
         encoder = (self._model.fingerprint("vae"), "float32", self._device.device.type)
-        name = cache_key("latents", *picture, *encoder)
+        return cache_key("latents", *picture, *encoder)
+
+    def _latents(self, prepared: Prepared, flip: bool, key: tuple[object, ...]) -> torch.Tensor:
+        """One draw from the VAE's distribution of a picture, (C, h, w), scaled. Raises DatasetError naming the file."""
 
         def encode() -> Entry:
             image = place(load_pixels(prepared.example.path, prepared.example.sha256), prepared.placement, flip)
             mean, deviation = self._model.encode_pixels(pixels_of(numpy.asarray(image)))
+            if not bool(torch.isfinite(mean).all() and torch.isfinite(deviation).all()):
+                raise DatasetError("The base's VAE gives numbers for this picture that are not finite", prepared.example.name)
             return {"mean": mean[0], "deviation": deviation[0]}
 
-        entry = self._cache.get(name, encode)
+        entry = self._cache.get(self._name(prepared, flip), encode)
         draw = draw_noise(_shape(entry["mean"]), 0.0, *key, "latents")
         return self._model.scale_latents(entry["mean"] + entry["deviation"] * draw)
 
-    def _join(self, rows: Sequence[tuple[torch.Tensor, torch.Tensor, int, str, float]], in_step: int) -> Batch:
+    def _join(self, rows: Sequence[Row], in_step: int) -> Batch:
         latents, noise, timesteps, captions, weights = zip(*rows, strict=True)
         device = self._device.device
         return Batch(

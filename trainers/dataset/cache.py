@@ -70,6 +70,11 @@ class ContentCache:
         self._held: OrderedDict[str, Entry] = OrderedDict()
         self._bytes = 0
 
+    def knows(self, key: str) -> bool:
+        """Whether `get` would find it without computing, unless it proves to be damaged."""
+        path = self._path(key)
+        return key in self._held or (path is not None and path.is_file())
+
     def get(self, key: str, compute: Callable[[], Entry]) -> Entry:
         """The entry of `key`, computed and written when it is nowhere. A full disk costs the file, not the run."""
         if key in self._held:
