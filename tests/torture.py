@@ -71,15 +71,22 @@ def victim(run: Path, aim: Aim) -> int:
     """`impasto resume RUN` in this process, which kills itself where it was told."""
     home = Path(os.environ["IMPASTO_HOME"])
     left = [aim.nth]
+    looking: list[str] = []
 
     def kill(path: str) -> None:
-        while not os.path.exists(path):  # this is told before the file is made
+        end = time.monotonic() + 0.005
+        while not os.path.exists(path) and time.monotonic() < end:  # this is told before the file is made
             time.sleep(0)
         time.sleep(aim.delay)
         os.kill(os.getpid(), signal.SIGKILL)
 
     def hook(event: str, arguments: Any) -> None:
-        if event == "open" and left[0] > 0 and isinstance(arguments[0], str) and matches(aim.stage, arguments[0], run, home):
+        if event != "open" or not isinstance(arguments[0], str) or left[0] <= 0 or looking:
+            return
+        looking.append(arguments[0])  # to look opens files, too
+        found = matches(aim.stage, arguments[0], run, home)
+        looking.clear()
+        if found:
             left[0] -= 1
             if left[0] == 0:
                 threading.Thread(target=kill, args=(arguments[0],)).start()
