@@ -19,12 +19,10 @@ from trainers.formats import ModuleWeights, write_adapter
 from trainers.formats.hashes import base_file_hashes
 from trainers.formats.metadata import RunFacts, build_metadata
 
-_hashes = functools.cache(base_file_hashes)  # of a file of gigabytes, once for all checkpoints
-
-
-def base_hashes(base: BaseModelFacts) -> tuple[str, str]:
-    """(old, new) hash of the base's denoiser file as other programs name it; read once in a process."""
-    return _hashes(weight_files(base.folder, "unet")[0])
+@functools.cache
+def base_hashes(folder: Path) -> tuple[str, str]:
+    """(old, new) hash of a base's denoiser file as other programs name it; read once in a process, as it is gigabytes."""
+    return base_file_hashes(weight_files(folder, "unet")[0])
 
 
 def file_name(config: TrainConfig, base: BaseModelFacts) -> str:
@@ -63,7 +61,7 @@ def describe_run(
 
     `started_at` in seconds since 1970; `precision` is the number format that the base was used in.
     """
-    old_hash, new_hash = base_hashes(base)
+    old_hash, new_hash = base_hashes(base.folder)
     folder = Path(config.dataset.images)
     groups: dict[str, list[int]] = {}
     for prepared in (*data.own, *data.held_out):

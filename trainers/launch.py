@@ -137,6 +137,7 @@ def execute(run: RunFolder, json_lines: bool = False, title: str = "", force: bo
             run.reserve.unlink(missing_ok=True)  # room for these words
             event = events.Failed(message=message, changed=changed)
             try:
+                events.continue_file(run.events)  # a line that did not fit is cut off
                 emit(event)
             except OSError:  # no room all the same: whoever looks on is told, and the log
                 shown[0](event)

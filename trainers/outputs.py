@@ -53,7 +53,7 @@ class Outputs:
             )
         )
         if training.device.is_main:  # while the base is still there
-            base_hashes(training.model.facts)
+            base_hashes(training.model.facts.folder)
 
     def begin_training(self) -> None:
         """All is prepared: the steps follow."""

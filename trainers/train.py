@@ -85,7 +85,7 @@ def held_out_loss(training: Training) -> float | None:
     batches = training.batches.held_out(training.data.held_out)
     with exported_weights(training):
         parts = [training_step(training.model, batch, training.condition, None) for batch in batches]
-    return float(torch.stack(parts).sum())
+    return float(torch.stack(parts).sum()) if parts else None  # none of them can be read any more
 
 
 def train(run: RunFolder, emit: events.Emit, interrupted: Callable[[], bool] = lambda: False, force: bool = False) -> bool:

@@ -125,10 +125,17 @@ def load(facts: BaseModelFacts, dtype: torch.dtype, device: torch.device) -> Sta
     parts: tuple[nn.Module, ...] = (unet, vae, text_encoder)
     for part in parts:
         part.requires_grad_(False)
+        _unmap(part)
         part.to(device)
         part.eval()
     scheduler_config = json.loads((facts.folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
     return StableDiffusion1(facts, unet, text_encoder, vae, tokenizer, scheduler_config)
+
+
+def _unmap(part: nn.Module) -> None:
+    """Copies weights that are still the file on the disk: cut short by somebody, it would kill the process."""
+    for tensor in (*part.parameters(), *part.buffers()):
+        tensor.data = tensor.data.clone()
 
 
 def _alphas_cumprod(config: dict[str, Any]) -> torch.Tensor:
