@@ -14,7 +14,7 @@ from trainers.dataset.edits import Edits
 from trainers.errors import Problem, TrainingError
 from trainers.families import recognise_base
 from trainers.launch import RunPlan, plan_run
-from trainers.presets import default_preset, resolve
+from trainers.presets import default_preset, list_presets, resolve
 from trainers.settings import merge
 
 
@@ -62,7 +62,7 @@ def plan_project(
         def look(config: TrainConfig) -> Any:
             return scanner.scan_for_run(config, edits)
 
-        plan = plan_run(preset or project.preset or None, {"base": {}, **values}, [], force=True, look=look)
+        plan = plan_run(chosen_preset(project, preset), {"base": {}, **values}, [], force=True, look=look)
     except TrainingError as error:
         raise refuse_settings(setting_problems(error)) from error
     advice = [problem for problem in plan.problems if problem.severity == "advice"]
@@ -71,11 +71,23 @@ def plan_project(
     return _named(plan, project)
 
 
+def chosen_preset(project: Project, preset: str | None = None) -> str | None:
+    """The preset that was asked for, else the project's. Raises Refusal for one that does not ship.
+
+    On the command line a preset may be a file; here that would read any .toml of the disk for whoever asks.
+    """
+    name = preset or project.preset or None
+    if name is not None and name not in list_presets():
+        hint = f"There are: {', '.join(list_presets())}."
+        raise refuse_settings([Problem("error", f"There is no preset {name[:80]!r}", "preset", hint)])
+    return name
+
+
 def settings_of(project: Project, settings: dict[str, Any], preset: str | None) -> tuple[str, dict[str, Any]]:
     """(preset, complete settings) of a recipe that may not lead to a run, as for want of pictures; empty when unknown."""
     try:
         values = _over(read_recipe(project), settings)
-        name = preset or project.preset or default_preset(recognise_base(base_of(project)))
+        name = chosen_preset(project, preset) or default_preset(recognise_base(base_of(project)))
         return name, resolve(name, values).model_dump(mode="json")
     except TrainingError:
         return "", {}

@@ -25,6 +25,7 @@ from app.desk import Place, TheDesk, ThePlace, make_desk
 from app.image_list import describe_images
 from app.plan_routes import ROUTES as PLAN_ROUTES
 from app.plan_routes import post_run
+from app.planning import chosen_preset
 from app.projects import (
     Project,
     change_edits,
@@ -48,7 +49,6 @@ from app.thumbnails import make_thumbnail
 from trainers.demo import PROMPTS
 from trainers.errors import TrainingError
 from trainers.families import ASSETS
-from trainers.presets import read_preset
 
 
 def router(home: Path) -> APIRouter:
@@ -100,7 +100,7 @@ def patch_project(body: ProjectChange, place: ThePlace) -> ProjectAnswer:
     given = body.model_dump(include={"name", "trigger", "preset"}, exclude_none=True)
     try:
         if body.preset:
-            read_preset(body.preset)
+            chosen_preset(project, body.preset)
         if body.recipe is not None:
             write_recipe(project.model_copy(update=given), body.recipe)
     except TrainingError as error:

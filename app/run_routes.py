@@ -77,10 +77,11 @@ def delete_run(run: TheRun, desk: TheDesk) -> Response:
 
 def get_sample(name: str, run: TheRun) -> FileResponse:
     """A sample picture. Its name is looked up in the folder's list."""
-    if not run.samples.is_dir() or name not in os.listdir(run.samples) or not name.endswith(".png"):
+    path = run.samples / name
+    if not run.samples.is_dir() or name not in os.listdir(run.samples) or not name.endswith(".png") or path.is_symlink():
         raise Refusal("There is no such sample", name[:200], "Load the page again.", status=NOT_FOUND)
     keep = {"Cache-Control": "private, max-age=31536000, immutable"}  # drawn once for each step
-    return FileResponse(run.samples / name, media_type="image/png", headers=keep)
+    return FileResponse(path, media_type="image/png", headers=keep)
 
 
 def get_download(run: TheRun, step: int | None = None) -> FileResponse:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from app.page_door import PageDoor
+
 if TYPE_CHECKING:
     from fastapi import FastAPI
     from gradio import Blocks
@@ -19,6 +21,7 @@ def mount_screens(app: FastAPI) -> None:
     """Puts the page at / of an application that has its routes already: a mount there takes all that is left."""
     import gradio as gr
     from fastapi.staticfiles import StaticFiles
+    from starlette.routing import Mount
 
     app.mount("/web", StaticFiles(directory=WEB), name="web")
     sheets = "".join(f'<link rel="stylesheet" href="/web/{path.name}">' for path in sorted(WEB.glob("*.css")))
@@ -41,6 +44,9 @@ def mount_screens(app: FastAPI) -> None:
         max_file_size="1mb",  # pictures come by our own route
         show_error=True,
     )
+    mounted = app.routes[-1]
+    assert isinstance(mounted, Mount), "Gradio is mounted last"
+    mounted.app = PageDoor(mounted.app)
 
 
 def make_page() -> Blocks:

@@ -18,7 +18,8 @@ import pytest
 from tests.command_line import TINY, environment, impasto, read_events, result_of, start_apart, tensor_bytes
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="limits, mounts and signals of POSIX")
-SLOW = (*TINY, "--steps", 30, "--set", "train.accumulation=4", "--set", "dataset.buckets=false")
+STEPS = 8
+SLOW = (*TINY, "--steps", STEPS, "--set", "train.accumulation=2", "--set", "dataset.buckets=false")
 _LIMITED = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), int(sys.argv[1])))
@@ -76,7 +77,7 @@ def test_a_file_that_does_not_fit_ends_the_run_with_the_bytes_and_keeps_what_is_
     assert list(stopped.rglob(".*.tmp")) == [] and "Traceback" not in done.stderr
     assert impasto("resume", stopped) == 0
     steps = [event["step"] for event in read_events(stopped) if event["type"] == "step"]
-    assert steps == list(range(1, 31)), "told once"
+    assert steps == list(range(1, STEPS + 1)), "told once"
 
 
 @pytest.fixture
@@ -156,7 +157,7 @@ def test_pictures_that_vanish_or_change_while_it_trains_are_named_and_left_out(
         ("04.png", "not a regular file"),
     ):
         assert f"({name}). It is left out" in warned and why in warned, (name, warned)
-    assert [event["step"] for event in told if event["type"] == "step"] == list(range(1, 31))
+    assert [event["step"] for event in told if event["type"] == "step"] == list(range(1, STEPS + 1))
 
 
 def test_without_any_picture_left_it_ends_in_words(pictures: Path, tiny_base: Path, tmp_path: Path) -> None:

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 import os
 import re
-import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -23,65 +19,13 @@ from starlette.testclient import TestClient
 
 from app.instance import WindowError
 from app.server import check_listen, make_app, own_names
-from tests.command_line import environment, run_fresh
+from tests.command_line import run_fresh
+from tests.window_process import Window, free_port
 from trainers.errors import TrainingError
 
 PORT = 7860
 OWN = f"http://127.0.0.1:{PORT}"
 PASSWORD = "quiet brown fox"
-
-Reply = tuple[int, dict[str, str], bytes]
-
-
-class Window:
-    """A window in a process of its own, talked to over its socket with exactly the headers that a test gives."""
-
-    def __init__(self, home: Path, *words: str) -> None:
-        code = (
-            "import sys; from pathlib import Path; from app.server import serve;"
-            "port, listen, password = sys.argv[2:5];"
-            "serve(Path(sys.argv[1]), int(port), listen, 'none', password or None, say=lambda text: print(text, flush=True))"
-        )
-        command = [sys.executable, "-P", "-c", code, str(home), *words]
-        self.process = subprocess.Popen(
-            command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8"
-        )
-        self.home = home
-        assert self.process.stdout is not None
-        self.said = self.process.stdout.readline()
-        found = re.search(r"http://\S+?:(\d+)/", self.said)
-        assert found, (self.said, self.process.communicate(timeout=60))
-        self.url, self.port = found[0], int(found[1])
-
-    def ask(self, path: str, method: str = "GET", body: bytes = b"", **headers: str) -> Reply:
-        """Headers with _ for -; Host is our own unless told, and no other header is sent."""
-        sent = {"Host": f"127.0.0.1:{self.port}", "Content-Length": str(len(body))}
-        sent |= {name.replace("_", "-"): value for name, value in headers.items()}
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-        try:
-            connection.putrequest(method, path, skip_host=True, skip_accept_encoding=True)
-            for name, value in sent.items():
-                connection.putheader(name, value)
-            connection.endheaders(body or None)
-            answer = connection.getresponse()
-            return answer.status, {name.lower(): value for name, value in answer.getheaders()}, answer.read()
-        finally:
-            connection.close()
-
-    def end(self) -> str:
-        """Ends it as Ctrl-C does; returns what it wrote to stderr."""
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGINT)
-        try:
-            return self.process.communicate(timeout=60)[1]
-        finally:
-            self.process.kill()
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
 
 
 @pytest.fixture(scope="module")
