@@ -8,20 +8,16 @@ import struct
 import zlib
 from pathlib import Path
 
-from PIL import Image, ImageDraw
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+
+from tests.bad_corners import lying_files, odd_captions, odd_names, odd_pictures
+from tests.bad_pictures import make_picture, png_chunk
 
 GOOD = tuple(f"good {name}.png" for name in ("apple", "boat", "cloud", "drum", "egg", "fish", "goat", "hat", "ink", "jar"))
 """Good pictures beside the bad ones, each with a caption."""
 SILENT = ("palette.png", "grey.png", "SHOUT.PNG", "äpfel 画像 🍎.png", "jpeg inside.png")
 """Unusual pictures that are used without a word."""
-
-
-def make_picture(side: int = 48, number: int = 0, height: int = 0) -> Image.Image:
-    """An RGB picture of side x (height or side) pixels that differs for each number."""
-    image = Image.new("RGB", (side, height or side), (40 + number * 37 % 180, 200 - number * 53 % 180, number * 91 % 256))
-    ImageDraw.Draw(image).ellipse((side // 4, side // 4, side * 3 // 4, side * 3 // 4), fill=(250, number * 17 % 256, 30))
-    return image
 
 
 def make_bad_folder(folder: Path) -> dict[str, str]:
@@ -42,6 +38,10 @@ def make_bad_folder(folder: Path) -> dict[str, str]:
         **_folders(folder),
         **_links_and_devices(folder),
         **_hidden_and_silent(folder),
+        **lying_files(folder),
+        **odd_pictures(folder),
+        **odd_captions(folder),
+        **odd_names(folder),
     }
 
 
@@ -84,11 +84,8 @@ def _broken_files(folder: Path) -> dict[str, str]:
 def _png(width: int, height: int, body: bytes, bits: int = 8) -> bytes:
     """A grey PNG of any claimed size around compressed rows."""
 
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
     header = struct.pack(">IIBBBBB", width, height, bits, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + png_chunk(b"IDAT", body) + png_chunk(b"IEND", b"")
 
 
 def _bombs_and_odd_sizes(folder: Path) -> dict[str, str]:
@@ -210,3 +207,23 @@ def _hidden_and_silent(folder: Path) -> dict[str, str]:
     exif[0x0112] = 6
     make_picture(64, 67, height=32).save(folder / "turned.jpg", exif=exif)
     return {}
+
+
+def print_table() -> None:
+    """Every kind and what a real scan says of it, as Markdown."""
+    import tempfile
+
+    from trainers.dataset.folder import scan_folder
+
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place) / "pictures"
+        expected = make_bad_folder(folder)
+        said = {problem.where: str(problem.what) for problem in scan_folder(folder).problems if problem.where in expected}
+        print(f"| {len(expected)} kinds | what is said |\n|---|---|")
+        for name in sorted(expected):
+            print(f"| {name} | {said.get(name, '').replace('|', '/')} |")
+        unlock(folder)
+
+
+if __name__ == "__main__":
+    print_table()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.bad_input import GOOD, make_bad_folder, unlock
-from tests.command_line import TINY, contents, impasto, read_events, result_of
+from tests.command_line import TINY, contents, impasto, read_events, result_of, run_fresh
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,7 @@ def test_train_finishes_on_the_good_pictures_and_leaves_the_folder_alone(
 ) -> None:
     folder, expected = bad
     before = contents(folder)
-    words = (*TINY, "--steps", 30, "--set", "dataset.flip=true")
+    words = (*TINY, "--steps", 5, "--set", "dataset.flip=true")
     assert impasto("train", folder, "--output", tmp_path / "run", "--base", tiny_base, *words) == 0
     assert result_of(tmp_path / "run").stat().st_size > 1000
     told = read_events(tmp_path / "run")
@@ -49,3 +50,33 @@ def test_train_finishes_on_the_good_pictures_and_leaves_the_folder_alone(
     warnings = " ".join(event["message"] for event in told if event["type"] == "warning")
     assert [name for name in expected if name not in warnings] == []
     assert contents(folder) == before
+
+
+def test_memory_stays_bounded_whatever_lies_beside_the_good_pictures(
+    bad: tuple[Path, dict[str, str]], tiny_base: Path, tmp_path: Path
+) -> None:
+    folder, expected = bad
+    assert len(expected) >= 60
+    good = tmp_path / "good"
+    good.mkdir()
+    for name in GOOD:
+        shutil.copyfile(folder / name, good / name)
+    peaks = {}
+    for name, pictures in (("good", good), ("bad", folder)):
+        words = ("train", pictures, "--output", tmp_path / f"run {name}", "--base", tiny_base, *TINY, "--steps", 3)
+        peaks[name] = run_fresh(MEASURED, *words)
+    print(
+        f"{len(expected)} kinds of bad input: peak of {peaks['bad'] / 1e6:.0f} MB,"
+        f" of the good alone {peaks['good'] / 1e6:.0f} MB"
+    )
+    assert peaks["bad"] < peaks["good"] + 150e6
+
+
+MEASURED = """
+import json, sys
+from tests.command_line import impasto
+assert impasto(*sys.argv[1:]) == 0
+from trainers.outputs import memory_peak
+import torch
+print(json.dumps(memory_peak(torch.device("cpu"))[0]))
+"""

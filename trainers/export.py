@@ -19,6 +19,7 @@ from trainers.formats import ModuleWeights, write_adapter
 from trainers.formats.hashes import base_file_hashes
 from trainers.formats.metadata import RunFacts, build_metadata
 
+
 @functools.cache
 def base_hashes(folder: Path) -> tuple[str, str]:
     """(old, new) hash of a base's denoiser file as other programs name it; read once in a process, as it is gigabytes."""

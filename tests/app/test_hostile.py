@@ -17,7 +17,7 @@ from starlette.testclient import TestClient
 
 from app.server import make_app
 from tests.app_client import make_run
-from tests.bad_input import make_picture
+from tests.bad_pictures import make_picture
 from tests.command_line import contents
 from tests.window_process import Window, free_port, raw
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.app_client import make_run
-from tests.bad_input import make_picture
+from tests.bad_pictures import make_picture
 
 ATTACK = """async (target) => {
   const read = [];

@@ -166,6 +166,6 @@ def test_training_sees_edited_captions_and_the_manifest_tells_when_they_change(
     assert captions_of(scan_images(config))["00.png"] == "a yellow pear"
     set_up(config, run, lambda event: None)  # the manifest finds nothing changed
     edit(tmp_path, {"00.png": "a green pear"}, excluded=("05.png",)).replace(moved)
-    with pytest.raises(Exception, match=r"captions\.00\.png"):
+    with pytest.raises(Exception, match=r"the caption of 00\.png has changed"):
         set_up(config, run, lambda event: None)
     assert contents(pictures) == before

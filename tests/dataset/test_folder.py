@@ -6,6 +6,7 @@ import hashlib
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -77,9 +78,10 @@ def test_a_scan_is_sorted_and_repeatable(bad: tuple[Path, dict[str, str]], scann
 
 def test_the_quick_scan_finds_the_same_but_for_damage_amid_the_pixels(bad: tuple[Path, dict[str, str]], scanned: Scan) -> None:
     quick = scan_folder(bad[0], trigger="sks", read=lambda path: read_picture(path, decode=False))
-    extra = [example for example in quick.examples if example not in scanned.examples]
+    plain = {replace(example, look=b"") for example in scanned.examples}
+    extra = {replace(example, look=b"") for example in quick.examples} - plain
     assert [example.name for example in extra] == ["flipped bits.png"]
-    assert set(scanned.examples) < set(quick.examples)
+    assert plain < {replace(example, look=b"") for example in quick.examples}
 
 
 def test_a_scan_writes_nothing_into_the_folder(tmp_path: Path) -> None:
@@ -96,7 +98,7 @@ def test_other_and_hidden_files_are_counted(scanned: Scan) -> None:
 
 
 def test_repeats_come_from_the_innermost_folder_that_asks_for_them(scanned: Scan) -> None:
-    repeats = {example.name: example.repeats for example in scanned.examples if "/" in example.name}
+    repeats = {example.name: example.repeats for example in scanned.examples if example.name.endswith("/picture.png")}
     assert repeats == {
         "-2_minus/picture.png": 1,
         "3_three/deeper/picture.png": 3,

@@ -36,6 +36,9 @@ _COPY_MARK = re.compile(r"\s*(\(\d+\)|\bcopy\b|\[\d+\])\s*$", re.IGNORECASE)
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
 _HASH = re.compile(r"(?=[0-9a-f]*\d)[0-9a-f]{8,}", re.IGNORECASE)
 
+MOST_WORDS = 75
+"""CLIP reads 75 tokens of a caption, and a word is one or more of them."""
+
 
 @dataclass(frozen=True)
 class CaptionText:
@@ -67,7 +70,11 @@ def read_caption_file(path: Path) -> CaptionText:
         remarks.append(f"the caption is {_PLAIN_NAMES[encoding]}, read as such")
     if cut:
         remarks.append(f"the caption is longer than {MAX_BYTES // 1024} KiB; the rest is left out")
-    return CaptionText(clean_caption(text), encoding, tuple(remarks))
+    clean = clean_caption(text)
+    words = clean.count(" ") + 1
+    if words > MOST_WORDS and not cut:
+        remarks.append(f"the caption has {words} words; only about the first 75 tokens of it are learnt")
+    return CaptionText(clean, encoding, tuple(remarks))
 
 
 _PLAIN_NAMES = {

@@ -12,11 +12,14 @@ from typing import Literal
 from trainers.dataset.captions import caption_from_name, clean_caption, read_caption_file, with_trigger
 from trainers.dataset.edits import Edits
 from trainers.dataset.files import CAPTION_ENDINGS, FoundFile, Walk, printable_text, walk_folder
+from trainers.dataset.looks import find_alike
 from trainers.dataset.pictures import PICTURE_ENDINGS, Picture, read_picture
 from trainers.errors import DatasetError, Problem
 
 MIN_SIDE = 16
 """Pictures with a shorter side than this many pixels are left out: enlarged they would teach blur."""
+MOST_DUPLICATES = 20
+"""So many are told one by one."""
 # Pictures to a person, but in formats that are not read: named with the way out.
 _OTHER_PICTURES = frozenset((".heic", ".heif", ".avif", ".jxl", ".jp2", ".psd", ".svg", ".raw", ".dng", ".cr2", ".nef", ".arw"))
 
@@ -38,6 +41,8 @@ class Example:
     """How often the picture is shown in one epoch, >= 1."""
     sha256: str
     """Of the file's bytes, hexadecimal."""
+    look: bytes = b""
+    """Of `trainers.dataset.looks`, to find pictures that look alike; empty when it is not known."""
     caption_file: Path | None = None
     """The caption file that belongs to the picture, whatever it holds, and also where an edit comes before it."""
 
@@ -138,7 +143,8 @@ def _read_example(
     text = with_trigger(caption, trigger)
     total = file.repeats * repeats
     beside = caption_file.path if caption_file else None
-    return Example(file.path, file.name, text, source, picture.width, picture.height, total, picture.sha256, beside), problems
+    size, sha256 = (picture.width, picture.height), picture.sha256
+    return Example(file.path, file.name, text, source, *size, total, sha256, picture.look, beside), problems
 
 
 def _read_beside(file: FoundFile) -> tuple[str, list[Problem]]:
@@ -197,12 +203,21 @@ def _composed(text: str) -> str:
 
 
 def _duplicates(examples: list[Example]) -> Iterable[Problem]:
+    """One problem for each picture that is there twice, or looks so; of many, the first and how many more."""
     first: dict[str, Example] = {}
+    same: list[tuple[str, Example, Example]] = []
     for example in examples:
         original = first.setdefault(example.sha256, example)
         if original is not example:
-            what = f"The same picture as {original.name}; both are kept, so it counts double"
-            yield Problem("warning", what, example.name, "Delete one of them, unless that is meant.")
+            same.append(("The same picture as", example, original))
+    different = list(first.values())
+    pairs = find_alike([example.look for example in different])
+    same += [("Looks nearly the same as", different[later], different[earlier]) for earlier, later in pairs]
+    hint = "Delete one of them, unless that is meant."
+    for what, example, original in same[:MOST_DUPLICATES]:
+        yield Problem("warning", f"{what} {original.name}; both are kept, so it counts double", example.name, hint)
+    if len(same) > MOST_DUPLICATES:
+        yield Problem("warning", f"{len(same) - MOST_DUPLICATES} more pictures are there twice, or look so", hint=hint)
 
 
 def _missing_captions(examples: list[Example]) -> Iterable[Problem]:

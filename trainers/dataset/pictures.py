@@ -15,6 +15,7 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
+from trainers.dataset.looks import look_of
 from trainers.errors import DatasetError
 from trainers.files import open_regular
 
@@ -65,6 +66,8 @@ class Picture:
     height: int
     sha256: str
     remarks: tuple[str, ...]
+    look: bytes = b""
+    """What `look_of` gives; empty when the picture was not decoded, or shows next to nothing."""
 
 
 def read_picture(path: Path, *, decode: bool) -> Picture:
@@ -74,8 +77,10 @@ def read_picture(path: Path, *, decode: bool) -> Picture:
     """
     with _open_picture(path) as (file, image):
         before = os.fstat(file.fileno())
+        look = b""
         if decode or not _ends_well(file, image):
             image.load()
+            look = look_of(image)
         orientation, odd = _orientation(image)
         width, height = image.size[::-1] if orientation >= 5 else image.size
         remarks = _remarks(file, image)
@@ -83,7 +88,7 @@ def read_picture(path: Path, *, decode: bool) -> Picture:
         after = os.fstat(file.fileno())
         if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
             raise DatasetError("The file was changed while it was read", where=str(path), hint="Scan the folder again.")
-        return Picture(width, height, sha256, remarks + odd)
+        return Picture(width, height, sha256, remarks + odd, look)
 
 
 def hash_file(path: Path) -> str:
