@@ -85,11 +85,7 @@ def set_up(
     scan = scan_images(config)
     emit(events.Stage(name="load", detail=f"base model {base.name}"))
     size = sum(file.stat().st_size for file in weight_files(base.folder, "unet"))
-    computed = before.facts.get("kernels") if before else None
-    device = choose_device(config.train.precision, size, computed)
-    if computed and (others := other_kernels(computed, device.kernels())):
-        what = f"This run goes on under other conditions ({'; '.join(others)})"
-        emit(events.Warned(message=f"{what}: its result may differ in the last digits from an unbroken run's."))
+    device = _device_as_before(config, size, before, emit)
     model = load_family(base, device.dtype, device.device)
     if device.is_main:
         for change in run.check_manifest(make_manifest(config, scan, model), force):
@@ -127,6 +123,16 @@ def set_up(
         optimizer=config.optimizer.build(groups),
         mean=flat.weights.clone() if config.train.ema else None,
     )
+
+
+def _device_as_before(config: TrainConfig, size: int, before: TrainingState | None, emit: events.Emit) -> Device:
+    """The device, computing as the run did before; what cannot be as it was is told."""
+    computed = before.facts.get("kernels") if before else None
+    device = choose_device(config.train.precision, size, computed)
+    if computed and (others := other_kernels(computed, device.kernels())):
+        what = f"This run goes on under other conditions ({'; '.join(others)})"
+        emit(events.Warned(message=f"{what}: its result may differ in the last digits from an unbroken run's."))
+    return device
 
 
 def choose_condition(model: DiffusionModel, device: torch.device, learns: bool) -> Condition:

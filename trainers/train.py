@@ -111,11 +111,6 @@ def train(run: RunFolder, emit: events.Emit, interrupted: Callable[[], bool] = l
     steps, every = training.data.steps, training.config.samples.every
     loss_due = every or max(1, steps // 20)
 
-    def stop_asked() -> str | None:
-        # The first process alone reads the flags, so that none of the others takes them away from it.
-        asked = "stop" if interrupted() else run.stop_asked() if training.device.is_main else None
-        return (None, "pause", "stop")[training.device.largest_of_processes({None: 0, "pause": 1, "stop": 2}[asked])]
-
     def flagged(name: str) -> bool:
         return training.device.is_main and run.take_flag(name)
 
@@ -123,7 +118,7 @@ def train(run: RunFolder, emit: events.Emit, interrupted: Callable[[], bool] = l
         outputs.sample()
     with Watchdog(warn).watching() as watchdog:
         while training.step < steps:
-            asked = stop_asked()
+            asked = stop_asked(training, run, interrupted)
             if asked:
                 keeper.save()
                 outputs.stop(asked)
@@ -152,6 +147,13 @@ def train(run: RunFolder, emit: events.Emit, interrupted: Callable[[], bool] = l
     keeper.save()
     outputs.finish(keeper.seconds)
     return True
+
+
+def stop_asked(training: Training, run: RunFolder, interrupted: Callable[[], bool]) -> str | None:
+    """ "stop", "pause" or None, the same in all processes."""
+    # The first process alone reads the flags, so that none of the others takes them away from it.
+    asked = "stop" if interrupted() else run.stop_asked() if training.device.is_main else None
+    return (None, "pause", "stop")[training.device.largest_of_processes({None: 0, "pause": 1, "stop": 2}[asked])]
 
 
 def fill_cache(training: Training, emit: events.Emit, unwanted: Callable[[], bool]) -> None:

@@ -19,7 +19,7 @@ from app.progress import Progress, in_a_sentence, state_of
 from app.refusals import Refusal
 from app.runs import Runs, find_lora
 from tests.app_client import await_state, make_client, make_run, ok, project_with, refused
-from tests.command_line import contents
+from tests.command_line import TINY, contents, impasto
 from trainers.process_id import made_at
 
 RECORDED = (Path(__file__).parent / "recorded_events.jsonl").read_text(encoding="utf-8").splitlines()
@@ -319,3 +319,20 @@ def test_a_real_training_from_edited_captions_to_a_kill(home: Path, tiny_base: P
     lost = await_state(make_client(home), run_id, lambda status: status["state"] == "lost", 5)
     assert f"Resume goes on from step {stopped['step']}" in lost["sentence"] and lost["can"] == ["resume"]
     assert contents(pictures) == before
+
+
+def test_a_run_whose_pictures_have_changed_can_be_resumed_all_the_same(home: Path, tiny_base: Path, pictures: Path) -> None:
+    run = home / "runs" / "r"
+    run.mkdir(parents=True)
+    (run / "stop").touch()
+    assert impasto("train", pictures, "--output", run, "--base", tiny_base, *TINY, "--steps", 4) == 3
+    (pictures / "00.png").unlink()
+    assert impasto("resume", run) == 1
+    client = make_client(home)
+    status = ok(client.get("/api/runs/r/status"))
+    assert "the picture 00.png is gone" in status["sentence"] and status["can"] == ["resume", "resume-anyway"]
+    report = client.get("/api/runs/r/report")
+    assert report.status_code == 200 and report.content.startswith(b"PK")
+    ok(client.post("/api/runs/r/resume-anyway"))
+    status = await_state(client, "r", lambda status: status["state"] == "finished", 60)
+    assert any("goes on all the same" in warning for warning in status["warnings"])
