@@ -12,6 +12,7 @@ from tests.tiny_models import save_tiny_pipeline
 from trainers import events
 from trainers.config import read_config
 from trainers.demo import _next_run
+from trainers.outputs import Outputs
 from trainers.run_folder import RunFolder
 
 
@@ -123,3 +124,31 @@ def test_a_demo_that_was_killed_before_its_picture_is_gone_on_with(stopped: Path
     (run.path / "strip.png").touch()
     run, fresh = _next_run(tmp_path / "demo")
     assert run.path.name == "blackcut-2" and fresh
+
+
+class Killed(BaseException):
+    """Ends a run as a kill does: nothing of ours catches it."""
+
+
+@pytest.mark.parametrize("step", [4, 5])
+def test_what_a_kill_after_the_state_has_prevented_is_made_up(
+    step: int, pictures: Path, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("--steps", 5, "--set", "samples.every=2", "--set", "checkpoints.every=2", "--set", "train.save_state_seconds=0")
+    start = ("train", pictures, "--base", tiny_base, *TINY, *words, "--output")
+    assert impasto(*start, tmp_path / "whole") == 0
+    sample = Outputs.sample
+
+    def sample_or_die(self: Outputs) -> None:
+        if self._training.step == step:
+            raise Killed
+        sample(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Outputs, "sample", sample_or_die)
+        with pytest.raises(Killed):
+            impasto(*start, tmp_path / "run")
+    assert impasto("resume", tmp_path / "run") == 0
+    for folder in ("samples", "checkpoints"):
+        made, whole = ({path.name for path in (tmp_path / name / folder).iterdir()} for name in ("run", "whole"))
+        assert made == whole, folder

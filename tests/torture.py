@@ -34,7 +34,7 @@ _SLOWEST = {"load": 0.05, "cache": 0.01, "train": 0.03, "sample": 0.004, "state"
 """Seconds that a kill comes at most after the file was made that it is aimed at."""
 OPTIONS = (
     *("--set", "adapter.rank=4", "--set", "train.batch_size=2", "--set", "train.accumulation=2", "--set", "dataset.flip=true"),
-    *("--set", "samples.every=8", "--set", "samples.steps=2", "--set", "checkpoints.every=10", "--set", "train.ema=0.9"),
+    *("--set", "samples.every=8", "--set", "samples.steps=2", "--set", "checkpoints.every=8", "--set", "train.ema=0.9"),
     *("--set", "train.save_state_seconds=0.1", "--set", "dataset.caption_shuffle=true"),
 )
 
@@ -220,7 +220,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=6)
     parser.add_argument("--base", default="tiny")
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=42)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--victim", help=argparse.SUPPRESS)
     given = parser.parse_args()

@@ -121,9 +121,25 @@ class Outputs:
                 )
         self.sample_seconds = time.monotonic() - begun
 
-    def has_sampled(self) -> bool:
-        """Whether the samples of this step are there, from a process before."""
-        return all(self._sample_path(number).exists() for number in range(len(self._prompts)))
+    def sample_is_due(self) -> bool:
+        """Whether this step's samples are asked for: every so many steps, and at the end."""
+        every, step = self._training.config.samples.every, self._training.step
+        return every > 0 and (step % every == 0 or step == self._training.data.steps)
+
+    def checkpoint_is_due(self) -> bool:
+        """Whether a checkpoint of this step is asked for."""
+        every, step = self._training.config.checkpoints.every, self._training.step
+        return every > 0 and step > 0 and step % every == 0
+
+    def make_up(self) -> None:
+        """What this step should have left and did not: the samples of step 0, or what a kill after its state has prevented."""
+        if self.sample_is_due() and not all(self._sample_path(number).exists() for number in range(len(self._prompts))):
+            self.sample()
+        if self.checkpoint_is_due() and not self._checkpoint_path().exists():
+            self.checkpoint()
+
+    def _checkpoint_path(self) -> Path:
+        return self._run.checkpoints / f"{self._name}-{self._training.step:08d}.safetensors"
 
     def _sample_path(self, number: int) -> Path:
         return self._run.samples / f"{self._training.step:08d}_{number:02d}.png"
@@ -131,7 +147,7 @@ class Outputs:
     def checkpoint(self) -> str:
         """Exports the adapter as it stands, keeps the newest few, and returns the path inside the run folder."""
         training = self._training
-        path = self._run.checkpoints / f"{self._name}-{training.step:08d}.safetensors"
+        path = self._checkpoint_path()
         relative = path.relative_to(self._run.path).as_posix()
         if self._exported_at == training.step:  # a stop at a step that has a checkpoint anyway
             return relative

@@ -108,14 +108,13 @@ def train(run: RunFolder, emit: events.Emit, interrupted: Callable[[], bool] = l
     outputs.start()
     fill_cache(training, emit, unwanted)
     outputs.begin_training()
-    steps, every = training.data.steps, training.config.samples.every
-    loss_due = every or max(1, steps // 20)
+    steps = training.data.steps
+    loss_due = training.config.samples.every or max(1, steps // 20)
 
     def flagged(name: str) -> bool:
         return training.device.is_main and run.take_flag(name)
 
-    if every and training.step % every == 0 and not outputs.has_sampled():
-        outputs.sample()
+    outputs.make_up()
     with Watchdog(warn).watching() as watchdog:
         while training.step < steps:
             asked = stop_asked(training, run, interrupted)
@@ -137,11 +136,11 @@ def train(run: RunFolder, emit: events.Emit, interrupted: Callable[[], bool] = l
             training.durations.append(time.monotonic() - tick)
             due = training.step % loss_due == 0 or training.step == steps
             outputs.tell(loss, norm, factor, held_out_loss(training) if due else None)
-            if (every and (training.step % every == 0 or training.step == steps)) or flagged("sample-now"):
+            if outputs.sample_is_due() or flagged("sample-now"):
                 keeper.save_if_older(outputs.sample_seconds)  # as nothing is saved while pictures are drawn
                 outputs.sample()
             keep = flagged("save-now")
-            if keep or (training.config.checkpoints.every and training.step % training.config.checkpoints.every == 0):
+            if keep or outputs.checkpoint_is_due():
                 outputs.checkpoint()
             keeper.save() if keep else keeper.save_if_older(training.median)  # as it would be after one more step
     keeper.save()
