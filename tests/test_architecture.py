@@ -107,9 +107,13 @@ def test_imports_are_absolute() -> None:
 
 
 def test_imports_go_one_way(tmp_path: Path) -> None:
+    import logging
+
     from importlinter.cli import lint_imports
 
+    ours = logging.getLogger("impasto").disabled
     assert lint_imports(config_filename=str(ROOT / "pyproject.toml"), cache_dir=str(tmp_path)) == 0
+    logging.getLogger("impasto").disabled = ours  # it sets up logging anew, for its own process as it thinks
 
 
 def test_what_the_window_uses_loads_no_heavy_library() -> None:

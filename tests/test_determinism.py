@@ -131,7 +131,7 @@ def test_ctrl_c_saves_says_how_to_go_on_and_resume_ends_with_the_same_bytes(
     assert process.stdout and process.stderr
     assert next_step(process.stdout, 2)["step"] == 2
     assert impasto("resume", run) == 2, "another process has the folder"
-    assert "Another process is training" in capsys.readouterr().err
+    assert f"Another process is training in this run folder: process {process.pid}" in capsys.readouterr().err
     next_step(process.stdout, 20)
     process.send_signal(signal.SIGINT)
     rest, said = process.communicate(timeout=60)

@@ -87,7 +87,7 @@ def test_a_new_lora_is_one_key_away_and_the_steps_are_links(window: Any, page: A
         assert page.locator(".steps [aria-current]").text_content() == name.capitalize()
     page.go_back()
     page.wait_for_function("document.body.dataset.screen === 'train'")
-    assert page.get_by_role("heading", name="Nothing has been trained yet").is_visible()
+    page.get_by_role("heading", name="Nothing has been trained yet").wait_for()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
