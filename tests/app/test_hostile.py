@@ -274,7 +274,7 @@ ODD: tuple[Any, ...] = (
 
 
 def test_a_fuzz_over_every_endpoint(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """1,000 requests of odd values from a fixed seed: never a mistake of the window's, and nothing outside its home."""
+    """Some 950 requests of odd values from a fixed seed: never a mistake of the window's, and nothing outside its home."""
     from tests.app.test_server import flat
 
     outside = tmp_path / "outside"
