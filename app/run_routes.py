@@ -18,8 +18,8 @@ from app.progress import PHASES
 from app.refusals import NOT_FOUND, Refusal
 from app.runs import Ask, Standing, find_lora, lora_files
 from trainers import events
+from trainers.container import open_file, read_header
 from trainers.doctor import make_report
-from trainers.formats.container import open_file, read_header
 from trainers.formats.hashes import file_hashes
 
 _PIECE = 1 << 20

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import typer
 
 from trainers.errors import AdapterFileError, RunFolderError, SettingError
-from trainers.formats.text import printable
 from trainers.samplers import check_sampler
+from trainers.text import printable
 
 if TYPE_CHECKING:
     from PIL import Image

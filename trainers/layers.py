@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from trainers.adapters import ADAPTERS
 from trainers.adapters.plan import LayerPlan, canonical_name
 from trainers.config import TrainConfig
+from trainers.container import open_file, read_header
 from trainers.errors import AdapterFileError, BaseModelError
 from trainers.families import BaseModelFacts, weight_files
 from trainers.families.targets import match_targets
-from trainers.formats.container import open_file, read_header
 
 PARTS = ("unet", "text_encoder")
 _BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainers.formats.container import open_file
+from trainers.container import open_file
 
 _CHUNK = 1 << 20
 # The oldest hash of this field looks at these bytes only; for a smaller file that is the hash of nothing, e3b0c442.

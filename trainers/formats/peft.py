@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from trainers.errors import AdapterFileError
-from trainers.formats.text import printable
+from trainers.text import printable
 
 METADATA_KEY = "lora_adapter_metadata"
 PARTS = ("unet", "text_encoder", "text_encoder_2")

@@ -6,20 +6,15 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
-import torch
-
+from trainers.container import Header, open_file, read_header
 from trainers.errors import AdapterFileError
-from trainers.formats.container import Header, open_file, read_header
 from trainers.formats.keys import KeyGroup, family_by_name, group_keys
 from trainers.formats.kohya import flat_name, module_weights, read_kohya_prefix
 from trainers.formats.peft import PeftScaling, read_dotted_prefix, read_scaling, split_part
-from trainers.formats.text import name_list, printable
 from trainers.formats.weights import AdapterFile, ModuleWeights, check_module
+from trainers.tensors import FLOATS, NUMBERS, read_tensor
+from trainers.text import name_list, printable
 
-FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-          "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}  # fmt: skip
-# A scalar alpha is also found as a whole number.
-NUMBERS = FLOATS | {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
 KIND_NAMES = {"dora": "a DoRA", "loha": "a LoHa", "lokr": "a LoKr", "oft": "an OFT", "full": "full weight differences"}
 
 
@@ -113,20 +108,6 @@ def read_alpha(
         part, path = split_part(group.prefix)
         return scaling.get(part, PeftScaling()).alpha_of(path, rank)
     return None
-
-
-def read_tensor(handle: BinaryIO, header: Header, key: str, dtypes: Mapping[str, torch.dtype]) -> torch.Tensor:
-    """One tensor as it is stored. Raises AdapterFileError for a dtype outside `dtypes` or a file that got shorter."""
-    entry = header.entries[key]
-    if entry.dtype not in dtypes:
-        raise AdapterFileError(f"{printable(key, 120)} has dtype {entry.dtype}, which no LoRA has", str(header.path))
-    handle.seek(header.data_start + entry.start)
-    raw = bytearray(handle.read(entry.end - entry.start))
-    if len(raw) != entry.end - entry.start:
-        raise AdapterFileError("The file got shorter while it was read", str(header.path), "Try again.")
-    if not raw:
-        return torch.empty(entry.shape, dtype=dtypes[entry.dtype])
-    return torch.frombuffer(raw, dtype=dtypes[entry.dtype]).reshape(entry.shape)
 
 
 def read_scalar(handle: BinaryIO, header: Header, key: str) -> float:

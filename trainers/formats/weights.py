@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from trainers.errors import AdapterFileError
-from trainers.formats.text import printable
+from trainers.text import printable
 
 if TYPE_CHECKING:
     import torch

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
+from trainers.container import Entry, serialise_header
 from trainers.errors import AdapterFileError
 from trainers.files import write_atomically
-from trainers.formats.container import Entry, serialise_header
 from trainers.formats.hashes import legacy_hash
 from trainers.formats.kohya import module_tensors
 from trainers.formats.peft import METADATA_KEY

@@ -10,7 +10,7 @@ from trainers.formats.hashes import FileHashes
 from trainers.formats.keys import KeyGroup
 from trainers.formats.kohya import read_kohya_prefix
 from trainers.formats.peft import METADATA_KEY
-from trainers.formats.text import name_list, printable
+from trainers.text import name_list, printable
 
 if TYPE_CHECKING:
     from trainers.tools.inspect_file import ModuleReport

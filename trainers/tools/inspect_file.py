@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from trainers.container import Header, open_file, read_header
 from trainers.errors import AdapterFileError, Problem
-from trainers.formats.container import Header, open_file, read_header
 from trainers.formats.hashes import FileHashes, file_hashes
 from trainers.formats.keys import KeyGroup, family_by_name, group_keys
 from trainers.formats.kohya import read_kohya_prefix
 from trainers.formats.peft import PARTS, PeftScaling, read_scaling
 from trainers.formats.reading import no_adapter, read_alpha, read_module
-from trainers.formats.text import printable
 from trainers.formats.weights import check_module
+from trainers.text import printable
 from trainers.tools.file_problems import metadata_problems, module_problems, name_problems
 
 # Width of what cross-attention reads -> family; other programs tell families apart by the same numbers.

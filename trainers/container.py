@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 from trainers.errors import AdapterFileError
 from trainers.files import NotRegularError, open_regular
-from trainers.formats.text import printable
+from trainers.text import printable
 
 HEADER_LIMIT = 100_000_000
 """Longest header in bytes that the format's own library reads."""

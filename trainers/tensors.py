@@ -1,0 +1,31 @@
+"""Reads single tensors out of a safetensors file whose header was checked; never mapped, so that a cut file cannot kill."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import BinaryIO
+
+import torch
+
+from trainers.container import Header
+from trainers.errors import AdapterFileError
+from trainers.text import printable
+
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+          "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}  # fmt: skip
+# A scalar alpha is also found as a whole number.
+NUMBERS = FLOATS | {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
+
+
+def read_tensor(handle: BinaryIO, header: Header, key: str, dtypes: Mapping[str, torch.dtype]) -> torch.Tensor:
+    """One tensor as it is stored. Raises AdapterFileError for a dtype outside `dtypes` or a file that got shorter."""
+    entry = header.entries[key]
+    if entry.dtype not in dtypes:
+        raise AdapterFileError(f"{printable(key, 120)} has dtype {entry.dtype}, which is not read here", str(header.path))
+    handle.seek(header.data_start + entry.start)
+    raw = bytearray(handle.read(entry.end - entry.start))
+    if len(raw) != entry.end - entry.start:
+        raise AdapterFileError("The file got shorter while it was read", str(header.path), "Try again.")
+    if not raw:
+        return torch.empty(entry.shape, dtype=dtypes[entry.dtype])
+    return torch.frombuffer(raw, dtype=dtypes[entry.dtype]).reshape(entry.shape)
