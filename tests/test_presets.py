@@ -141,10 +141,3 @@ def test_a_broken_preset_of_ones_own_is_refused_in_words(text: str, tmp_path: Pa
     (tmp_path / "mine.toml").write_bytes(text.encode("latin-1"))
     with pytest.raises(SettingError):
         resolve(str(tmp_path / "mine.toml"), GIVEN)
-
-
-@pytest.mark.parametrize("name", [name for name in list_presets() if name.startswith("sdxl_")])
-def test_the_list_of_presets_says_whether_sdxl_can_be_trained_yet(name: str) -> None:
-    from trainers.families import FAMILIES
-
-    assert ("not yet in this version" in preset_summary(name)[0]) != FAMILIES["sdxl"].trainable

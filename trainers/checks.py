@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Sequence
 
 from trainers.config import TrainConfig
@@ -41,9 +40,6 @@ def check_settings(config: TrainConfig, base: BaseModelFacts) -> list[Problem]:
                 "Choose a preset without sdxl_ in its name." if wanted == "sdxl" else "Choose another preset or base.",
             )
         )
-    if not base.family.trainable:
-        what = f"The base {base.name} is {base.family.title}, which this version cannot train"
-        problems.append(Problem("error", what, "base.model", "Use a Stable Diffusion 1.x base or `pocket`."))
     if base.prediction_type not in ("epsilon", "v_prediction"):
         problems.append(
             Problem("error", f"The base predicts {base.prediction_type!r}, which cannot be trained here", base.name)
@@ -78,8 +74,7 @@ def _check_package(config: TrainConfig) -> list[Problem]:
 
 
 def _check_adapter(config: TrainConfig, base: BaseModelFacts) -> list[Problem]:
-    unet = json.loads((base.folder / "unet" / "config.json").read_text(encoding="utf-8"))
-    width = min(unet["block_out_channels"])
+    width = min(base.configs["unet"]["block_out_channels"])
     if config.adapter.rank * 2 <= width:
         return []
     what = f"Rank {config.adapter.rank} is not small against this base's narrowest layer ({width})"

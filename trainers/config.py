@@ -10,21 +10,13 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from trainers.adapters import AdapterConfig
 from trainers.adapters.lora import LoraSettings
 from trainers.errors import SettingError
+from trainers.families.settings import BaseSettings
 from trainers.optimizers import OptimizerConfig
 from trainers.optimizers.adamw import AdamWSettings
 from trainers.settings import Settings, explain, iterate_fields
 
 Strength = Annotated[float, Field(ge=-4, le=4)]
 TextTarget = Literal["attention", "mlp"]
-
-
-class BaseSettings(Settings):
-    """The base model that the LoRA is trained on."""
-
-    model: str = "pocket"
-    """Base model: `pocket` (ships with the program), a folder in diffusers layout, or a hub id (owner/name)."""
-    family: Literal["auto", "sd1", "sd2", "sdxl"] = "auto"
-    """Model family that these settings are meant for; a base of another family is refused. `auto` takes any."""
 
 
 class DatasetSettings(Settings):

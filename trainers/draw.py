@@ -91,12 +91,12 @@ def draw(request: DrawRequest, on_picture: Callable[[int, int], object] = lambda
     if not request.as_folder and request.output.suffix.lower() != ".png":
         raise SettingError("Pictures are written as .png", where=str(request.output), hint="End --output with .png or with /.")
     from trainers.device import choose_device
-    from trainers.families import check_size, load_family, recognise_base, weight_files
+    from trainers.families import check_size, denoiser_bytes, load_family, recognise_base
 
     base = recognise_base(request.base)
     size = request.size or (base.resolution, base.resolution)
     check_size(base, height=size[1], width=size[0])
-    device = choose_device("auto", sum(file.stat().st_size for file in weight_files(base.folder, "unet")))
+    device = choose_device("auto", denoiser_bytes(base))
     model = load_family(base, device.dtype, device.device)
     names = attach_files(model, [path for path, _ in request.loras], lambda remark: typer.echo(remark, err=True))
     own = dict(zip(names, (strength for _, strength in request.loras), strict=True))

@@ -21,9 +21,9 @@ from trainers.formats.metadata import RunFacts, build_metadata
 
 
 @functools.cache
-def base_hashes(folder: Path) -> tuple[str, str]:
-    """(old, new) hash of a base's denoiser file as other programs name it; read once in a process, as it is gigabytes."""
-    return base_file_hashes(weight_files(folder, "unet")[0])
+def base_hashes(file: Path) -> tuple[str, str]:
+    """(old, new) hash of a base's file as other programs name it: read once in a process, as it is gigabytes."""
+    return base_file_hashes(file)
 
 
 def file_name(config: TrainConfig, base: BaseModelFacts) -> str:
@@ -62,7 +62,7 @@ def describe_run(
 
     `started_at` in seconds since 1970; `precision` is the number format that the base was used in.
     """
-    old_hash, new_hash = base_hashes(base.folder)
+    old_hash, new_hash = base_hashes(weight_files(base, "unet")[0])
     folder = Path(config.dataset.images)
     groups: dict[str, list[int]] = {}
     for prepared in (*data.own, *data.held_out):

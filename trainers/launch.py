@@ -84,7 +84,7 @@ def plan_run(
     # Without a preset the base says which one; else preset, option and --set say which base, the last one first.
     name = preset or default_preset(recognise_base(str(own["base"].get("model", "pocket"))))
     config = _with_absolute_paths(resolve(name, given, overrides))
-    base = recognise_base(config.base.model)
+    base = recognise_base(config.base.model, config.base.options)
     problems = check_settings(config, base)
     refuse(problems, force)
     scan = look(config)

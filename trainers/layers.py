@@ -9,12 +9,9 @@ from dataclasses import dataclass
 from trainers.adapters import ADAPTERS
 from trainers.adapters.plan import LayerPlan, canonical_name
 from trainers.config import TrainConfig
-from trainers.container import open_file, read_header
-from trainers.errors import AdapterFileError, BaseModelError
-from trainers.families import BaseModelFacts, weight_files
-from trainers.families.targets import match_targets
+from trainers.families import BaseModelFacts, stored_tensors
+from trainers.families.targets import trainable_paths
 
-PARTS = ("unet", "text_encoder")
 _BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
 _METADATA = 4000
 """Bytes of metadata that a file has beside its weights, about; captions' words, where asked for, come on top."""
@@ -53,9 +50,10 @@ def plan_layers(config: TrainConfig, parts: Sequence[str], find: Callable[[str, 
 
 def adapter_size(config: TrainConfig, base: BaseModelFacts) -> AdapterSize:
     """How large the adapter of these settings is on this base. Raises BaseModelError for a damaged weight file."""
-    shapes = {part: _weight_shapes(base, part) for part in PARTS}
-    plans = plan_layers(config, PARTS, lambda part, targets: match_targets(part, targets, shapes[part]))
-    named = {canonical_name(part, path): shape for part in PARTS for path, shape in shapes[part].items()}
+    parts = base.family.parts
+    shapes = {part: _weight_shapes(base, part) for part in parts}
+    plans = plan_layers(config, parts, lambda part, targets: trainable_paths(base, part, targets, shapes[part]))
+    named = {canonical_name(part, path): shape for part in parts for path, shape in shapes[part].items()}
     factors = [
         shape for plan in plans for shape in ADAPTERS[config.adapter.type].factor_shapes(named[plan.name], plan.rank).values()
     ]
@@ -66,12 +64,5 @@ def adapter_size(config: TrainConfig, base: BaseModelFacts) -> AdapterSize:
 
 def _weight_shapes(base: BaseModelFacts, part: str) -> dict[str, tuple[int, ...]]:
     """Layer path -> shape of its weight, in the order of the files."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for path in weight_files(base.folder, part):
-        try:
-            with open_file(path) as handle:
-                entries = read_header(handle, path).entries
-        except AdapterFileError as error:
-            raise BaseModelError(error.what, error.where, error.hint) from error
-        shapes |= {name.removesuffix(".weight"): entry.shape for name, entry in entries.items() if name.endswith(".weight")}
-    return shapes
+    stored = stored_tensors(base, part)
+    return {name.removesuffix(".weight"): tensor.shape for name, tensor in stored.items() if name.endswith(".weight")}

@@ -16,6 +16,7 @@ from trainers import events
 from trainers.adapters.inject import TRAINED
 from trainers.dataset.prepare import render_side
 from trainers.export import base_hashes, describe_run, export_adapter, file_name
+from trainers.families import weight_files
 from trainers.files import write_atomically
 from trainers.generate import Picture, RenderSettings, render
 from trainers.process_id import made_at
@@ -53,7 +54,7 @@ class Outputs:
             )
         )
         if training.device.is_main:  # while the base is still there
-            base_hashes(training.model.facts.folder)
+            base_hashes(weight_files(training.model.facts, "unet")[0])
 
     def begin_training(self) -> None:
         """All is prepared: the steps follow."""

@@ -24,7 +24,7 @@ from trainers.dataset.cache import ContentCache, prune
 from trainers.dataset.folder import Scan
 from trainers.dataset.prepare import TrainingSet, prepare, scan_images
 from trainers.device import Device, choose_device, other_kernels
-from trainers.families import load_family, recognise_base, weight_files
+from trainers.families import denoiser_bytes, load_family, recognise_base
 from trainers.families.base import Conditioning, DiffusionModel
 from trainers.layers import plan_layers
 from trainers.prior import prior_examples
@@ -81,11 +81,10 @@ def set_up(
     KeyboardInterrupt when `interrupted` while the base draws prior pictures.
     """
     emit(events.Stage(name="scan", detail=f"reading {config.dataset.images}"))
-    base = recognise_base(config.base.model)
+    base = recognise_base(config.base.model, config.base.options)
     scan = scan_images(config)
     emit(events.Stage(name="load", detail=f"base model {base.name}"))
-    size = sum(file.stat().st_size for file in weight_files(base.folder, "unet"))
-    device = _device_as_before(config, size, before, emit)
+    device = _device_as_before(config, denoiser_bytes(base), before, emit)
     model = load_family(base, device.dtype, device.device)
     if device.is_main:
         for change in run.check_manifest(make_manifest(config, scan, model), force):

@@ -28,7 +28,7 @@ def training_step(model: DiffusionModel, batch: Batch, condition: Condition, min
     # ------------------------------------------------------------------------------------------------
     objective = model.objective
     noisy_latents = objective.add_noise(batch.latents, batch.noise, batch.timesteps)
-    prediction = model.predict(noisy_latents, batch.timesteps, condition(batch.captions))
+    prediction = model.predict(noisy_latents, batch.timesteps, condition(batch.captions), batch.framing)
     target = objective.target(batch.latents, batch.noise, batch.timesteps)
     weight = objective.weight(batch.timesteps, min_snr_gamma) * batch.weights
     return mean_of_squares(prediction, target, weight).sum()
