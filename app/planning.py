@@ -12,8 +12,7 @@ from app.scanning import Scanner
 from trainers.config import TrainConfig
 from trainers.dataset.edits import Edits
 from trainers.errors import Problem, TrainingError
-from trainers.families import recognise_base
-from trainers.launch import RunPlan, plan_run
+from trainers.launch import RunPlan, plan_run, recognise_given
 from trainers.presets import default_preset, list_presets, resolve
 from trainers.settings import merge
 
@@ -87,7 +86,7 @@ def settings_of(project: Project, settings: dict[str, Any], preset: str | None) 
     """(preset, complete settings) of a recipe that may not lead to a run, as for want of pictures; empty when unknown."""
     try:
         values = _over(read_recipe(project), settings)
-        name = chosen_preset(project, preset) or default_preset(recognise_base(base_of(project)))
+        name = chosen_preset(project, preset) or default_preset(recognise_given(values.get("base", {})))
         return name, resolve(name, values).model_dump(mode="json")
     except TrainingError:
         return "", {}

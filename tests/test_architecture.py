@@ -41,6 +41,7 @@ TABLES = {
         "single_file",
         "parts",
         "latent_diffusion",
+        "tensor_files",
     },
     "adapters": {"layer", "inject", "plan"},
     "optimizers": {"base"},

@@ -40,6 +40,15 @@ def check_settings(config: TrainConfig, base: BaseModelFacts) -> list[Problem]:
                 "Choose a preset without sdxl_ in its name." if wanted == "sdxl" else "Choose another preset or base.",
             )
         )
+    if base.guessed:
+        problems.append(
+            Problem("warning", base.guessed.partition(". ")[0], "base.prediction_type", base.guessed.partition(". ")[2])
+        )
+    for part in base.family.text_encoders if config.text_encoder_rate else ():
+        unread = base.configs[part]["num_hidden_layers"] - base.layers_read(part)
+        if unread:
+            what = f"Nothing reads the last {unread} of the {part.replace('_', ' ')}'s layers, so no adapter goes there"
+            problems.append(Problem("note", what.replace("last 1 of", "last of"), base.name))
     if base.prediction_type not in ("epsilon", "v_prediction"):
         problems.append(
             Problem("error", f"The base predicts {base.prediction_type!r}, which cannot be trained here", base.name)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
 
 from trainers.errors import AdapterFileError, RunFolderError, SettingError
+from trainers.families.facts import BaseOptions
 from trainers.samplers import check_sampler
 from trainers.text import printable
 
@@ -38,6 +39,7 @@ class DrawRequest:
     guidance: float = 5.0
     scheduler: str = "dpm++"
     size: tuple[int, int] | None = None
+    options: BaseOptions = field(default_factory=BaseOptions)
 
 
 def parse_lora(text: str) -> tuple[Path, float]:
@@ -93,7 +95,7 @@ def draw(request: DrawRequest, on_picture: Callable[[int, int], object] = lambda
     from trainers.device import choose_device
     from trainers.families import check_size, denoiser_bytes, load_family, recognise_base
 
-    base = recognise_base(request.base)
+    base = recognise_base(request.base, request.options)
     size = request.size or (base.resolution, base.resolution)
     check_size(base, height=size[1], width=size[0])
     device = choose_device("auto", denoiser_bytes(base))

@@ -82,6 +82,9 @@ def describe_run(
             started_at=started_at,
             seed=config.train.seed,
             steps=step,
+            base_version=base.family.base_version,
+            v2=base.family.name == "sd2",
+            clip_skip=base.clip_skip if base.clip_skip > 1 else None,
             base_hash_old=old_hash,
             base_hash_new=new_hash,
             text_encoder_rank=config.text_encoder_rank if learns_text else None,
@@ -114,7 +117,7 @@ def describe_run(
 
 def _session(config: TrainConfig) -> str:
     """Names the run by its settings; where pictures and base lie on the disk is left out."""
-    settings = config.model_dump_json(exclude={"dataset": {"images"}, "base": {"model"}})
+    settings = config.model_dump_json(exclude={"dataset": {"images"}, "base": {"model", "vae"}})
     return hashlib.sha256(settings.encode()).hexdigest()[:16]
 
 

@@ -162,7 +162,7 @@ def make_manifest(config: TrainConfig, scan: Scan, model: DiffusionModel) -> dic
     Settings at their defaults are left out, so that a later version with one setting more can go on with the run; so
     are those that change nothing in the adapter, so that they may be changed between stop and resume.
     """
-    free: dict[str, Any] = {"base": {"model"}, "samples": True, "checkpoints": True, "output": True}
+    free: dict[str, Any] = {"base": {"model", "vae"}, "samples": True, "checkpoints": True, "output": True}
     free |= {"dataset": {"images", "edits"}, "train": {"save_state_seconds", "checkpointing", "recoveries"}}
     settings = config.model_dump(mode="json", exclude_defaults=True, exclude=free)
     return {

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
-from typing import Any, BinaryIO
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -16,12 +15,10 @@ from transformers.models.clip.configuration_clip import CLIPTextConfig
 from transformers.models.clip.modeling_clip import CLIPTextModel, CLIPTextModelWithProjection
 from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
-from trainers.container import Header, open_file, read_header
 from trainers.errors import BaseModelError
-from trainers.families.ckpt import is_ckpt, load_ckpt
 from trainers.families.facts import ASSETS, BaseModelFacts
-from trainers.families.stored import Stored, as_base_error, stored_tensors
-from trainers.tensors import FLOATS, read_tensor
+from trainers.families.stored import stored_tensors
+from trainers.families.tensor_files import TensorFiles
 from trainers.text import name_list
 
 TOKENS = 77
@@ -108,7 +105,7 @@ def _fill(module: nn.Module, facts: BaseModelFacts, part: str, dtype: torch.dtyp
             what = f"{part}: {name} is {given} in the file, and {shape} in {facts.family.title}"
             raise BaseModelError(what, where=where, hint="This is a model of another kind.")
     tensors = {}
-    with _Files() as files:
+    with TensorFiles() as files:
         for name in sorted(wanted, key=lambda name: (str(stored[plain[name]].file), stored[plain[name]].entry.start)):
             tensor = files.read(stored[plain[name]])
             if not bool(tensor.isfinite().all()):
@@ -124,40 +121,3 @@ def _fill(module: nn.Module, facts: BaseModelFacts, part: str, dtype: torch.dtyp
 def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
     """A 1x1 convolution and a Linear layer of the same widths hold the same numbers."""
     return shape[:2] if tuple(shape[2:]) == (1, 1) else shape
-
-
-class _Files:
-    """The files of a base, each opened once; tensors are copied out of them and never mapped."""
-
-    def __init__(self) -> None:
-        self._stack = ExitStack()
-        self._open: dict[Path, tuple[BinaryIO, Header]] = {}
-        self._loaded: dict[Path, Mapping[str, torch.Tensor]] = {}
-        self._last: tuple[Path, str, torch.Tensor] | None = None
-
-    def __enter__(self) -> _Files:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
-
-    def read(self, stored: Stored) -> torch.Tensor:
-        """One tensor in diffusers' layout. Raises BaseModelError."""
-        place = stored.place
-        if self._last is None or self._last[:2] != (stored.file, place.key):  # q, k and v come out of one, one after the other
-            self._last = (stored.file, place.key, self._read(stored.file, place.key))
-        tensor = self._last[2]
-        if place.third >= 0:
-            tensor = tensor.chunk(3)[place.third]
-        return tensor.T.contiguous() if place.transposed else tensor
-
-    def _read(self, file: Path, key: str) -> torch.Tensor:
-        if is_ckpt(file):
-            if file not in self._loaded:
-                self._loaded[file] = load_ckpt(file)
-            return self._loaded[file][key].clone()
-        with as_base_error():
-            if file not in self._open:
-                handle = self._stack.enter_context(open_file(file))
-                self._open[file] = (handle, read_header(handle, file))
-            return read_tensor(*self._open[file], key, FLOATS)
