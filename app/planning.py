@@ -82,14 +82,15 @@ def chosen_preset(project: Project, preset: str | None = None) -> str | None:
     return name
 
 
-def settings_of(project: Project, settings: dict[str, Any], preset: str | None) -> tuple[str, dict[str, Any]]:
-    """(preset, complete settings) of a recipe that may not lead to a run, as for want of pictures; empty when unknown."""
+def settings_of(project: Project, settings: dict[str, Any], preset: str | None) -> tuple[str, dict[str, Any], str]:
+    """(preset, complete settings, the base's family) of a recipe that may not lead to a run; empty when unknown."""
     try:
         values = _over(read_recipe(project), settings)
-        name = chosen_preset(project, preset) or default_preset(recognise_given(values.get("base", {})))
-        return name, resolve(name, values).model_dump(mode="json")
+        base = recognise_given(values.get("base", {}))
+        name = chosen_preset(project, preset) or default_preset(base)
+        return name, resolve(name, values).model_dump(mode="json"), base.family.name
     except TrainingError:
-        return "", {}
+        return "", {}, ""
 
 
 def _over(recipe: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:

@@ -115,7 +115,7 @@ def test_an_sdxl_preset_on_pocket_is_refused_in_words_even_by_force(
 ) -> None:
     assert impasto("train", pictures, "--output", tmp_path / "run", "--preset", "sdxl_character", "--force") == 2
     said = capsys.readouterr().err
-    assert "meant for sdxl" in said and "pocket" in said and "Choose a preset without sdxl_" in said
+    assert "for Stable Diffusion XL" in said and "pocket" in said and "preset without sdxl_" in said
     assert not (tmp_path / "run").exists()
 
 

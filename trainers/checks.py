@@ -9,7 +9,7 @@ from trainers.config import TrainConfig
 from trainers.dataset.folder import Scan
 from trainers.dataset.prepare import TrainingSet
 from trainers.errors import Problem, SettingError
-from trainers.families import BaseModelFacts
+from trainers.families import FAMILIES, BaseModelFacts
 from trainers.samplers import check_sampler
 
 
@@ -31,15 +31,12 @@ def check_settings(config: TrainConfig, base: BaseModelFacts) -> list[Problem]:
     """Settings against the base. `error` can never pass, `advice` passes with --force."""
     problems = []
     wanted = config.base.family
-    if wanted not in ("auto", base.family.name):
-        problems.append(
-            Problem(
-                "error",
-                f"The preset is meant for {wanted}, the base {base.name} is {base.family.title}",
-                "base.family",
-                "Choose a preset without sdxl_ in its name." if wanted == "sdxl" else "Choose another preset or base.",
-            )
-        )
+    if wanted not in ("auto", base.family.name) and not (wanted == "sd" and base.family.name in ("sd1", "sd2")):
+        meant = "Stable Diffusion 1.x and 2.x" if wanted == "sd" else FAMILIES[wanted].title
+        what = f"The base {base.name} is a {base.family.title} model, and these settings are for {meant}"
+        better = "with" if base.family.name == "sdxl" else "without"
+        hint = f"Switch to a preset {better} sdxl_ in its name (as sdxl_style or style), or to another base."
+        problems.append(Problem("error", what, "base.family", hint))
     if base.guessed:
         problems.append(
             Problem("warning", base.guessed.partition(". ")[0], "base.prediction_type", base.guessed.partition(". ")[2])

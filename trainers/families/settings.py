@@ -15,8 +15,8 @@ class BaseSettings(Settings):
 
     model: str = "pocket"
     """Base model: `pocket` (ships with the program), a checkpoint file, a folder in diffusers layout, or a hub id."""
-    family: Literal["auto", "sd1", "sd2", "sdxl"] = "auto"
-    """Model family that these settings are meant for; a base of another family is refused. `auto` takes any."""
+    family: Literal["auto", "sd", "sd1", "sd2", "sdxl"] = "auto"
+    """Model family that these settings are meant for; a base of another one is refused. `sd`: 1.x and 2.x. `auto`: any."""
     vae: str = ""
     """VAE of your own (file or folder) in place of the base's. Empty: the base's."""
     clip_skip: int = Field(default=1, ge=1, le=12)

@@ -132,9 +132,11 @@ def set_epsilon(configs: dict[str, dict[str, Any]], family: str) -> None:
 def _check_parts(
     family: str, configs: Mapping[str, dict[str, Any]], entries: Mapping[str, Entry], path: Path, own_vae: bool
 ) -> None:
-    for part, layout in part_layouts(family, configs).items():
-        if part == "vae" and own_vae:
-            continue
-        if not any(name.startswith(layout.starts) for name in entries):
-            hint = "Take the whole checkpoint" + (", or set base.vae." if part == "vae" else ".")
-            raise BaseModelError(f"The checkpoint has no {part.replace('_', ' ')}", where=str(path), hint=hint)
+    missing = [
+        part.replace("_", " ")
+        for part, layout in part_layouts(family, configs).items()
+        if not any(name.startswith(layout.starts) for name in entries) and not (part == "vae" and own_vae)
+    ]
+    if missing:
+        hint = "Take the whole checkpoint" + (", or set base.vae." if missing == ["vae"] else ".")
+        raise BaseModelError(f"The checkpoint has no {' and no '.join(missing)}", where=str(path), hint=hint)

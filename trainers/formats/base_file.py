@@ -152,7 +152,7 @@ def _write_folder(base: BaseModelFacts, folder: Path, change: Change | None, dty
         outs = [
             _Out(
                 _folder_key(part, name),
-                stored.shape,
+                _folder_shape(part, name, stored.shape),
                 SPELLED[dtype][0] if dtype else stored.entry.dtype,
                 (f"{part}.{name}",),
                 (stored,),
@@ -174,6 +174,11 @@ def _write_folder(base: BaseModelFacts, folder: Path, change: Change | None, dty
 def _belongs(base: BaseModelFacts, part: str, name: str) -> bool:
     """SD 2.x's first encoder has a projection in a single file that diffusers' layout has no place for."""
     return part == "text_encoder_2" or not name.startswith("text_projection")
+
+
+def _folder_shape(part: str, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """diffusers' VAE attends by Linear layers, the original by 1x1 convolutions."""
+    return shape[:2] if part == "vae" and ".attentions.0." in name else shape
 
 
 def _folder_key(part: str, name: str) -> str:
