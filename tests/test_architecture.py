@@ -27,7 +27,7 @@ LIGHT = (
     *("trainers.dataset.prepare", "trainers.families", "trainers.adapters", "trainers.optimizers", "trainers.draw"),
 )
 # Folders with a table -> files in them that are no entry of it.
-TABLES = {"families": {"base", "targets", "ldm"}, "adapters": {"layer", "inject", "plan"}, "optimizers": {"base"}}
+TABLES = {"families": {"base", "targets", "ldm"}, "adapters": {"base", "layer", "inject", "plan"}, "optimizers": {"base"}}
 
 
 def sources(*folders: str) -> list[Path]:
