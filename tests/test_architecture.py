@@ -29,21 +29,10 @@ LIGHT = (
 # Folders with a table -> files in them that are no entry of it.
 TABLES = {
     "families": {
-        "base",
-        "targets",
-        "ldm",
-        "facts",
-        "settings",
-        "locate",
-        "configuration",
-        "stored",
-        "ckpt",
-        "single_file",
-        "parts",
-        "latent_diffusion",
-        "tensor_files",
+        *("base", "targets", "facts", "settings", "locate", "configuration", "stored", "ckpt", "single_file", "ldm"),
+        *("parts", "tensor_files", "latent_diffusion"),
     },
-    "adapters": {"layer", "inject", "plan"},
+    "adapters": {"base", "layer", "inject", "plan"},
     "optimizers": {"base"},
 }
 

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from trainers.cli_files import convert
 from trainers.errors import RunFolderError, TrainingError
 
 cli = typer.Typer(
@@ -205,6 +206,9 @@ def inspect_command(
     typer.echo(describe(inspection))
     if any(problem.severity == "error" for problem in inspection.problems):
         raise typer.Exit(1)
+
+
+cli.command()(convert)
 
 
 @cli.command()

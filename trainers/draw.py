@@ -111,15 +111,14 @@ def attach_files(model: DiffusionModel, paths: list[Path], tell: Callable[[str],
     `tell` gets a sentence for each file with modules that the base has not. Raises AdapterFileError when none is there.
     """
     from trainers.adapters import ADAPTERS
-    from trainers.adapters.inject import adapt_layers, find_layers
-    from trainers.adapters.layer import Adapter
+    from trainers.adapters.inject import adapt_layers, attach, find_layers
     from trainers.formats import read_adapter
 
     found = find_layers(model.parts())
     shapes = {name: tuple(layer.weight.shape) for name, layer in found.items()}  # type: ignore[arg-type]
     names = []
     for number, path in enumerate(paths):
-        file = read_adapter(path, list(found), shapes)
+        file = read_adapter(path, list(found), shapes, model.facts.family.name)
         if file.unmatched:
             total = len(file.modules) + len(file.unmatched)
             example = printable(file.unmatched[0])
@@ -127,10 +126,7 @@ def attach_files(model: DiffusionModel, paths: list[Path], tell: Callable[[str],
         name = f"file-{number}"
         layers = adapt_layers(model.parts(), list(file.modules))
         for layer, module in file.modules.items():
-            device = layers[layer].weight.device
-            factors = {key: tensor.to(device) for key, tensor in module.factors.items()}
-            layers[layer].adapters[name] = Adapter(ADAPTERS["lora"], factors, module.alpha / module.rank)
-            layers[layer].strengths[name] = 1.0
+            attach(layers[layer], name, ADAPTERS[module.kind], module.factors, module.scale)
         names.append(name)
     return names
 

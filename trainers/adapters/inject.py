@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from trainers.adapters.base import AdapterKind
 from trainers.adapters.layer import AdaptedLayer, Adapter, Strength
 from trainers.adapters.plan import LayerPlan, canonical_name
 
@@ -131,9 +132,17 @@ def inject_trainable(
         with torch.no_grad():
             for factor, view in factors.items():
                 view.copy_(start[factor])
-        layers[plan.name].adapters[TRAINED] = Adapter(kind, factors, plan.scale)
+        layers[plan.name].adapters[TRAINED] = Adapter(kind, factors, plan.scale)  # type: ignore[arg-type]
         layers[plan.name].strengths[TRAINED] = 1.0
     return flat
+
+
+def attach(layer: AdaptedLayer, name: str, kind: AdapterKind, factors: Mapping[str, torch.Tensor], scale: float) -> None:
+    """Adds an adapter that is not trained to a layer, at strength 1: prepared beside the frozen weight, on its device."""
+    weight = layer.weight.detach()
+    prepared, scale = kind.prepare({part: factor.to(weight.device) for part, factor in factors.items()}, scale, weight)
+    layer.adapters[name] = Adapter(kind, prepared, scale)
+    layer.strengths[name] = 1.0
 
 
 def set_strength(parts: Mapping[str, nn.Module], adapter: str, strength: Strength) -> None:
