@@ -23,6 +23,7 @@ from trainers.formats.keys import KeyGroup, group_keys
 from trainers.formats.matching import match_groups, no_adapter
 from trainers.formats.recognise import refuse_other_family
 from trainers.layers import layer_shapes, planned_layers
+from trainers.run_folder import absolute
 from trainers.text import name_list, printable
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def check_start(config: TrainConfig, base: BaseModelFacts) -> list[Problem]:
     """The file against the run, as far as its header tells; nothing where a run starts from nothing."""
     if not config.adapter.start_from:
         return []
-    path = Path(config.adapter.start_from).expanduser()
+    path = absolute(Path(config.adapter.start_from))
     try:
         with open_file(path) as handle:
             header = read_header(handle, path)
@@ -84,7 +85,7 @@ def read_start(config: TrainConfig, base: BaseModelFacts) -> Start | None:
         return None
     problems = check_start(config, base)
     refuse(problems, force=True)
-    path, shapes = Path(config.adapter.start_from).expanduser(), layer_shapes(base)
+    path, shapes = absolute(Path(config.adapter.start_from)), layer_shapes(base)
     planned = [plan.name for plan in planned_layers(config, base)]
     file = read_adapter(path, planned, shapes, base.family.name)
     return Start(

@@ -92,9 +92,7 @@ def test_the_same_file_twice_is_twice_the_file(pair: tuple[Path, Path], tmp_path
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
-def test_the_error_of_a_lower_rank_is_the_true_one_and_the_least(
-    pair: tuple[Path, Path], dtype: str, tmp_path: Path
-) -> None:
+def test_the_error_of_a_lower_rank_is_the_true_one_and_the_least(pair: tuple[Path, Path], dtype: str, tmp_path: Path) -> None:
     files = ((pair[0], 0.7), (pair[1], -0.4))
     output, done = merge(tmp_path, *files, rank=4, dtype=dtype)
     made, wanted = deltas(output), blended(*files)
@@ -146,7 +144,7 @@ def test_what_cannot_be_added_up_is_refused_and_nothing_is_written(
     with pytest.raises(AdapterFileError, match="--family"):
         merge_adapters([(pair[0], 1.0)], output)
     dora = save_adapter(tmp_path / "dora.safetensors", tiny_base, MIXED)
-    with pytest.raises(AdapterFileError, match="is a DoRA.*--base"):
+    with pytest.raises(AdapterFileError, match=r"is a DoRA.*--base"):
         merge_adapters([(dora, 1.0)], output, rank=4, family="sd1")
     name = next(iter(sd1))
     write_adapter(tmp_path / "wide.safetensors", {name: random_weights((32, 48), 2, 2.0, 0)}, {}, "fp32")
