@@ -26,7 +26,8 @@ def save_adapter(
         kind = next((kind for ending, kind in kinds.items() if name.endswith(ending)), None)
         if kind is not None:
             modules[name] = _weights(kind, shape, rank, alpha, 1000 * seed + number)
-    write_adapter(path, modules, {"modelspec.trigger_phrase": f"word{seed}"}, dtype, family=facts.family.name)  # type: ignore[arg-type]
+    told = {"modelspec.trigger_phrase": f"word{seed}", "ss_base_model_version": facts.family.base_version}
+    write_adapter(path, modules, told, dtype, family=facts.family.name)  # type: ignore[arg-type]
     return path
 
 

@@ -141,8 +141,9 @@ def test_what_cannot_be_added_up_is_refused_and_nothing_is_written(
     write_adapter(tmp_path / "told.safetensors", sd1, {}, "fp32")
     with pytest.raises(AdapterFileError, match=r"told.safetensors was made for .* 1.x, xl.safetensors for .* XL"):
         merge_adapters([(tmp_path / "told.safetensors", 1.0), (other, 1.0)], output)
+    write_adapter(tmp_path / "mute.safetensors", read_without_base(pair[0], "sd1").modules, {}, "fp32")
     with pytest.raises(AdapterFileError, match="--family"):
-        merge_adapters([(pair[0], 1.0)], output)
+        merge_adapters([(tmp_path / "mute.safetensors", 1.0)], output)
     dora = save_adapter(tmp_path / "dora.safetensors", tiny_base, MIXED)
     with pytest.raises(AdapterFileError, match=r"is a DoRA.*--base"):
         merge_adapters([(dora, 1.0)], output, rank=4, family="sd1")
@@ -161,7 +162,7 @@ def test_the_command_merges_and_refuses_options_that_mean_nothing(
     pair: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "sum.safetensors"
-    assert impasto("merge", f"{pair[0]}:0.7", f"{pair[1]}:-0.4", "--output", output, "--family", "sd1") == 0
+    assert impasto("merge", f"{pair[0]}:0.7", f"{pair[1]}:-0.4", "--output", output) == 0
     assert "rank 3 to 8" in capsys.readouterr().out
     assert error(deltas(output), blended((pair[0], 0.7), (pair[1], -0.4)))[0] < 1e-6
     for words in ([], [pair[0], "--vae", "x"], [pair[0], "--base", "pocket", "--rank", 4], [f"{pair[0]}:much"], ["gone"]):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
-from trainers.container import Entry, Header
+from trainers.container import Header
 from trainers.errors import AdapterFileError
 from trainers.families import FAMILIES
 from trainers.formats.keys import KeyGroup
@@ -16,9 +16,13 @@ from trainers.formats.recognise import guess_family, title_of
 from trainers.text import name_list
 
 
-def sure_family(groups: list[KeyGroup], entries: Mapping[str, Entry], path: Path) -> str:
-    """The family that a file tells of itself. Raises AdapterFileError where it tells none that is known here."""
-    family, reason = guess_family(groups, entries)
+def sure_family(header: Header, groups: list[KeyGroup]) -> str:
+    """The family that a file tells by names and widths, else in words. Raises AdapterFileError for none that is known here."""
+    path = header.path
+    family, reason = guess_family(groups, header.entries)
+    if family == "unknown":  # as of a small base, whose widths are nobody's
+        told = header.metadata.get("ss_base_model_version")
+        family = next((name for name, facts in FAMILIES.items() if facts.base_version == told), family)
     if family in FAMILIES:
         return family
     if family == "unknown":

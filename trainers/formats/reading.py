@@ -36,7 +36,7 @@ def read(
         if known is not None and family is not None:
             refuse_other_family(groups, header.entries, family, path)
         if family is None:
-            family = sure_family(groups, header.entries, path)
+            family = sure_family(header, groups)
         matched, unmatched = match_groups(groups, known, family, path)
         scaling = read_scaling(header.metadata, str(path))
         modules: dict[str, ModuleWeights] = {}

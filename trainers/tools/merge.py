@@ -17,6 +17,7 @@ from trainers.errors import AdapterFileError
 from trainers.families import FAMILIES
 from trainers.formats import AdapterFile, FileDtype, FileForm, ModuleWeights, read_without_base, write_adapter
 from trainers.formats.metadata import ARCHITECTURES, source_date
+from trainers.formats.peft import PARTS
 from trainers.text import printable
 from trainers.tools.convert import SPELLED, tell_unread, unfold
 
@@ -95,7 +96,8 @@ def merge_adapters(
     metadata = _describe(inputs, files, modules, output.stem)
     write_adapter(output, modules, metadata, chosen, form, made_for)
     worst, overall = _errors(read_without_base(output, made_for), sums)
-    parts = Counter(name.partition(".")[0] for name in modules)
+    counts = Counter(name.partition(".")[0] for name in modules)
+    parts = {part: counts[part] for part in PARTS if part in counts}
     ranks = [weights.rank for weights in modules.values()]
     return Merged(made_for, form, chosen, len(inputs), parts, (min(ranks), max(ranks)), worst, overall)
 
