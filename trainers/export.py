@@ -41,18 +41,26 @@ def export_adapter(
     plans: list[LayerPlan],
     config: TrainConfig,
     metadata: dict[str, str],
+    family: str,
 ) -> None:
     """Writes `weights` (N,), the masters or their running mean, in kohya form. Raises AdapterFileError if not finite."""
+    modules = trained_modules(flat, weights, plans, config)
+    write_adapter(path, modules, metadata, config.output.dtype, family=family)
+
+
+def trained_modules(
+    flat: FlatParameters, weights: torch.Tensor, plans: list[LayerPlan], config: TrainConfig
+) -> dict[str, ModuleWeights]:
+    """`weights` (N,) as one module for each plan, by canonical name, float32 on the CPU."""
     kind = ADAPTERS[config.adapter.type]
     factors = flat.split(weights.detach())
-    modules = {
+    return {
         plan.name: ModuleWeights(
             {name: tensor.cpu().contiguous() for name, tensor in factors[plan.name].items()},
             kind.export_alpha(plan.scale, plan.rank),
         )
         for plan in plans
     }
-    write_adapter(path, modules, metadata, config.output.dtype)
 
 
 def describe_run(

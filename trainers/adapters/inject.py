@@ -145,6 +145,15 @@ def attach(layer: AdaptedLayer, name: str, kind: AdapterKind, factors: Mapping[s
     layer.strengths[name] = 1.0
 
 
+def restore_layers(parts: Mapping[str, nn.Module]) -> None:
+    """Takes every adapter out: the frozen layers stand again where they stood before."""
+    for module in parts.values():
+        adapted = [(path, child) for path, child in module.named_modules() if isinstance(child, AdaptedLayer)]
+        for path, child in adapted:
+            parent, _, leaf = path.rpartition(".")
+            setattr(module.get_submodule(parent), leaf, child.frozen)
+
+
 def set_strength(parts: Mapping[str, nn.Module], adapter: str, strength: Strength) -> None:
     """Sets the strength of one adapter on every layer of `parts` that has it. A tensor (B,) gives one per batch row."""
     for module in parts.values():

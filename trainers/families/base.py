@@ -83,3 +83,6 @@ class DiffusionModel(Protocol):
 
     def enable_checkpointing(self) -> None:
         """Recompute activations in the backward pass instead of keeping them."""
+
+    def pipeline(self) -> Any:
+        """diffusers' own pipeline around the same modules, with its DDIM sampler: what other programs would do with them."""
