@@ -93,14 +93,14 @@ class _Unpacking(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        layer = ctx.layer
-        weight = unpack(ctx.saved_tensors, layer.kind, layer.shape, layer.dtype)
+        layer, packed = ctx.layer, ctx.saved_tensors  # asked for once: recomputed activations are handed out once
+        weight = unpack(packed, layer.kind, layer.shape, layer.dtype)
         if weight.dim() == 2:
             to_x = gradient @ weight
         else:
             geometry = (layer.stride, layer.padding, layer.dilation, layer.groups)
             to_x = conv2d_input(ctx.shape, weight, gradient, *geometry)  # type: ignore[no-untyped-call]
-        return (to_x, None, *(None for _ in ctx.saved_tensors))
+        return (to_x, None, *(None for _ in packed))
 
 
 def can_be_packed(layer: nn.Module) -> bool:
