@@ -17,7 +17,6 @@ from trainers.adapters.inject import find_layers
 from trainers.checks import check_settings
 from trainers.errors import SettingError
 from trainers.families import recognise_base
-from trainers.preflight import memory_hints
 from trainers.quantised import LEVELS, PackedLayer, can_be_packed, check_can_pack, pack, quantise, unpack
 from trainers.train import fill_gradient, update
 
@@ -142,16 +141,6 @@ def test_four_bits_without_their_package_or_a_gpu_are_refused_before_weights_loa
     assert problem.severity == "error" and "pip install bitsandbytes" in problem.hint
     with pytest.raises(SettingError, match="pip install bitsandbytes"):
         check_can_pack("nf4", torch.device("cuda"))
-
-
-def test_a_run_too_large_for_the_memory_is_told_of_packed_weights(tiny_base: Path, pictures: Path) -> None:
-    told = {
-        kind: any(
-            "base_weights" in hint for hint in memory_hints(tiny_config(tiny_base, pictures, f"train.base_weights={kind}"))
-        )
-        for kind in ("full", "int8")
-    }
-    assert told == {"full": True, "int8": False}
 
 
 def test_four_bits_by_bitsandbytes_are_computed_with_in_both_passes() -> None:

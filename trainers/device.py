@@ -126,7 +126,7 @@ def check_device(device: Device) -> list[Problem]:
     """What is possible on the chosen device, but unwise."""
     if device.dtype != torch.float16 or device.device.type != "cpu":
         return []
-    what = "A CPU computes in fp16 more slowly than in bf16 or fp32, and less precisely"
+    what = "A CPU computes in fp16 many times more slowly than in bf16 or fp32"
     return [Problem("warning", what, "train.precision", "Set train.precision=auto.")]
 
 

@@ -38,7 +38,7 @@ Condition = Callable[[tuple[str, ...]], Conditioning]
 
 @dataclass
 class Training:
-    """A run in progress: what is fixed, and the few things that move (flat.weights, optimizer, mean, step, scale ...)."""
+    """A run in progress: what is fixed, and what moves (flat.weights, optimizer, mean, step, recovery, loss_scale)."""
 
     config: TrainConfig
     model: DiffusionModel
