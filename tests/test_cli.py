@@ -51,6 +51,7 @@ REFUSED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "a base that is no model": (("--base", "EMPTY"), ("has no unet/config.json",)),
     "a preset for another family": (("--preset", "sdxl_style"), ("Stable Diffusion XL", "preset without sdxl_")),
     "an optimizer whose package is missing": (("--set", "optimizer.type=adamw8bit"), ("bitsandbytes", "pip install")),
+    "weights whose package is missing": (("--set", "train.base_weights=nf4"), ("bitsandbytes", "pip install")),
     "an option that is none": (("--rank", "4"), ("--rank",)),
 }
 # name -> (the folder given, words that the refusal must contain)

@@ -41,7 +41,7 @@ def export_adapter(
     plans: list[LayerPlan],
     config: TrainConfig,
     metadata: dict[str, str],
-    family: str,
+    family: str = "sd1",
 ) -> None:
     """Writes `weights` (N,), the masters or their running mean, in kohya form. Raises AdapterFileError if not finite."""
     modules = trained_modules(flat, weights, plans, config)

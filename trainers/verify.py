@@ -30,6 +30,7 @@ from trainers.formats import ModuleWeights, read_adapter
 from trainers.formats.hashes import file_hashes
 from trainers.generate import Picture, RenderSettings, image_of, render_latents
 from trainers.layers import plan_layers
+from trainers.quantised import stand_in
 from trainers.run_folder import RunFolder
 from trainers.text import name_list
 from trainers.training_state import load_state
@@ -227,18 +228,24 @@ def _worst_error(
 def _by_diffusers(
     model: DiffusionModel, path: Path, prompt: str, problems: list[str]
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
-    """(change of every layer that diffusers put a LoRA on, float64 by canonical name, its picture). Faults go to `problems`."""
+    """(change of every layer that diffusers put a LoRA on, float64 by canonical name, its picture). Faults go to `problems`.
+
+    Layers kept in few bits are beyond peft: beside stand-ins without weights the LoRA is read all the same, but not drawn.
+    """
+    packed = stand_in(model.parts())
     pipeline = model.pipeline()
     try:
         pipeline.load_lora_weights(str(path.parent), weight_name=path.name, local_files_only=True)
         deltas = _peft_deltas(model)
-        return deltas, _drawn_by(pipeline, model, prompt) if deltas else None
+        return deltas, _drawn_by(pipeline, model, prompt) if deltas and not packed else None
     except Exception as error:  # whatever it is, diffusers does not read the file
         first = (str(error) or type(error).__name__).splitlines()[0][:300]
         problems.append(f"diffusers does not load the file: {first}")
         return {}, None
     finally:
         pipeline.unload_lora_weights()
+        for parent, leaf, layer in packed:
+            setattr(parent, leaf, layer)
 
 
 def _peft_deltas(model: DiffusionModel) -> dict[str, torch.Tensor]:

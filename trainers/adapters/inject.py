@@ -12,7 +12,9 @@ from torch import nn
 from trainers.adapters.base import AdapterKind
 from trainers.adapters.layer import AdaptedLayer, Adapter, Strength
 from trainers.adapters.plan import LayerPlan, canonical_name
+from trainers.quantised import PackedLayer
 
+ADAPTABLE = (nn.Linear, nn.Conv2d, PackedLayer, AdaptedLayer)  # layers that an adapter can go into
 TRAINED = "trained"  # name of the adapter that a run trains
 
 
@@ -82,12 +84,12 @@ def lay_out(
 
 
 def find_layers(parts: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """Canonical name -> layer, for every Linear and Conv2d (adapted or not) of the given parts, in module order."""
+    """Canonical name -> layer, for every Linear and Conv2d (packed, adapted or not) of the given parts, in module order."""
     found: dict[str, nn.Module] = {}
     for part, module in parts.items():
         for path, child in module.named_modules():
             inside = any(isinstance(module.get_submodule(above), AdaptedLayer) for above in _ancestors(path))
-            if isinstance(child, nn.Linear | nn.Conv2d | AdaptedLayer) and not inside:
+            if isinstance(child, ADAPTABLE) and not inside:
                 found[canonical_name(part, path)] = child
     return found
 

@@ -50,6 +50,7 @@ class DiffusionModel(Protocol):
     facts: BaseModelFacts
     objective: Objective
     scheduler_config: dict[str, Any]
+    vae: nn.Module
 
     def parts(self) -> dict[str, nn.Module]:
         """The modules that adapters may go into, by the part's name in files: unet, text_encoder, ..."""
