@@ -84,9 +84,10 @@ def test_diffusers_computes_with_a_dora_in_peft_form_what_we_compute(clean: tupl
     family, pipe = clean
     shapes = {name: shape for name, shape in shapes_of(pipe, ("unet",)).items() if ".attn" in name}
     modules = {}
-    for number, (name, weights) in enumerate(random_lora(shapes).items()):
-        magnitude = torch.linspace(0.5, 1.5, shapes[name][0])[:, None] * (1 + number % 3)
-        modules[name] = ModuleWeights({**weights.factors, "dora_scale": magnitude}, weights.alpha, "dora")
+    for name, weights in random_lora(shapes).items():
+        norms = pipe.unet.get_submodule(name.removeprefix("unet.")).weight.detach().norm(dim=1, keepdim=True)
+        factors = {**weights.factors, "dora_scale": norms * torch.linspace(0.7, 1.3, len(norms))[:, None]}
+        modules[name] = ModuleWeights(factors, weights.alpha, "dora")
     write_adapter(tmp_path / "ours.safetensors", modules, {}, "fp32", "peft", family)
     width = pipe.unet.config.cross_attention_dim
     batch: dict[str, Any] = {"encoder_hidden_states": torch.linspace(-2, 2, 7 * width).sin().reshape(1, 7, width)}
