@@ -19,6 +19,9 @@ from trainers.formats import ModuleWeights, write_adapter
 from trainers.formats.hashes import base_file_hashes
 from trainers.formats.metadata import RunFacts, build_metadata
 
+# What programs call the families; A1111 hides a file whose version is not that of the loaded base.
+BASE_VERSIONS = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}
+
 
 @functools.cache
 def base_hashes(folder: Path) -> tuple[str, str]:
@@ -41,18 +44,23 @@ def export_adapter(
     plans: list[LayerPlan],
     config: TrainConfig,
     metadata: dict[str, str],
+    family: str = "sd1",
 ) -> None:
-    """Writes `weights` (N,), the masters or their running mean, in kohya form. Raises AdapterFileError if not finite."""
+    """Writes `weights` (N,), the masters or their running mean, in the kohya form of the base's family.
+
+    Raises AdapterFileError if not finite.
+    """
     kind = ADAPTERS[config.adapter.type]
     factors = flat.split(weights.detach())
     modules = {
         plan.name: ModuleWeights(
             {name: tensor.cpu().contiguous() for name, tensor in factors[plan.name].items()},
             kind.export_alpha(plan.scale, plan.rank),
+            config.adapter.type,
         )
         for plan in plans
     }
-    write_adapter(path, modules, metadata, config.output.dtype)
+    write_adapter(path, modules, metadata, config.output.dtype, "kohya", family)
 
 
 def describe_run(
@@ -82,6 +90,8 @@ def describe_run(
             started_at=started_at,
             seed=config.train.seed,
             steps=step,
+            base_version=BASE_VERSIONS[base.family.name],
+            v2=base.family.name == "sd2",
             base_hash_old=old_hash,
             base_hash_new=new_hash,
             text_encoder_rank=config.text_encoder_rank if learns_text else None,

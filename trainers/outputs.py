@@ -181,7 +181,8 @@ class Outputs:
         folder.mkdir(parents=True, exist_ok=True)
         base, step = training.model.facts, training.step
         metadata = describe_run(training.config, base, training.data, step, self._started_at, training.device.dtype_name)
-        export_adapter(folder / name, training.flat, training.exported, training.plans, training.config, metadata)
+        family = training.model.facts.family.name
+        export_adapter(folder / name, training.flat, training.exported, training.plans, training.config, metadata, family)
 
 
 @contextmanager

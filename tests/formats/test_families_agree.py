@@ -105,4 +105,4 @@ def test_diffusers_computes_with_a_dora_in_peft_form_what_we_compute(clean: tupl
         for name, layer in adapt_layers({"unet": own}, list(shapes)).items():
             attach(layer, "a", ADAPTERS["dora"], file.modules[name].factors, file.modules[name].scale)
         ours = own(noisy, step, **batch).sample
-    assert float((ours - theirs).norm() / (theirs - base).norm()) < 1e-5
+    assert float((ours - theirs).norm() / (theirs - base).norm()) < 1e-4  # of float32 sums through a whole network
