@@ -13,6 +13,7 @@ from trainers.formats import AdapterFile, FileDtype, FileForm, ModuleWeights, re
 from trainers.formats.names import kernel_of
 from trainers.formats.peft import PARTS
 from trainers.text import name_list
+from trainers.tools.file_problems import kind_notes
 from trainers.tools.inspect_file import inspect_file
 
 _SPELLED: dict[str, FileDtype] = {"F16": "fp16", "BF16": "bf16", "F32": "fp32", "F64": "fp32"}
@@ -65,6 +66,8 @@ def convert(
     if plain_rank is not None:
         modules, converted, worst = _as_plain(modules, plain_rank)
     own = [_SPELLED[word] for word in ("F32", "F64", "BF16", "F16") if word in inspection.dtypes]
+    for note in kind_notes(weights.kind for weights in modules.values()):
+        tell(str(note))
     chosen: FileDtype = dtype or (own[0] if own else "fp16")
     metadata = dict(file.metadata)
     if converted and "ss_network_module" in metadata:  # LyCORIS' own would send readers to the wrong code
