@@ -221,7 +221,7 @@ def test_a_run_that_fails_says_so_by_event_and_exit_code_1(
     assert impasto("resume", tmp_path / "run") == 0
 
 
-@pytest.mark.parametrize("command", ["train", "resume", "generate", "check", "inspect", "presets", "ui", "demo"])
+@pytest.mark.parametrize("command", ["train", "resume", "generate", "check", "inspect", "convert", "presets", "ui", "demo"])
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert impasto(command, "--help") == 0
     assert "Usage: impasto" in capsys.readouterr().out

@@ -58,6 +58,7 @@ def trained_modules(
         plan.name: ModuleWeights(
             {name: tensor.cpu().contiguous() for name, tensor in factors[plan.name].items()},
             kind.export_alpha(plan.scale, plan.rank),
+            config.adapter.type,
         )
         for plan in plans
     }
