@@ -139,6 +139,12 @@ def check_pictures(config: TrainConfig, base: BaseModelFacts, scan: Scan, data: 
                 "Use larger pictures, or a lower dataset.resolution.",
             )
         )
+    parts = data.caption_parts() if config.output.caption_words else {}
+    if parts:
+        shown = ", ".join(f"{part} ({count})" for part, count in list(parts.items())[:20])
+        more = f" and {len(parts) - 20} more" if len(parts) > 20 else ""
+        what = f"The file will tell everyone these words of your captions: {shown}{more}"
+        problems.append(Problem("note", what, "output.caption_words", "Set output.caption_words=false to keep them."))
     if not data.training:
         problems.append(Problem("error", "No picture is left to train on", config.dataset.images, "Lower dataset.holdout."))
     elif data.steps * config.examples_per_step < len(data.training):

@@ -164,6 +164,8 @@ class OutputSettings(Settings):
     """File name without ending. Empty: folder, base and rank, as in blackcut-pocket-r16."""
     dtype: Literal["fp16", "bf16", "fp32"] = "fp16"
     """Number format of the exported file."""
+    form: Literal["kohya", "peft"] = "kohya"
+    """Names in the file: `kohya`, which every program reads, or `peft`, diffusers' own, which few others do."""
     verify: bool = True
     """Read the finished file back, through diffusers too, and compare it with what was trained; a difference is an error."""
     author: str = ""
