@@ -51,6 +51,7 @@ REFUSED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "a base that is no model": (("--base", "EMPTY"), ("has no unet/config.json",)),
     "a preset for another family": (("--preset", "sdxl_style"), ("Stable Diffusion XL", "preset without sdxl_")),
     "an optimizer whose package is missing": (("--set", "optimizer.type=adamw8bit"), ("bitsandbytes", "pip install")),
+    "weights whose package is missing": (("--set", "train.base_weights=nf4"), ("bitsandbytes", "pip install")),
     "an option that is none": (("--rank", "4"), ("--rank",)),
 }
 # name -> (the folder given, words that the refusal must contain)
@@ -220,7 +221,7 @@ def test_a_run_that_fails_says_so_by_event_and_exit_code_1(
     assert impasto("resume", tmp_path / "run") == 0
 
 
-@pytest.mark.parametrize("command", ["train", "resume", "generate", "check", "inspect", "presets", "ui", "demo"])
+@pytest.mark.parametrize("command", ["train", "resume", "generate", "check", "inspect", "convert", "presets", "ui", "demo"])
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert impasto(command, "--help") == 0
     assert "Usage: impasto" in capsys.readouterr().out

@@ -68,15 +68,26 @@ def check_settings(config: TrainConfig, base: BaseModelFacts) -> list[Problem]:
         check_sampler(config.samples.scheduler)
     except SettingError as error:
         problems.append(Problem("error", error.what, "samples.scheduler", error.hint))
-    return problems + _check_package(config) + _check_adapter(config, base) + _check_rates(config)
+    return problems + _check_packages(config) + _check_adapter(config, base) + _check_rates(config)
 
 
-def _check_package(config: TrainConfig) -> list[Problem]:
-    package = config.optimizer.package
-    if not package or importlib.util.find_spec(package):
-        return []
-    hint = f"Run `pip install {package}` in the program's environment, or use optimizer.type=adamw."
-    return [Problem("error", f"{config.optimizer.type} needs the package {package}", "optimizer.type", hint)]
+def _check_packages(config: TrainConfig) -> list[Problem]:
+    """The optional packages that settings need."""
+    wanted: list[tuple[str, str, str, str]] = []
+    if config.optimizer.package:
+        wanted.append((config.optimizer.package, config.optimizer.type, "optimizer.type", "adamw"))
+    if config.train.base_weights == "nf4":
+        wanted.append(("bitsandbytes", "nf4", "train.base_weights", "int8"))
+    return [
+        Problem(
+            "error",
+            f"{value} needs the package {package}",
+            setting,
+            f"Run `pip install {package}` in the program's environment, or use {setting}={other}.",
+        )
+        for package, value, setting, other in wanted
+        if not importlib.util.find_spec(package)
+    ]
 
 
 def _check_adapter(config: TrainConfig, base: BaseModelFacts) -> list[Problem]:
@@ -128,6 +139,12 @@ def check_pictures(config: TrainConfig, base: BaseModelFacts, scan: Scan, data: 
                 "Use larger pictures, or a lower dataset.resolution.",
             )
         )
+    parts = data.caption_parts() if config.output.caption_words else {}
+    if parts:
+        shown = ", ".join(f"{part} ({count})" for part, count in list(parts.items())[:20])
+        more = f" and {len(parts) - 20} more" if len(parts) > 20 else ""
+        what = f"The file will tell everyone these words of your captions: {shown}{more}"
+        problems.append(Problem("note", what, "output.caption_words", "Set output.caption_words=false to keep them."))
     if not data.training:
         problems.append(Problem("error", "No picture is left to train on", config.dataset.images, "Lower dataset.holdout."))
     elif data.steps * config.examples_per_step < len(data.training):

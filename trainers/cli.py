@@ -12,6 +12,7 @@ import typer
 
 from trainers.cli_files import convert, merge
 from trainers.errors import RunFolderError, TrainingError
+from trainers.families.facts import BaseOptions
 
 cli = typer.Typer(
     name="impasto",
@@ -131,7 +132,6 @@ def generate(
 ) -> None:
     """Draw prompts, at one or several strengths of any number of LoRAs."""
     from trainers.draw import DrawRequest, draw, parse_lora, parse_size, parse_strengths
-    from trainers.families.facts import BaseOptions
     from trainers.run_folder import absolute
 
     path = absolute(Path(output))
@@ -198,13 +198,29 @@ def doctor(
 @cli.command("inspect")
 def inspect_command(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A LoRA file (.safetensors).", show_default=False)],
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Load it in diffusers and here, and compare with what was trained.")
+    ] = False,
+    base: Annotated[
+        str | None, typer.Option(help="Base model for --verify. Default: that of the run the file lies in.")
+    ] = None,
+    vae: Vae = "",
+    clip_skip: ClipSkip = 1,
 ) -> None:
     """Tell what is in a LoRA file: family, type, modules, rank, alpha, norms, metadata, problems."""
     from trainers.tools.inspect_file import describe, inspect_file
 
     inspection = inspect_file(file)
     typer.echo(describe(inspection))
-    if any(problem.severity == "error" for problem in inspection.problems):
+    wrong = any(problem.severity == "error" for problem in inspection.problems)
+    if verify:
+        from trainers.tools.verify_file import verify_file
+        from trainers.verify import describe as describe_proof
+
+        proof = verify_file(file, base, BaseOptions(vae, clip_skip))
+        typer.echo("\n".join(describe_proof(proof)))
+        wrong = wrong or not proof.ok
+    if wrong:
         raise typer.Exit(1)
 
 

@@ -16,9 +16,7 @@ Output = Annotated[Path, typer.Option("--output", "-o", help="The .safetensors t
 Dtype = Annotated[Literal["fp16", "bf16", "fp32"] | None, typer.Option(help="Number format. Default: the file's own.")]
 PlainRank = Annotated[
     int | None,
-    typer.Option(
-        "--plain-lora", metavar="RANK", min=1, max=4096, help="Make plain LoRAs of this rank, at most, of all modules."
-    ),
+    typer.Option("--plain-lora", metavar="RANK", min=1, max=4096, help="Make all modules plain LoRA, of this rank at most."),
 ]
 Family = Annotated[
     Literal["sd1", "sd2", "sdxl"] | None, typer.Option(help="The base's family, where the file does not tell it.")

@@ -13,7 +13,6 @@ import typer
 from trainers.errors import AdapterFileError, RunFolderError, SettingError
 from trainers.families.facts import BaseOptions
 from trainers.samplers import check_sampler
-from trainers.text import printable
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -92,6 +91,7 @@ def draw(request: DrawRequest, on_picture: Callable[[int, int], object] = lambda
         raise SettingError("Two strengths would be drawn into one file", where="--strengths", hint="Let them differ by 0.01.")
     if not request.as_folder and request.output.suffix.lower() != ".png":
         raise SettingError("Pictures are written as .png", where=str(request.output), hint="End --output with .png or with /.")
+    from trainers.attach import attach_files
     from trainers.device import choose_device
     from trainers.families import check_size, denoiser_bytes, load_family, recognise_base
 
@@ -103,32 +103,6 @@ def draw(request: DrawRequest, on_picture: Callable[[int, int], object] = lambda
     names = attach_files(model, [path for path, _ in request.loras], lambda remark: typer.echo(remark, err=True))
     own = dict(zip(names, (strength for _, strength in request.loras), strict=True))
     return list(_write_all(request, model, own, size, on_picture))
-
-
-def attach_files(model: DiffusionModel, paths: list[Path], tell: Callable[[str], object]) -> list[str]:
-    """Adds LoRA files to a loaded model and returns the adapters' names.
-
-    `tell` gets a sentence for each file with modules that the base has not. Raises AdapterFileError when none is there.
-    """
-    from trainers.adapters import ADAPTERS
-    from trainers.adapters.inject import adapt_layers, attach, find_layers
-    from trainers.formats import read_adapter
-
-    found = find_layers(model.parts())
-    shapes = {name: tuple(layer.weight.shape) for name, layer in found.items()}  # type: ignore[arg-type]
-    names = []
-    for number, path in enumerate(paths):
-        file = read_adapter(path, list(found), shapes, model.facts.family.name)
-        if file.unmatched:
-            total = len(file.modules) + len(file.unmatched)
-            example = printable(file.unmatched[0])
-            tell(f"{len(file.unmatched)} of {total} modules of {path.name} are not in this base, for example {example}.")
-        name = f"file-{number}"
-        layers = adapt_layers(model.parts(), list(file.modules))
-        for layer, module in file.modules.items():
-            attach(layers[layer], name, ADAPTERS[module.kind], module.factors, module.scale)
-        names.append(name)
-    return names
 
 
 def _write_all(

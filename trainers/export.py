@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections import Counter
 from pathlib import Path
 
 import torch
@@ -41,18 +40,27 @@ def export_adapter(
     plans: list[LayerPlan],
     config: TrainConfig,
     metadata: dict[str, str],
+    family: str = "sd1",
 ) -> None:
     """Writes `weights` (N,), the masters or their running mean, in kohya form. Raises AdapterFileError if not finite."""
+    modules = trained_modules(flat, weights, plans, config)
+    write_adapter(path, modules, metadata, config.output.dtype, config.output.form, family)
+
+
+def trained_modules(
+    flat: FlatParameters, weights: torch.Tensor, plans: list[LayerPlan], config: TrainConfig
+) -> dict[str, ModuleWeights]:
+    """`weights` (N,) as one module for each plan, by canonical name, float32 on the CPU."""
     kind = ADAPTERS[config.adapter.type]
     factors = flat.split(weights.detach())
-    modules = {
+    return {
         plan.name: ModuleWeights(
             {name: tensor.cpu().contiguous() for name, tensor in factors[plan.name].items()},
             kind.export_alpha(plan.scale, plan.rank),
+            config.adapter.type,
         )
         for plan in plans
     }
-    write_adapter(path, modules, metadata, config.output.dtype)
 
 
 def describe_run(
@@ -67,9 +75,7 @@ def describe_run(
     groups: dict[str, list[int]] = {}
     for prepared in (*data.own, *data.held_out):
         groups.setdefault(Path(prepared.example.name).parent.name or folder.name, []).append(prepared.example.repeats)
-    words: Counter[str] = Counter()
-    if config.output.caption_words:
-        words.update(part.strip() for prepared in data.training for part in prepared.example.caption.split(",") if part.strip())
+    words = data.caption_parts() if config.output.caption_words else {}
     resolution = config.dataset.resolution or base.resolution
     adapter, learns_text = config.adapter, config.text_encoder_rate > 0
     return build_metadata(
@@ -92,7 +98,7 @@ def describe_run(
             network_args={"targets": list(adapter.targets), "scaling": adapter.scaling},
             buckets=tuple((width, height, count) for (height, width), count in data.bucket_counts().items()),
             dataset_dirs={name: (max(repeats), len(repeats)) for name, repeats in sorted(groups.items())},
-            tag_frequency={folder.name: dict(words)} if words else None,
+            tag_frequency={folder.name: words} if words else None,
             learning_rate=config.optimizer.learning_rate,
             text_encoder_learning_rate=config.text_encoder_rate,
             optimizer=config.optimizer.type,

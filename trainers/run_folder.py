@@ -54,6 +54,11 @@ class RunFolder:
         return self.path / "manifest.json"
 
     @property
+    def proof(self) -> Path:
+        """What reading the finished LoRA back has shown."""
+        return self.path / "verification.json"
+
+    @property
     def reserve(self) -> Path:
         """Room on the disk for the last words of a run that has filled it."""
         return self.path / ".reserve"

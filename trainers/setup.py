@@ -23,11 +23,13 @@ from trainers.dataset.batches import BatchMaker
 from trainers.dataset.cache import ContentCache, prune
 from trainers.dataset.folder import Scan
 from trainers.dataset.prepare import TrainingSet, prepare, scan_images
-from trainers.device import Device, choose_device, other_kernels
-from trainers.families import denoiser_bytes, load_family, recognise_base
+from trainers.device import Device, check_device, choose_device, other_kernels
+from trainers.families import BaseModelFacts, denoiser_bytes, load_family, recognise_base
 from trainers.families.base import Conditioning, DiffusionModel
 from trainers.layers import plan_layers
+from trainers.loss_scale import LossScale
 from trainers.prior import prior_examples
+from trainers.quantised import check_can_pack, quantise
 from trainers.run_folder import RunFolder
 from trainers.start_from import Start, read_start
 from trainers.training_state import Recovery, TrainingState
@@ -37,7 +39,7 @@ Condition = Callable[[tuple[str, ...]], Conditioning]
 
 @dataclass
 class Training:
-    """A run in progress: what is fixed, and the few things that move (flat.weights, optimizer, mean, step, recovery)."""
+    """A run in progress: what is fixed, and what moves (flat.weights, optimizer, mean, step, recovery, loss_scale)."""
 
     config: TrainConfig
     model: DiffusionModel
@@ -51,6 +53,7 @@ class Training:
     mean: torch.Tensor | None
     step: int = 0
     recovery: Recovery = field(default_factory=Recovery)
+    loss_scale: LossScale = field(default_factory=LossScale)
     good: TrainingState | None = None
     """What to go back to when the numbers break."""
     durations: deque[float] = field(default_factory=lambda: deque(maxlen=30))
@@ -87,14 +90,14 @@ def set_up(
     start = read_start(config, base) if before is None else None  # a state has the weights, and the file may be gone
     emit(events.Stage(name="load", detail=f"base model {base.name}"))
     device = _device_as_before(config, denoiser_bytes(base), before, emit)
-    model = load_family(base, device.dtype, device.device)
+    model = _load(config, base, device, emit)
     if device.is_main:
         for change in run.check_manifest(make_manifest(config, scan, model, start), force):
             emit(events.Warned(message=f"Since this run began, {change}; it goes on all the same."))
     prior = prior_examples(model, config, run.prior, device, emit, interrupted)
     data = prepare(config, base, scan.examples, prior)
-    told = (*check_settings(config, base), *(start.problems if start else ()), *check_pictures(config, base, scan, data))
-    for problem in told:
+    checked = (*check_device(device), *check_settings(config, base), *(start.problems if start else ()))
+    for problem in (*checked, *check_pictures(config, base, scan, data)):
         emit(events.Warned(message=str(problem)))
     # The text states are cached only while nothing about the text encoder learns; both facts are settled here.
     plans = plan_layers(config, list(model.parts()), model.find_targets)
@@ -125,6 +128,7 @@ def set_up(
         flat=flat,
         optimizer=config.optimizer.build(groups),
         mean=flat.weights.clone() if config.train.ema else None,
+        loss_scale=LossScale.of(device.dtype_name),
     )
 
 
@@ -136,6 +140,25 @@ def _device_as_before(config: TrainConfig, size: int, before: TrainingState | No
         what = f"This run goes on under other conditions ({'; '.join(others)})"
         emit(events.Warned(message=f"{what}: its result may differ in the last digits from an unbroken run's."))
     return device
+
+
+def _load(config: TrainConfig, base: BaseModelFacts, device: Device, emit: events.Emit) -> DiffusionModel:
+    """The base on its device, its weights kept as `train.base_weights` says. Raises SettingError where that cannot be."""
+    kind = config.train.base_weights
+    if kind == "full":
+        return load_family(base, device.dtype, device.device)
+    check_can_pack(kind, device.device)
+    # Read into the machine's memory and packed layer by layer: a GPU for which this is done may not hold it in full.
+    model = load_family(base, device.dtype, torch.device("cpu"))
+    parts = model.parts()
+    for name in (*parts, "vae"):
+        model.fingerprint(name)  # of the weights as they are in the file
+    sizes = [quantise(part, kind, device.device) for part in parts.values()]
+    for module in (*parts.values(), model.vae):
+        module.to(device.device)
+    before, after = (sum(size) / 1e9 for size in zip(*sizes, strict=True))
+    emit(events.Stage(name="load", detail=f"base weights in {kind}: {after:.2f} GB in place of {before:.2f} GB"))
+    return model
 
 
 def choose_condition(model: DiffusionModel, device: torch.device, learns: bool) -> Condition:

@@ -11,8 +11,8 @@ from typing import Any
 
 from trainers.adapters.inject import find_layers
 from trainers.adapters.layer import AdaptedLayer
+from trainers.attach import attach_files
 from trainers.device import choose_device
-from trainers.draw import attach_files
 from trainers.errors import AdapterFileError
 from trainers.families import BaseModelFacts, denoiser_bytes, load_family, weight_files
 from trainers.families.base import DiffusionModel

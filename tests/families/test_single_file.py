@@ -344,3 +344,16 @@ def test_layers_that_nothing_reads_get_no_adapter(folders: dict[str, Path]) -> N
     assert last(folders["sdxl"], "text_encoder_2") == 1  # its pooled state is read to the end
     with pytest.raises(SettingError, match="leaves nothing"):
         recognise_base(str(folders["sd1"]), BaseOptions(clip_skip=3))
+
+
+def test_no_network_is_asked_for_a_single_file(files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    import socket
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("something wanted the network")
+
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    for family in FAMILIES:
+        assert load(files[family]).facts.family.name == family

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.formats.examples import leaf_shapes, random_lora
-from trainers.formats import ModuleWeights, write_adapter
+from trainers.formats import ModuleWeights, read_adapter, write_adapter
 
 PARTS = {"sd1": ("unet", "text_encoder"), "sd2": ("unet", "text_encoder"), "sdxl": ("unet", "text_encoder", "text_encoder_2")}
 
@@ -75,3 +75,34 @@ def test_diffusers_loads_every_module_with_our_weight_change(
     write_adapter(tmp_path / "ours.safetensors", modules, {"ss_v2": "False"}, dtype, form, family)
     pipe.load_lora_weights(tmp_path, weight_name="ours.safetensors", local_files_only=True)
     assert worst_error(loaded_deltas(pipe, PARTS[family]), modules) < limit
+
+
+def test_diffusers_computes_with_a_dora_in_peft_form_what_we_compute(clean: tuple[str, Any], tmp_path: Path) -> None:
+    from trainers.adapters import ADAPTERS
+    from trainers.adapters.inject import adapt_layers, attach
+
+    family, pipe = clean
+    shapes = {name: shape for name, shape in shapes_of(pipe, ("unet",)).items() if ".attn" in name}
+    modules = {}
+    for name, weights in random_lora(shapes).items():
+        norms = pipe.unet.get_submodule(name.removeprefix("unet.")).weight.detach().norm(dim=1, keepdim=True)
+        factors = {**weights.factors, "dora_scale": norms * torch.linspace(0.7, 1.3, len(norms))[:, None]}
+        modules[name] = ModuleWeights(factors, weights.alpha, "dora")
+    write_adapter(tmp_path / "ours.safetensors", modules, {}, "fp32", "peft", family)
+    width = pipe.unet.config.cross_attention_dim
+    batch: dict[str, Any] = {"encoder_hidden_states": torch.linspace(-2, 2, 7 * width).sin().reshape(1, 7, width)}
+    if family == "sdxl":
+        batch["added_cond_kwargs"] = {"text_embeds": torch.linspace(-1, 1, 48)[None], "time_ids": torch.ones(1, 6)}
+    noisy, step = torch.linspace(-9, 9, 256).cos().reshape(1, 4, 8, 8), torch.tensor([500])
+    with torch.no_grad():
+        base = pipe.unet(noisy, step, **batch).sample
+        pipe.load_lora_weights(tmp_path, weight_name="ours.safetensors", local_files_only=True)
+        theirs = pipe.unet(noisy, step, **batch).sample
+        pipe.unload_lora_weights()
+        own = type(pipe.unet).from_config(pipe.unet.config)
+        own.load_state_dict(pipe.unet.state_dict())
+        file = read_adapter(tmp_path / "ours.safetensors", shapes, shapes, family)
+        for name, layer in adapt_layers({"unet": own}, list(shapes)).items():
+            attach(layer, "a", ADAPTERS["dora"], file.modules[name].factors, file.modules[name].scale)
+        ours = own(noisy, step, **batch).sample
+    assert float((ours - theirs).norm() / (theirs - base).norm()) < 1e-4  # of float32 sums through a whole network

@@ -12,7 +12,9 @@ from torch import nn
 from trainers.adapters.base import AdapterKind, Factors
 from trainers.adapters.layer import AdaptedLayer, Adapter, Strength
 from trainers.adapters.plan import LayerPlan, canonical_name
+from trainers.quantised import PackedLayer
 
+ADAPTABLE = (nn.Linear, nn.Conv2d, PackedLayer, AdaptedLayer)  # layers that an adapter can go into
 TRAINED = "trained"  # name of the adapter that a run trains
 
 
@@ -82,12 +84,12 @@ def lay_out(
 
 
 def find_layers(parts: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """Canonical name -> layer, for every Linear and Conv2d (adapted or not) of the given parts, in module order."""
+    """Canonical name -> layer, for every Linear and Conv2d (packed, adapted or not) of the given parts, in module order."""
     found: dict[str, nn.Module] = {}
     for part, module in parts.items():
         for path, child in module.named_modules():
             inside = any(isinstance(module.get_submodule(above), AdaptedLayer) for above in _ancestors(path))
-            if isinstance(child, nn.Linear | nn.Conv2d | AdaptedLayer) and not inside:
+            if isinstance(child, ADAPTABLE) and not inside:
                 found[canonical_name(part, path)] = child
     return found
 
@@ -152,6 +154,15 @@ def attach(layer: AdaptedLayer, name: str, kind: AdapterKind, factors: Mapping[s
     prepared, scale = kind.prepare({part: factor.to(weight.device) for part, factor in factors.items()}, scale, weight)
     layer.adapters[name] = Adapter(kind, prepared, scale)
     layer.strengths[name] = 1.0
+
+
+def restore_layers(parts: Mapping[str, nn.Module]) -> None:
+    """Takes every adapter out: the frozen layers stand again where they stood before."""
+    for module in parts.values():
+        adapted = [(path, child) for path, child in module.named_modules() if isinstance(child, AdaptedLayer)]
+        for path, child in adapted:
+            parent, _, leaf = path.rpartition(".")
+            setattr(module.get_submodule(parent), leaf, child.frozen)
 
 
 def set_strength(parts: Mapping[str, nn.Module], adapter: str, strength: Strength) -> None:

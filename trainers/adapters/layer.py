@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from trainers.adapters.base import AdapterKind
+from trainers.errors import SettingError
+from trainers.quantised import PackedLayer
 
 Strength = float | torch.Tensor  # one number, or (B,) with one strength for each row of the batch
 
@@ -32,7 +34,7 @@ class AdaptedLayer(nn.Module):
     At strength 0, and with no adapter, the output is the frozen layer's, bit for bit: the path is not even computed.
     """
 
-    def __init__(self, frozen: nn.Linear | nn.Conv2d) -> None:
+    def __init__(self, frozen: nn.Linear | nn.Conv2d | PackedLayer) -> None:
         super().__init__()
         self.frozen = frozen
         self.adapters: dict[str, Adapter] = {}
@@ -64,8 +66,11 @@ class AdaptedLayer(nn.Module):
     def merge(self) -> None:
         """Puts all adapters at their present strengths into the frozen weight. `unmerge` restores its exact bits.
 
-        Raises ValueError for a strength per row, and leaves the layer as it was.
+        Raises ValueError for a strength per row, SettingError for a packed weight, and leaves the layer as it was.
         """
+        if isinstance(self.frozen, PackedLayer):
+            what = f"An adapter cannot be merged into weights kept in {self.frozen.kind}: the next rounding would swallow it"
+            raise SettingError(what, "train.base_weights", "Merge into the base in full.")
         kept = self.frozen.weight.detach().clone() if self._kept is None else self._kept
         total = kept.double()
         for name, adapter in self.adapters.items():

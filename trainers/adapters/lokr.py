@@ -96,7 +96,7 @@ class LoKr:
 
         factors = {name: factor.double() for name, factor in factors.items()}
         w1, w2 = _w1(factors), _w2(factors)
-        return scale * torch.kron(w1.reshape(*w1.shape, *(1 for _ in w2.shape[2:])), w2)
+        return scale * torch.kron(w1.reshape(*w1.shape, *(1 for _ in w2.shape[2:])), w2.contiguous())
 
     @staticmethod
     def norm(factors: Factors, scale: float) -> float:

@@ -50,6 +50,7 @@ class DiffusionModel(Protocol):
     facts: BaseModelFacts
     objective: Objective
     scheduler_config: dict[str, Any]
+    vae: nn.Module
 
     def parts(self) -> dict[str, nn.Module]:
         """The modules that adapters may go into, by the part's name in files: unet, text_encoder, ..."""
@@ -83,3 +84,6 @@ class DiffusionModel(Protocol):
 
     def enable_checkpointing(self) -> None:
         """Recompute activations in the backward pass instead of keeping them."""
+
+    def pipeline(self) -> Any:
+        """diffusers' own pipeline around the same modules, with its DDIM sampler: what other programs would do with them."""

@@ -17,7 +17,7 @@ class FamilyFacts:
 
     `context` is the width of the text states that the denoiser reads; `base_version` is how LoRA files name the family.
     `unread` counts for each text encoder its last layers that the family never reads; one that is not in it is read to
-    its end at any clip skip, as its pooled state is.
+    its end at any clip skip, as its pooled state is. `pipeline` is diffusers' class for the whole model.
     """
 
     name: str
@@ -26,6 +26,7 @@ class FamilyFacts:
     base_version: str
     unread: Mapping[str, int] = field(default_factory=lambda: {"text_encoder": 0})
     text_encoders: tuple[str, ...] = ("text_encoder",)
+    pipeline: str = "StableDiffusionPipeline"
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -43,6 +44,7 @@ FAMILIES: dict[str, FamilyFacts] = {
         "sdxl_base_v1-0",
         unread={"text_encoder": 1},
         text_encoders=("text_encoder", "text_encoder_2"),
+        pipeline="StableDiffusionXLPipeline",
     ),
 }
 

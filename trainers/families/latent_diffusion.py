@@ -108,6 +108,29 @@ class LatentDiffusion:
         """Gradient checkpointing in the UNet, where nearly all activations are."""
         self.unet.enable_gradient_checkpointing()
 
+    def pipeline(self) -> Any:
+        """StableDiffusionPipeline or StableDiffusionXLPipeline, silent."""
+        from diffusers.utils import logging as diffusers_logging
+        from transformers.utils import logging as transformers_logging
+
+        for logging in (diffusers_logging, transformers_logging):  # of packages and checkers that are not used here
+            logging.set_verbosity_error()
+            logging.disable_progress_bar()
+        import diffusers
+
+        tokenizers = {part.replace("text_encoder", "tokenizer"): one for part, one in self.tokenizers.items()}
+        extra = {} if "text_encoder_2" in self.text_encoders else {"safety_checker": None, "feature_extractor": None}
+        made = getattr(diffusers, self.facts.family.pipeline)(
+            unet=self.unet,
+            vae=self.vae,
+            scheduler=diffusers.DDIMScheduler.from_config(self.scheduler_config),
+            **self.text_encoders,
+            **tokenizers,
+            **extra,
+        )
+        made.set_progress_bar_config(disable=True)
+        return made
+
 
 def encode_with_one_encoder(model: LatentDiffusion, captions: Sequence[str]) -> Conditioning:
     """The last hidden states (B, 77, width); with clip skip those of an earlier layer, through the last norm."""

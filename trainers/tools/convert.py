@@ -11,7 +11,9 @@ from trainers.adapters import ADAPTERS
 from trainers.errors import AdapterFileError
 from trainers.formats import AdapterFile, FileDtype, FileForm, ModuleWeights, read_without_base, write_adapter
 from trainers.formats.names import kernel_of
+from trainers.formats.peft import PARTS
 from trainers.text import name_list
+from trainers.tools.file_problems import kind_notes
 from trainers.tools.inspect_file import inspect_file
 
 # How the container spells a dtype -> the nearest one that files are written in.
@@ -34,7 +36,7 @@ class Conversion:
         parts = ", ".join(f"{count} {part}" for part, count in self.parts.items())
         text = f"{sum(self.parts.values())} modules ({parts}) of {self.family} in {self.form} form, {self.dtype}"
         if self.converted:
-            text += f"; {self.converted} became plain LoRA, with a relative error of at most {self.worst_error:.2g}"
+            text += f"; {self.converted} made anew as plain LoRA, with a relative error of at most {self.worst_error:.2g}"
         return text
 
 
@@ -63,12 +65,15 @@ def convert(
     if plain_rank is not None:
         modules, converted, worst = _as_plain(modules, plain_rank)
     own = [SPELLED[word] for word in ("F32", "F64", "BF16", "F16") if word in inspection.dtypes]
+    for note in kind_notes(weights.kind for weights in modules.values()):
+        tell(str(note))
     chosen: FileDtype = dtype or (own[0] if own else "fp16")
     metadata = dict(file.metadata)
     if converted and "ss_network_module" in metadata:  # LyCORIS' own would send readers to the wrong code
         metadata |= {"ss_network_module": "networks.lora", "ss_network_dim": "Dynamic", "ss_network_alpha": "Dynamic"}
     write_adapter(output, modules, metadata, chosen, form, file.family)
-    parts = Counter(name.partition(".")[0] for name in modules)
+    counts = Counter(name.partition(".")[0] for name in modules)
+    parts = {part: counts[part] for part in PARTS if part in counts}
     return Conversion(file.family, form, chosen, parts, file.unmatched, converted, worst)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
@@ -42,11 +43,7 @@ def module_problems(modules: tuple[ModuleReport, ...]) -> list[Problem]:
     for kind in sorted({module.kind for module in modules} - _LOADABLE):
         names = [module.name for module in modules if module.kind == kind]
         problems.append(Problem("warning", f"{len(names)} modules are of kind {kind}, which cannot be loaded here", names[0]))
-    for word, fate in _ELSEWHERE.items():
-        count = sum(word in module.kind.split(" and ") for module in modules)
-        if count:
-            what = f"{count} modules are of kind {word}: {fate}"
-            problems.append(Problem("note", what, hint="`impasto convert --plain-lora RANK` makes a LoRA of them."))
+    problems += kind_notes([module.kind for module in modules])
     problems += _zero_problems(modules) + _alpha_problems(modules)
     unsaid = [module.name for module in modules if module.kind in _WITH_ALPHA and module.alpha is None and not module.fault]
     if unsaid:
@@ -57,6 +54,17 @@ def module_problems(modules: tuple[ModuleReport, ...]) -> list[Problem]:
         what = f"{len(wide)} modules have a rank above their input width; up and down may be swapped"
         problems.append(Problem("warning", what, name_list(wide)))
     return problems
+
+
+def kind_notes(kinds: Iterable[str]) -> list[Problem]:
+    """What other programs make of modules of these kinds, one entry for each module, where they go wrong."""
+    words = Counter(word for kind in kinds for word in kind.split(" and "))
+    hint = "`impasto convert --plain-lora RANK` makes a LoRA of all but DoRA."
+    return [
+        Problem("note", f"{words[word]} modules are of kind {word}: {fate}", hint=hint)
+        for word, fate in _ELSEWHERE.items()
+        if words[word]
+    ]
 
 
 def _alpha_problems(modules: tuple[ModuleReport, ...]) -> list[Problem]:
