@@ -96,21 +96,16 @@ def set_up(
             emit(events.Warned(message=f"Since this run began, {change}; it goes on all the same."))
     prior = prior_examples(model, config, run.prior, device, emit, interrupted)
     data = prepare(config, base, scan.examples, prior)
-    checked = (*check_device(device), *check_settings(config, base), *(start.problems if start else ()))
-    for problem in (*checked, *check_pictures(config, base, scan, data)):
+    checked = [*check_device(device), *check_settings(config, base), *(start.problems if start else ())]
+    for problem in checked + check_pictures(config, base, scan, data):
         emit(events.Warned(message=str(problem)))
     # The text states are cached only while nothing about the text encoder learns; both facts are settled here.
     plans = plan_layers(config, list(model.parts()), model.find_targets)
     model.fingerprint("vae")  # of the frozen weights, before anything is injected
-    kind, given = ADAPTERS[config.adapter.type], start.given if start else None
-    flat = inject_trainable(model.parts(), plans, kind, config.train.seed, device.device, given)
+    kind, seed = ADAPTERS[config.adapter.type], config.train.seed
+    flat = inject_trainable(model.parts(), plans, kind, seed, device.device, start and start.given)
     if config.train.checkpointing:
         model.enable_checkpointing()
-    rates = {"unet": config.optimizer.learning_rate, "text_encoder": config.text_encoder_rate}
-    groups: list[dict[str, Any]] = [
-        {"params": flat.parameters(group, config.optimizer.views), "lr": rates[group], "initial_lr": rates[group]}
-        for group in flat.groups
-    ]
     if cache_folder and device.is_main:
         prune(cache_folder)
 
@@ -126,10 +121,19 @@ def set_up(
         condition=choose_condition(model, device.device, learns=config.text_encoder_rate > 0),
         plans=plans,
         flat=flat,
-        optimizer=config.optimizer.build(groups),
+        optimizer=config.optimizer.build(_parameter_groups(config, flat)),
         mean=flat.weights.clone() if config.train.ema else None,
         loss_scale=LossScale.of(device.dtype_name),
     )
+
+
+def _parameter_groups(config: TrainConfig, flat: FlatParameters) -> list[dict[str, Any]]:
+    """What the optimizer gets: the denoiser's factors and the text encoders', each with its rate."""
+    rates = {"unet": config.optimizer.learning_rate, "text_encoder": config.text_encoder_rate}
+    return [
+        {"params": flat.parameters(group, config.optimizer.views), "lr": rates[group], "initial_lr": rates[group]}
+        for group in flat.groups
+    ]
 
 
 def _device_as_before(config: TrainConfig, size: int, before: TrainingState | None, emit: events.Emit) -> Device:

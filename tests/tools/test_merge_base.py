@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from tests.command_line import impasto
 from tests.tools.mergeable import MIXED, PLAIN, save_adapter
-from trainers.draw import attach_files
+from trainers.attach import attach_files
 from trainers.errors import AdapterFileError, BaseModelError
 from trainers.families import load_family, recognise_base
 from trainers.families.base import DiffusionModel
