@@ -103,7 +103,7 @@ def set_up(
     plans = plan_layers(config, list(model.parts()), model.find_targets)
     model.fingerprint("vae")  # of the frozen weights, before anything is injected
     kind, seed = ADAPTERS[config.adapter.type], config.train.seed
-    flat = inject_trainable(model.parts(), plans, kind, seed, device.device, start and start.given)
+    flat = inject_trainable(model.parts(), plans, kind, seed, device.device, start.given if start else None)
     if config.train.checkpointing:
         model.enable_checkpointing()
     if cache_folder and device.is_main:
