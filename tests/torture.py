@@ -4,7 +4,8 @@
 afterwards from what lies on the disk, and fails unless all stages were hit and every byte is the same.
 
 Each run is a process of its own, forked from one that has imported the libraries and done nothing else: what takes four
-seconds is done once. A kill is aimed: the victim watches the files that it opens (an audit hook of Python, no function of ours is replaced)
+seconds is done once. A kill is aimed: the victim watches the files that it opens (an audit hook of Python, no function of
+ours is replaced)
 and, at the chosen one, is killed from a thread within some milliseconds, which is before, amid or after the write.
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import pkgutil
 import random
 import shutil
 import signal
@@ -99,11 +101,8 @@ def nursery() -> int:
 
     Prints each child's exit code, minus the number of the signal that killed it, and ends with stdin.
     """
-    import diffusers.models.autoencoders.autoencoder_kl
-    import diffusers.models.unets.unet_2d_condition
-    import transformers.models.clip.modeling_clip  # noqa: F401
-
-    import trainers.train  # noqa: F401
+    for name in ("trainers.train", "diffusers.AutoencoderKL", "diffusers.UNet2DConditionModel", "transformers.CLIPTextModel"):
+        pkgutil.resolve_name(name)
 
     for line in sys.stdin:
         home, output, words, target = json.loads(line)
