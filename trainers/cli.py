@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from trainers.cli_files import convert
+from trainers.cli_files import convert, merge
 from trainers.errors import RunFolderError, TrainingError
 from trainers.families.facts import BaseOptions
 
@@ -225,6 +225,7 @@ def inspect_command(
 
 
 cli.command()(convert)
+cli.command()(merge)
 
 
 @cli.command()

@@ -50,7 +50,7 @@ def parse_lora(text: str) -> tuple[Path, float]:
             path, strength = Path(head), float(tail)
         except ValueError:
             if "/" not in tail and "\\" not in tail:
-                raise SettingError(f"{tail!r} is not a strength", where=f"--lora {text}", hint="For example file:0.8") from None
+                raise SettingError(f"{tail!r} is not a strength", where=text, hint="For example file:0.8") from None
     if not path.is_file():
         raise AdapterFileError("There is no such LoRA file", where=str(path), hint="Check the path.")
     return path, _within_limit(strength, text)

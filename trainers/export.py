@@ -122,8 +122,8 @@ def describe_run(
 
 
 def _session(config: TrainConfig) -> str:
-    """Names the run by its settings; where pictures and base lie on the disk is left out."""
-    settings = config.model_dump_json(exclude={"dataset": {"images"}, "base": {"model", "vae"}})
+    """Names the run by its settings; where pictures, base and a LoRA to start from lie on the disk is left out."""
+    settings = config.model_dump_json(exclude={"dataset": {"images"}, "base": {"model", "vae"}, "adapter": {"start_from"}})
     return hashlib.sha256(settings.encode()).hexdigest()[:16]
 
 

@@ -25,6 +25,7 @@ from trainers.formats.metadata import source_date
 from trainers.presets import default_preset, resolve
 from trainers.run_folder import RunFolder, absolute
 from trainers.settings import merge
+from trainers.start_from import check_start
 
 DONE, FAILED, STOPPED = 0, 1, 3
 _RESERVE = 64 * 1024  # bytes
@@ -85,7 +86,7 @@ def plan_run(
     name = preset or default_preset(recognise_given(own["base"]))
     config = _with_absolute_paths(resolve(name, given, overrides))
     base = recognise_base(config.base.model, config.base.options)
-    problems = check_settings(config, base)
+    problems = check_settings(config, base) + check_start(config, base)
     refuse(problems, force)
     scan = look(config)
     prior = planned_prior(config, Path("prior"), render_side(config, base))
@@ -108,7 +109,7 @@ def recognise_given(values: Mapping[str, Any]) -> BaseModelFacts:
 
 
 def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
-    """Base and VAE, where they lie here, and edits as absolute paths: a run must go on from any working folder."""
+    """Base and VAE, where they lie here, edits and the LoRA to start from as absolute paths, for any working folder."""
     changes = {}
     path = absolute(Path(config.base.model))
     if config.base.model != "pocket" and path.exists():
@@ -119,6 +120,9 @@ def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
     if config.dataset.edits:
         edits = str(absolute(Path(config.dataset.edits)))
         config = config.model_copy(update={"dataset": config.dataset.model_copy(update={"edits": edits})})
+    if config.adapter.start_from:
+        start = str(absolute(Path(config.adapter.start_from)))
+        config = config.model_copy(update={"adapter": config.adapter.model_copy(update={"start_from": start})})
     return config
 
 

@@ -50,10 +50,7 @@ def plan_layers(config: TrainConfig, parts: Sequence[str], find: Callable[[str, 
 
 def adapter_size(config: TrainConfig, base: BaseModelFacts) -> AdapterSize:
     """How large the adapter of these settings is on this base. Raises BaseModelError for a damaged weight file."""
-    parts = base.family.parts
-    shapes = {part: _weight_shapes(base, part) for part in parts}
-    plans = plan_layers(config, parts, lambda part, targets: trainable_paths(base, part, targets, shapes[part]))
-    named = {canonical_name(part, path): shape for part in parts for path, shape in shapes[part].items()}
+    plans, named = planned_layers(config, base), layer_shapes(base)
     factors = [
         shape for plan in plans for shape in ADAPTERS[config.adapter.type].factor_shapes(named[plan.name], plan.rank).values()
     ]
@@ -62,7 +59,31 @@ def adapter_size(config: TrainConfig, base: BaseModelFacts) -> AdapterSize:
     return AdapterSize(len(plans), parameters, parameters * _BYTES[config.output.dtype] + header)
 
 
+def planned_layers(config: TrainConfig, base: BaseModelFacts) -> list[LayerPlan]:
+    """What `plan_layers` will say of the loaded base, known from headers. Raises BaseModelError for a damaged weight file."""
+    paths = {part: _weight_shapes(base, part) for part in base.family.parts}
+    return plan_layers(config, base.family.parts, lambda part, targets: trainable_paths(base, part, targets, paths[part]))
+
+
+def layer_shapes(base: BaseModelFacts) -> dict[str, tuple[int, ...]]:
+    """Canonical name -> weight shape, as it is stored, of every Linear and convolution that an adapter may change.
+
+    Raises BaseModelError for a damaged weight file.
+    """
+    return {
+        canonical_name(part, path): shape
+        for part in base.family.parts
+        for path, shape in _weight_shapes(base, part).items()
+        if len(shape) in (2, 4) and _is_layer(part, path)
+    }
+
+
+def _is_layer(part: str, path: str) -> bool:
+    """Tables of a text encoder are looked up and not multiplied; only the second encoder's projection is ever read."""
+    return not path.startswith("embeddings.") and (part == "text_encoder_2" or path != "text_projection")
+
+
 def _weight_shapes(base: BaseModelFacts, part: str) -> dict[str, tuple[int, ...]]:
-    """Layer path -> shape of its weight, in the order of the files."""
+    """Path -> shape of its weight, in the order of the files; norms and tables among them."""
     stored = stored_tensors(base, part)
     return {name.removesuffix(".weight"): tensor.shape for name, tensor in stored.items() if name.endswith(".weight")}

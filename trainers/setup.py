@@ -31,6 +31,7 @@ from trainers.loss_scale import LossScale
 from trainers.prior import prior_examples
 from trainers.quantised import check_can_pack, quantise
 from trainers.run_folder import RunFolder
+from trainers.start_from import Start, read_start
 from trainers.training_state import Recovery, TrainingState
 
 Condition = Callable[[tuple[str, ...]], Conditioning]
@@ -86,20 +87,23 @@ def set_up(
     emit(events.Stage(name="scan", detail=f"reading {config.dataset.images}"))
     base = recognise_base(config.base.model, config.base.options)
     scan = scan_images(config)
+    start = read_start(config, base) if before is None else None  # a state has the weights, and the file may be gone
     emit(events.Stage(name="load", detail=f"base model {base.name}"))
     device = _device_as_before(config, denoiser_bytes(base), before, emit)
     model = _load(config, base, device, emit)
     if device.is_main:
-        for change in run.check_manifest(make_manifest(config, scan, model), force):
+        for change in run.check_manifest(make_manifest(config, scan, model, start), force):
             emit(events.Warned(message=f"Since this run began, {change}; it goes on all the same."))
     prior = prior_examples(model, config, run.prior, device, emit, interrupted)
     data = prepare(config, base, scan.examples, prior)
-    for problem in (*check_device(device), *check_settings(config, base), *check_pictures(config, base, scan, data)):
+    checked = (*check_device(device), *check_settings(config, base), *(start.problems if start else ()))
+    for problem in (*checked, *check_pictures(config, base, scan, data)):
         emit(events.Warned(message=str(problem)))
     # The text states are cached only while nothing about the text encoder learns; both facts are settled here.
     plans = plan_layers(config, list(model.parts()), model.find_targets)
     model.fingerprint("vae")  # of the frozen weights, before anything is injected
-    flat = inject_trainable(model.parts(), plans, ADAPTERS[config.adapter.type], config.train.seed, device.device)
+    kind, given = ADAPTERS[config.adapter.type], start.given if start else None
+    flat = inject_trainable(model.parts(), plans, kind, config.train.seed, device.device, given)
     if config.train.checkpointing:
         model.enable_checkpointing()
     rates = {"unet": config.optimizer.learning_rate, "text_encoder": config.text_encoder_rate}
@@ -179,16 +183,23 @@ def choose_condition(model: DiffusionModel, device: torch.device, learns: bool) 
     return condition
 
 
-def make_manifest(config: TrainConfig, scan: Scan, model: DiffusionModel) -> dict[str, Any]:
+def make_manifest(config: TrainConfig, scan: Scan, model: DiffusionModel, start: Start | None = None) -> dict[str, Any]:
     """Content hashes of all that goes into a run, and the settings that decide its result.
 
     Settings at their defaults are left out, so that a later version with one setting more can go on with the run; so
     are those that change nothing in the adapter, so that they may be changed between stop and resume.
     """
-    free: dict[str, Any] = {"base": {"model", "vae"}, "samples": True, "checkpoints": True, "output": True}
+    free: dict[str, Any] = {
+        "base": {"model", "vae"},
+        "adapter": {"start_from"},
+        "samples": True,
+        "checkpoints": True,
+        "output": True,
+    }
     free |= {"dataset": {"images", "edits"}, "train": {"save_state_seconds", "checkpointing", "recoveries"}}
     settings = config.model_dump(mode="json", exclude_defaults=True, exclude=free)
-    return {
+    started = {"start_from": {"LoRA": start.sha256}} if start else {}
+    return started | {
         "images": {example.name: example.sha256 for example in scan.examples},
         "captions": {example.name: hashlib.sha256(example.caption.encode()).hexdigest() for example in scan.examples},
         "repeats": {example.name: example.repeats for example in scan.examples},

@@ -115,6 +115,8 @@ def train(run: RunFolder, emit: events.Emit, interrupted: Callable[[], bool] = l
     before = load_state(run)
     training = set_up(read_config(run.config), run, emit, unwanted, home_folder() / "cache" / "latents", before, force)
     keeper = StateKeeper(run, training, before)
+    if before is None and training.config.adapter.start_from:
+        keeper.save()  # from here on the file that it starts from is not asked for again
     outputs = Outputs(run, training, emit, keeper.began)
     outputs.start()
     fill_cache(training, emit, unwanted)

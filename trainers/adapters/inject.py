@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from trainers.adapters.base import AdapterKind
+from trainers.adapters.base import AdapterKind, Factors
 from trainers.adapters.layer import AdaptedLayer, Adapter, Strength
 from trainers.adapters.plan import LayerPlan, canonical_name
 from trainers.quantised import PackedLayer
@@ -115,11 +115,17 @@ def adapt_layers(parts: Mapping[str, nn.Module], names: Sequence[str]) -> dict[s
 
 
 def inject_trainable(
-    parts: Mapping[str, nn.Module], plans: Sequence[LayerPlan], kind: object, seed: int, device: torch.device
+    parts: Mapping[str, nn.Module],
+    plans: Sequence[LayerPlan],
+    kind: object,
+    seed: int,
+    device: torch.device,
+    given: Mapping[str, tuple[Factors, float]] | None = None,
 ) -> FlatParameters:
     """Freezes `parts`, adds the adapter named TRAINED to every planned layer, and initialises it from `seed`.
 
-    Every layer draws from its own generator, so a layer's start does not depend on which others are adapted.
+    Every layer draws from its own generator, so a layer's start does not depend on which others are adapted. A layer that
+    `given` has, by name, goes on from those factors and their scale.
     """
     from trainers.objective import generator_for
 
@@ -131,6 +137,9 @@ def inject_trainable(
         factors = flat.views[plan.name]
         start = {factor: torch.empty(view.shape) for factor, view in factors.items()}
         kind.initialise(start, generator_for(seed, "adapter", plan.name))  # type: ignore[attr-defined]
+        if given is not None and plan.name in given:
+            own, scale = given[plan.name]
+            kind.continue_from(start, own, scale / plan.scale)  # type: ignore[attr-defined]
         with torch.no_grad():
             for factor, view in factors.items():
                 view.copy_(start[factor])

@@ -34,6 +34,8 @@ class LoraSettings(Settings):
     """`standard`: alpha / rank. `rslora`: alpha / sqrt(rank) (arXiv 2312.03732), for high ranks."""
     targets: tuple[Target, ...] = ("attention",)
     """Which layers learn: attention (cross_attention and self_attention), feed_forward, projections, convolutions."""
+    start_from: str = ""
+    """LoRA file to train on from, of this rank or a lower one. Empty: from nothing, so that step 0 is the base."""
 
     @field_validator("targets")
     @classmethod
@@ -109,6 +111,28 @@ class Lora:
         down = factors["down"]
         down.normal_(0.0, 1.0 / math.sqrt(down[0].numel()), generator=generator)
         factors["up"].zero_()
+
+    @staticmethod
+    def continue_from(factors: Mapping[str, torch.Tensor], given: Factors, ratio: float) -> None:
+        """Makes the delta of initialised `factors` that of `given` times `ratio`, exact but for the rounding of `ratio`.
+
+        `given` has this rank or a lower one. Its rows of `down` come first, each brought to the size that a new one has by
+        a power of two, as files may have balanced it away, and training would go at another pace. The other rows stay as
+        they were drawn, and so do those that `given` has as zero; `up` is zero there.
+        """
+        import torch
+
+        down, up = factors["down"], factors["up"]
+        rows = given["down"].reshape(-1, *down.shape[1:])
+        columns = given["up"].reshape(up.shape[0], -1)
+        sizes = rows.double().flatten(1).pow(2).sum(1).sqrt()  # a new row has about 1
+        alive = sizes > 0
+        count = int(alive.sum())
+        # Written out one by one, as torch's own powers may be off in the last bit.
+        powers = torch.tensor([2.0 ** -round(math.log2(size)) for size in sizes[alive].tolist()], dtype=torch.float64)
+        up.zero_()
+        down[:count] = rows[alive].double().mul(powers.reshape(-1, *(1 for _ in down.shape[1:]))).to(down.dtype)
+        up[:, :count] = (columns[:, alive].double() * (ratio / powers)).to(up.dtype).reshape(up.shape[0], count, *up.shape[2:])
 
     @staticmethod
     def forward(frozen: Any, x: torch.Tensor, factors: Mapping[str, torch.Tensor], scale: float | torch.Tensor) -> torch.Tensor:

@@ -25,10 +25,11 @@ from trainers.families.single_file import CONFIGURATION
 from trainers.families.stored import Stored, entries_of, metadata_of
 from trainers.families.tensor_files import TensorFiles
 from trainers.files import write_atomically
+from trainers.tensors import FLOATS, NUMBERS
 
 Change = Callable[[str, torch.Tensor], torch.Tensor]
 """(canonical tensor name such as unet.conv_in.weight, tensor in diffusers' layout) -> the tensor to write."""
-SPELLED = {"fp16": ("F16", torch.float16), "bf16": ("BF16", torch.bfloat16), "fp32": ("F32", torch.float32)}
+SPELLED = {"fp16": "F16", "bf16": "BF16", "fp32": "F32"}
 
 
 @dataclass(frozen=True)
@@ -43,16 +44,23 @@ class _Out:
     transposed: bool = False
 
 
-def write_base(base: BaseModelFacts, target: Path, change: Change | None = None, dtype: str | None = None) -> None:
+def write_base(
+    base: BaseModelFacts,
+    target: Path,
+    change: Change | None = None,
+    dtype: str | None = None,
+    told: Mapping[str, str] | None = None,
+) -> None:
     """Writes `base` to `target`: a single file where that ends in .safetensors, else a folder.
 
-    `dtype` (fp16, bf16, fp32) casts all tensors; None keeps each one's own. Raises BaseModelError where something is
-    there already, OSError; nothing half-written is left.
+    `dtype` (fp16, bf16, fp32) casts all numbers that are not whole; None keeps each one's own. `told` is what a single
+    file's metadata say beside or in place of the base's own. Raises BaseModelError where something is there already, and
+    for numbers that the dtype cannot hold, OSError; nothing half-written is left.
     """
     if target.exists():
         raise BaseModelError("There is such a file or folder already", where=str(target), hint="Choose another name.")
     if target.suffix == ".safetensors":
-        write_tensors(target, _single_file(base, dtype), change, _metadata(base))
+        write_tensors(target, _single_file(base, dtype), change, _metadata(base) | dict(told or {}))
         return
     aside = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
@@ -91,8 +99,10 @@ def _bytes_of(out: _Out, files: TensorFiles, change: Change | None) -> bytes:
     whole = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
     if out.transposed:
         whole = whole.T
-    dtypes = {spelled: dtype for spelled, dtype in SPELLED.values()}
-    whole = whole.to(dtypes.get(out.dtype, whole.dtype)).contiguous()
+    whole = whole.to(NUMBERS[out.dtype]).contiguous()
+    if out.dtype == "F16" and any(tensor.dtype != torch.float16 for tensor in tensors) and bool(whole.isinf().any()):
+        hint = "Write bf16 or fp32 (--dtype)."
+        raise BaseModelError("The base holds numbers that are too large for fp16", where=out.key, hint=hint)
     return whole.reshape(-1).view(torch.uint8).numpy().tobytes() if whole.numel() else b""
 
 
@@ -114,10 +124,15 @@ def _single_file(base: BaseModelFacts, dtype: str | None) -> list[_Out]:
             shape = (*shape, 1, 1)  # the original autoencoder's attention is made of 1x1 convolutions
         if len(members) == 3:
             shape = (3 * shape[0], *shape[1:])
-        spelled = SPELLED[dtype][0] if dtype else members[0][2].entry.dtype
+        spelled = _spelled(members[0][2], dtype)
         names, stored_ = tuple(name for _, name, _ in members), tuple(stored for _, _, stored in members)
         outs.append(_Out(key, shape[::-1] if key in transposed else shape, spelled, names, stored_, key in transposed))
     return outs + (_foreign(base, {out.key for out in outs}) if base.checkpoint else [])
+
+
+def _spelled(stored: Stored, dtype: str | None) -> str:
+    """How the container spells the dtype to write; a list of positions stays one of whole numbers."""
+    return SPELLED[dtype] if dtype and stored.entry.dtype in FLOATS else stored.entry.dtype
 
 
 def _foreign(base: BaseModelFacts, known: set[str]) -> list[_Out]:
@@ -153,7 +168,7 @@ def _write_folder(base: BaseModelFacts, folder: Path, change: Change | None, dty
             _Out(
                 _folder_key(part, name),
                 _folder_shape(part, name, stored.shape),
-                SPELLED[dtype][0] if dtype else stored.entry.dtype,
+                _spelled(stored, dtype),
                 (f"{part}.{name}",),
                 (stored,),
             )

@@ -10,17 +10,16 @@ from typing import BinaryIO
 from trainers.adapters import ADAPTERS
 from trainers.adapters.base import AdapterKind
 from trainers.adapters.dora import MAGNITUDE
-from trainers.container import Entry, Header, open_file, read_header
+from trainers.container import Header, open_file, read_header
 from trainers.errors import AdapterFileError
-from trainers.families import FAMILIES
 from trainers.formats.keys import KeyGroup, group_keys
-from trainers.formats.kohya import factors_of, flat_names, read_kohya_prefix
-from trainers.formats.names import canonical_of
-from trainers.formats.peft import PeftScaling, read_dotted_prefix, read_scaling, split_part
-from trainers.formats.recognise import guess_family, refuse_other_family, title_of
+from trainers.formats.kohya import factors_of
+from trainers.formats.matching import match_groups, no_adapter, sure_family
+from trainers.formats.peft import PeftScaling, read_scaling, split_part
+from trainers.formats.recognise import refuse_other_family
 from trainers.formats.weights import AdapterFile, ModuleWeights, check_module
 from trainers.tensors import FLOATS, NUMBERS, read_tensor
-from trainers.text import name_list, printable
+from trainers.text import printable
 
 KIND_NAMES = {"oft": "an OFT"}
 
@@ -37,7 +36,7 @@ def read(
         if known is not None and family is not None:
             refuse_other_family(groups, header.entries, family, path)
         if family is None:
-            family = sure_family(groups, header.entries, path)
+            family = sure_family(header, groups)
         matched, unmatched = match_groups(groups, known, family, path)
         scaling = read_scaling(header.metadata, str(path))
         modules: dict[str, ModuleWeights] = {}
@@ -48,57 +47,6 @@ def read(
             check_module(name, weights, str(path))
             modules[name] = weights
     return AdapterFile(modules, dict(header.metadata), tuple([*unmatched, *foreign]), family)
-
-
-def sure_family(groups: list[KeyGroup], entries: Mapping[str, Entry], path: Path) -> str:
-    """The family that a file tells of itself. Raises AdapterFileError where it tells none that is known here."""
-    family, reason = guess_family(groups, entries)
-    if family in FAMILIES:
-        return family
-    if family == "unknown":
-        what = f"The file does not tell for which family it was made: {reason}"
-        raise AdapterFileError(what, str(path), f"Say it with --family: {', '.join(FAMILIES)}.")
-    raise AdapterFileError(f"This LoRA was made for {title_of(family)} ({reason})", str(path), "It cannot be used here.")
-
-
-def no_adapter(header: Header) -> AdapterFileError:
-    """The error for a sound safetensors file without any adapter in it, saying what it seems to be instead."""
-    where, names = str(header.path), list(header.entries)
-    if not names:
-        return AdapterFileError("The file holds no tensors", where, "Export it again.")
-    if any(name.startswith(("model.diffusion_model.", "first_stage_model.", "conv_in.", "down_blocks.")) for name in names):
-        return AdapterFileError("This is a base model, not a LoRA", where, "Give it as the base model.")
-    if any(name.startswith(("emb_params", "string_to_param")) for name in names):
-        return AdapterFileError("This is a textual inversion, not a LoRA", where, "Choose a LoRA file.")
-    return AdapterFileError(f"There is no LoRA in the file; it holds {name_list(names)}", where, "Choose a LoRA file.")
-
-
-def match_groups(
-    groups: list[KeyGroup], known: Iterable[str] | None, family: str, path: Path
-) -> tuple[dict[str, KeyGroup], list[str]]:
-    """(groups by canonical name, prefixes that match nothing). Raises AdapterFileError if none match or one does twice."""
-    table = None if known is None else {flat: name for name in known for flat in flat_names(name, family)}
-    matched: dict[str, KeyGroup] = {}
-    unmatched: list[str] = []
-    for group in groups:
-        if table is None:
-            name = canonical_of(group.prefix, family)
-        else:
-            flat = read_kohya_prefix(group.prefix)
-            meanings = [flat] if flat is not None else read_dotted_prefix(group.prefix)
-            name = next((table[meaning] for meaning in meanings if meaning in table), None)
-        if name is None:
-            unmatched.append(group.prefix)
-        elif name in matched or group.twins:
-            twins = name_list([matched[name].prefix, group.prefix] if name in matched else group.twins)
-            what = f"The file gives {name} twice ({twins}), and programs disagree on what that means"
-            raise AdapterFileError(what, str(path), "Export it again with one spelling.")
-        else:
-            matched[name] = group
-    if not matched:
-        what = f"None of the file's {len(groups)} modules is in this base model (the file has {name_list(unmatched)})"
-        raise AdapterFileError(what, str(path), "It was made for another kind of base model.")
-    return matched, unmatched
 
 
 def read_module(handle: BinaryIO, header: Header, group: KeyGroup, scaling: Mapping[str, PeftScaling]) -> ModuleWeights:

@@ -16,7 +16,8 @@ from trainers.text import name_list
 from trainers.tools.file_problems import kind_notes
 from trainers.tools.inspect_file import inspect_file
 
-_SPELLED: dict[str, FileDtype] = {"F16": "fp16", "BF16": "bf16", "F32": "fp32", "F64": "fp32"}
+# How the container spells a dtype -> the nearest one that files are written in.
+SPELLED: dict[str, FileDtype] = {"F16": "fp16", "BF16": "bf16", "F32": "fp32", "F64": "fp32"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,14 +59,12 @@ def convert(
         raise AdapterFileError("There is such a file already", str(output), "Choose another --output.")
     inspection = inspect_file(path)
     file = read_without_base(path, family)
-    if file.unmatched:
-        total = len(file.modules) + len(file.unmatched)
-        tell(f"{len(file.unmatched)} of {total} names in {path.name} are not understood and left out: {_names(file)}.")
-    modules = {name: _unfold(name, weights, file.family) for name, weights in file.modules.items()}
+    tell_unread(path, file, tell)
+    modules = {name: unfold(name, weights, file.family) for name, weights in file.modules.items()}
     converted, worst = 0, 0.0
     if plain_rank is not None:
         modules, converted, worst = _as_plain(modules, plain_rank)
-    own = [_SPELLED[word] for word in ("F32", "F64", "BF16", "F16") if word in inspection.dtypes]
+    own = [SPELLED[word] for word in ("F32", "F64", "BF16", "F16") if word in inspection.dtypes]
     for note in kind_notes(weights.kind for weights in modules.values()):
         tell(str(note))
     chosen: FileDtype = dtype or (own[0] if own else "fp16")
@@ -78,11 +77,14 @@ def convert(
     return Conversion(file.family, form, chosen, parts, file.unmatched, converted, worst)
 
 
-def _names(file: AdapterFile) -> str:
-    return name_list(list(file.unmatched))
+def tell_unread(path: Path, file: AdapterFile, tell: Callable[[str], object]) -> None:
+    """Says what of a file is no module of its family, if anything."""
+    if file.unmatched:
+        names, total = name_list(list(file.unmatched)), len(file.modules) + len(file.unmatched)
+        tell(f"{len(file.unmatched)} of {total} names in {path.name} are not understood and left out: {names}.")
 
 
-def _unfold(name: str, weights: ModuleWeights, family: str) -> ModuleWeights:
+def unfold(name: str, weights: ModuleWeights, family: str) -> ModuleWeights:
     """Factors with the kernel that the layer of this name has, where a file folds it into their width."""
     kernel = kernel_of(name, family)
     shape = weights.shape

@@ -14,8 +14,9 @@ from trainers.container import Header, open_file, read_header
 from trainers.errors import AdapterFileError, Problem
 from trainers.formats.hashes import FileHashes, file_hashes
 from trainers.formats.keys import KeyGroup, group_keys
+from trainers.formats.matching import no_adapter
 from trainers.formats.peft import PARTS, PeftScaling, read_scaling
-from trainers.formats.reading import no_adapter, read_alpha, read_module
+from trainers.formats.reading import read_alpha, read_module
 from trainers.formats.recognise import guess_family, input_width, part_of
 from trainers.formats.weights import check_module
 from trainers.tensors import FLOATS, read_tensor
