@@ -1,7 +1,7 @@
 """Sets Impasto up in .venv/ beside this file and starts it. Standard library only; nothing has to be activated.
 
     python run.py demo           train a LoRA on a sample folder and draw its strength strip
-    python run.py test           run the tests; what follows goes to pytest, from the folder of this file
+    python run.py test           run the tests, two at a time; what follows goes to pytest, which then runs one at a time
     python run.py                open the window
     python run.py ANY ARGS       the same as: impasto ANY ARGS
     python run.py --cpu|--cuda ...   choose the build of torch by hand, as the first argument
@@ -34,6 +34,7 @@ VENV = ROOT / ".venv"
 PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 STAMP, LOG, LOCK = VENV / "setup.json", VENV / "setup.log", VENV / "setup.lock"
 VERSION = "{}.{}".format(*sys.version_info)
+TWO_AT_A_TIME = ["-n2", "--dist=worksteal"]  # what two cores carry, as a test has one thread
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 # Windows only, where the plain wheel has no CUDA. That cu130 holds 2.13.0 is known from others' set-ups, not tried by us.
 CUDA_INDEX = "https://download.pytorch.org/whl/cu130"
@@ -290,7 +291,7 @@ def main(arguments: "list[str]") -> int:
         return 130
     if name == "test":
         os.chdir(str(ROOT))
-        return start(["-m", "pytest", *rest])
+        return start(["-m", "pytest", *(rest or TWO_AT_A_TIME)])
     demo = ["-m", "trainers", "demo", "--output", str(ROOT / "demo"), *rest]
     return start(demo if name == "demo" else ["-m", "app", *arguments])
 

@@ -40,6 +40,15 @@ def make_pictures(folder: Path) -> Path:
     return folder
 
 
+LONG = ("test_build.py", "test_torture.py", "test_window_journey.py", "test_processes.py", "test_learning.py")
+"""Files with tests of half a minute. They come first: at the end, one of them would leave the other process idle."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the tests of the long files first, else in their order."""
+    items.sort(key=lambda item: item.path.name not in LONG)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _session_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """For fixtures that outlive one test, which `home` reaches too late: nothing may touch the person's own folder."""

@@ -41,14 +41,14 @@ def test_held_out_prompts_occur_in_no_caption_preset_or_sample_prompt() -> None:
 
 @pytest.fixture(scope="module")
 def short_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A LoRA of 90 steps on the blackcut sample, and pictures of six held-out prompts at strengths 0 and 1."""
+    """A LoRA of 60 steps on the blackcut sample, and pictures of six held-out prompts at strengths 0 and 1."""
     folder = tmp_path_factory.mktemp("learning")
     settings = ["--set", "samples.every=0", "--set", "prior.prompts=[]", "--set", "train.batch_size=4"]
-    assert run_cli(cli, ["train", str(SAMPLE), "--output", str(folder / "run"), "--steps", "90", *settings]) == 0
+    assert run_cli(cli, ["train", str(SAMPLE), "--output", str(folder / "run"), "--steps", "60", *settings]) == 0
     lora = next((folder / "run").glob("*.safetensors"))
     prompts = [f"{with_article(label)}, blackcut style" for label in held_out_labels()[:6]]
     asked = [word for prompt in prompts for word in ("--prompt", prompt)]
-    drawn = ["--strengths", "0,1", "--guidance", "3", "--steps", "12", "--output", f"{folder / 'pictures'}/"]
+    drawn = ["--strengths", "0,1", "--guidance", "3", "--steps", "8", "--output", f"{folder / 'pictures'}/"]
     assert run_cli(cli, ["generate", "--lora", str(lora), *asked, *drawn]) == 0
     return folder
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.command_line import impasto
+from tests.conftest import make_pictures
 from trainers import preflight, train
 from trainers.config import TrainConfig, read_config
 from trainers.preflight import Measured, main, measure, memory_hints, time_to_finish
@@ -17,10 +18,11 @@ from trainers.preflight import Measured, main, measure, memory_hints, time_to_fi
 MEASURED = Measured(2.0, 10.0, 0.5, 1.0, 4 * 10**9, 10 * 10**9, "cpu")
 
 
-@pytest.fixture
-def config(home: Path, tiny_base: Path, pictures: Path, tmp_path: Path) -> Path:
-    """config.toml of a finished run on tiny models."""
-    run = tmp_path / "run"
+@pytest.fixture(scope="module")
+def config(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """config.toml of a finished run on tiny models. Measuring changes nothing in it, so one serves all tests."""
+    folder = tmp_path_factory.mktemp("preflight")
+    pictures, run = make_pictures(folder / "pictures"), folder / "run"
     assert impasto("train", pictures, "-o", run, "--base", tiny_base, "--steps", "1", "--force") == 0
     return run / "config.toml"
 

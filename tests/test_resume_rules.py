@@ -130,6 +130,29 @@ class Killed(BaseException):
     """Ends a run as a kill does: nothing of ours catches it."""
 
 
+@pytest.mark.parametrize("kind", [events.Sample, events.Checkpoint])
+def test_a_file_whose_event_a_kill_has_prevented_is_told_on_resume(
+    kind: type[events.Event], pictures: Path, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    every = ("--set", "samples.every=1", "--set", "checkpoints.every=1", "--set", "train.save_state_seconds=0")
+    words = ("--steps", 2, *every, "--set", "samples.prompts=['a cat']")
+    append = events.append
+
+    def append_or_die(path: Path, event: events.Event) -> None:
+        if isinstance(event, kind) and getattr(event, "step", None) == 1:
+            raise Killed
+        append(path, event)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(events, "append", append_or_die)
+        with pytest.raises(Killed):
+            impasto("train", pictures, "--base", tiny_base, *TINY, *words, "--output", tmp_path / "run")
+    assert impasto("resume", tmp_path / "run") == 0
+    told = [event["path"] for event in read_events(tmp_path / "run") if event["type"] in ("sample", "checkpoint")]
+    files = [path for folder in ("samples", "checkpoints") for path in (tmp_path / "run" / folder).iterdir()]
+    assert sorted(told) == sorted(path.relative_to(tmp_path / "run").as_posix() for path in files) and len(told) == 5
+
+
 @pytest.mark.parametrize("step", [4, 5])
 def test_what_a_kill_after_the_state_has_prevented_is_made_up(
     step: int, pictures: Path, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -293,6 +293,19 @@ def test_a_finished_venv_starts_the_program_silently_and_passes_its_exit_code(re
     assert told == ["__main__", ["train", "my pictures", "--seed", "1"], str(tmp_path), False]
 
 
+@pytest.mark.parametrize(
+    ("asked", "given"),
+    [([], ["-n2", "--dist=worksteal"]), (["tests/test_run.py"], ["tests/test_run.py"]), (["-x", "-n4"], ["-x", "-n4"])],
+)
+def test_the_whole_suite_runs_two_at_a_time_and_chosen_tests_as_asked(
+    run: ModuleType, monkeypatch: pytest.MonkeyPatch, asked: list[str], given: list[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(run, "set_up", lambda *_: None)
+    monkeypatch.setattr(run, "start", lambda arguments: arguments)
+    assert run.main(["test", *asked]) == ["-m", "pytest", *given]
+
+
 def test_demo_writes_beside_run_py_whatever_the_working_folder(ready_checkout: Path, tmp_path: Path) -> None:
     code, told, _ = start(ready_checkout, tmp_path, "demo", "--seed", "2")
     assert code == 3

@@ -135,10 +135,18 @@ class Outputs:
         return every > 0 and step > 0 and step % every == 0
 
     def make_up(self) -> None:
-        """What this step should have left and did not: the samples of step 0, or what a kill after its state has prevented."""
-        if self.sample_is_due() and not all(self._sample_path(number).exists() for number in range(len(self._prompts))):
+        """What this step should have left and did not: the samples of step 0, or what a kill after its state has prevented.
+
+        A file whose event is missing is made again, too: the kill came between the two.
+        """
+        told = {event.get("path") for event in events.read_since(self._run.events)[0]}
+
+        def is_left(path: Path) -> bool:
+            return path.exists() and path.relative_to(self._run.path).as_posix() in told
+
+        if self.sample_is_due() and not all(is_left(self._sample_path(number)) for number in range(len(self._prompts))):
             self.sample()
-        if self.checkpoint_is_due() and not self._checkpoint_path().exists():
+        if self.checkpoint_is_due() and not is_left(self._checkpoint_path()):
             self.checkpoint()
 
     def _checkpoint_path(self) -> Path:

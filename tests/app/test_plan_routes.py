@@ -120,11 +120,12 @@ def test_a_run_takes_the_machine_from_the_measurement_and_is_not_measured_beside
     monkeypatch.setattr("app.preflight.MEASURE", (sys.executable, "-c", code))
     client = make_client(tmp_path / "home")
     project = project_on(client, tiny_base, pictures)
+    begun = time.monotonic()
     assert ok(client.post(f"/api/projects/{project}/measure", json={"force": True}))["state"] == "measuring"
     run = ok(client.post(f"/api/projects/{project}/runs", json={"force": True}))["id"]
     assert ok(client.post(f"/api/projects/{project}/measure", json={"force": True}))["state"] == "busy"
     await_state(client, run, lambda status: status["state"] == "finished", 120)
-    time.sleep(2)  # the run took some seconds too
+    time.sleep(max(0.0, begun + 6 - time.monotonic()))  # most of which the run has taken
     assert not mark.exists()
 
 

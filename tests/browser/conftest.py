@@ -37,6 +37,8 @@ FLAGS = [
     "--disable-sync",
     "--disable-dev-shm-usage",
 ]
+PORT = 7860 + 200 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
+"""Where windows look for a free port first. Each process of tests has its own range, so that a restart gets its port back."""
 PATIENCE = 60_000
 """Milliseconds: a machine at work starts a browser slowly. Nothing here asserts a time unless the test says so."""
 
@@ -58,7 +60,7 @@ class Window:
     url: str = ""
     started: float = 0.0
 
-    def open(self, port: int = 7860) -> None:
+    def open(self, port: int = PORT) -> None:
         """Starts it as a person does, and waits for the line with its address."""
         self.started = time.monotonic()
         environment = {**os.environ, "IMPASTO_HOME": str(self.home), "PYTHONUNBUFFERED": "1"}

@@ -89,6 +89,10 @@ def test_the_journey(own_window: Any, page: Any, drop: Callable[..., None], tmp_
     shot(page, "recipe")
     page.get_by_role("button", name="pocket").click()
     page.get_by_text("Preset pocket.").wait_for()
+    page.get_by_text("Recipe as a file").click()  # pictures of few steps: how well they are drawn is told elsewhere
+    page.get_by_label("Recipe as TOML").fill("[prior]\nsteps = 4\n[samples]\nsteps = 6\n")
+    page.get_by_role("button", name="Use this text").click()
+    page.get_by_text("The recipe was taken over.").wait_for()
     steps = page.locator("#field-train-steps")
     steps.fill(str(STEPS))
     steps.press("Tab")
@@ -117,7 +121,7 @@ def test_the_journey(own_window: Any, page: Any, drop: Callable[..., None], tmp_
     assert caught.value.suggested_filename == made.name
     assert Path(caught.value.path()).read_bytes() == made.read_bytes()
     settings = tomllib.loads((run / "config.toml").read_text())
-    assert settings["adapter"]["rank"] == int(rank) != 16
+    assert settings["adapter"]["rank"] == int(rank) != 16 and settings["prior"]["steps"] == 4
     assert settings["optimizer"]["learning_rate"] == float(rate) != 1e-3
 
     page.get_by_role("link", name="Try it in the Studio").click()

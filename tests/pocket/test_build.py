@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
+from assets.pocket.build import prompts, unet
 from assets.pocket.build.__main__ import FIGURES, FIGURES_END, main, write_card
 from tests.registry import skip_without_registry
 from trainers.errors import TrainingError
 
 
-def test_the_whole_build_from_fetch(tmp_path: Path) -> None:
+def test_the_whole_build_from_fetch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     skip_without_registry()
+    # Every picture on the sheets is drawn, in two steps each: twenty only make it prettier.
+    monkeypatch.setattr(prompts, "STEPS", 2)
+    monkeypatch.setattr(unet, "draw_prompts", partial(unet.draw_prompts, steps=2))
     work, card = tmp_path / "work", tmp_path / "card.md"
     card.write_text(f"# Card\n\n{FIGURES}\nold\n{FIGURES_END}\n\nThe end.\n", encoding="utf-8")
     assert main(["all", "--work", str(work), "--recipe", "tiny", "--card", str(card)]) == 0

@@ -65,8 +65,8 @@ def load_tokenizer(facts: BaseModelFacts, part: str) -> CLIPTokenizer:
     try:
         tokenizer = CLIPTokenizer.from_pretrained(str(vocabulary), local_files_only=True, model_max_length=TOKENS, **extra)
         known = tokenizer(CANARY[0]).input_ids == CANARY[1]
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        what = f"The tokenizer could not be loaded: {str(error).splitlines()[0]}"
+    except Exception as error:  # its library raises plain Exceptions
+        what = f"The tokenizer could not be loaded: {(str(error) or type(error).__name__).splitlines()[0]}"
         raise BaseModelError(what, where=str(vocabulary), hint="Copy vocab.json and merges.txt again.") from error
     if not known:
         hint = "Copy vocab.json and merges.txt again."
