@@ -211,6 +211,8 @@ class CheckAnswer(BaseModel):
     pictures: int = 0
     held_out: int = 0
     base: str = ""
+    family: str = ""
+    """The base's, so that the presets for it come first; empty where it is unknown."""
     preset: str = ""
     scale: float = 0.0
     """alpha / rank, as the adapter type counts it."""

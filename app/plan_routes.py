@@ -24,9 +24,9 @@ def post_check(body: RunStart, place: ThePlace) -> CheckAnswer:
         plan, _ = _plan(body, place)
         size = adapter_size(plan.config, plan.base)
     except TrainingError as error:
-        name, settings = settings_of(place.project, body.settings, body.preset)
+        name, settings, family = settings_of(place.project, body.settings, body.preset)
         problems = [answer_problem(problem) for problem in setting_problems(error)]
-        return CheckAnswer(ok=False, problems=problems, preset=name, settings=settings)
+        return CheckAnswer(ok=False, problems=problems, preset=name, settings=settings, family=family)
     adapter = plan.config.adapter
     return CheckAnswer(
         ok=True,
@@ -36,6 +36,7 @@ def post_check(body: RunStart, place: ThePlace) -> CheckAnswer:
         pictures=len(plan.data.own),
         held_out=len(plan.data.held_out),
         base=plan.base.name,
+        family=plan.base.family.name,
         preset=plan.preset,
         scale=adapter.scale_of(adapter.effective_alpha, adapter.rank),
         layers=size.layers,

@@ -12,8 +12,7 @@ from app.scanning import Scanner
 from trainers.config import TrainConfig
 from trainers.dataset.edits import Edits
 from trainers.errors import Problem, TrainingError
-from trainers.families import recognise_base
-from trainers.launch import RunPlan, plan_run
+from trainers.launch import RunPlan, plan_run, recognise_given
 from trainers.presets import default_preset, list_presets, resolve
 from trainers.settings import merge
 
@@ -83,14 +82,15 @@ def chosen_preset(project: Project, preset: str | None = None) -> str | None:
     return name
 
 
-def settings_of(project: Project, settings: dict[str, Any], preset: str | None) -> tuple[str, dict[str, Any]]:
-    """(preset, complete settings) of a recipe that may not lead to a run, as for want of pictures; empty when unknown."""
+def settings_of(project: Project, settings: dict[str, Any], preset: str | None) -> tuple[str, dict[str, Any], str]:
+    """(preset, complete settings, the base's family) of a recipe that may not lead to a run; empty when unknown."""
     try:
         values = _over(read_recipe(project), settings)
-        name = chosen_preset(project, preset) or default_preset(recognise_base(base_of(project)))
-        return name, resolve(name, values).model_dump(mode="json")
+        base = recognise_given(values.get("base", {}))
+        name = chosen_preset(project, preset) or default_preset(base)
+        return name, resolve(name, values).model_dump(mode="json"), base.family.name
     except TrainingError:
-        return "", {}
+        return "", {}, ""
 
 
 def _over(recipe: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ PHASES = {
     "prior": "The base model draws pictures to remember",
     "train": "Training",
     "export": "Writing the file",
+    "verify": "Reading the file back",
 }
 _ENDINGS = ("paused", "stopped", "finished", "failed")
 
@@ -137,7 +138,8 @@ def in_a_sentence(state: State, progress: Progress, saved_step: int, exit_code: 
         case "stopped":
             return f"Stopped at {at}. The LoRA as it stands is kept; Resume goes on."
         case "finished":
-            return f"Finished: {progress.step} steps in {time_in_words(float(event.get('seconds') or 0))}."
+            done = f"Finished: {progress.step} steps in {time_in_words(float(event.get('seconds') or 0))}."
+            return " ".join([done, *([str(event["proof"])] if event.get("proof") else [])])
         case "failed":
             return f"Training failed: {event.get('message') or 'no reason was given'}"
     if not progress.phase and last_line.startswith("impasto: "):

@@ -89,7 +89,7 @@ class DefaultsAnswer(BaseModel):
 def get_defaults(run: TheRun, desk: TheDesk) -> DefaultsAnswer:
     """Prompt, seed and size to begin with."""
     config = read_config(run.config)
-    samples, side = config.samples, render_side(config, recognise_base(config.base.model))
+    samples, side = config.samples, render_side(config, recognise_base(config.base.model, config.base.options))
     standing = desk.runs.standing(run)
     told, _ = events.read_since(run.events, 0, _FIRST_EVENTS)
     drawn = [str(event["prompt"]) for event in told if event["type"] == "sample"]
@@ -116,7 +116,7 @@ def post_draw(body: DrawRequest, desk: TheDesk) -> Asked:
     except TrainingError as error:
         raise refuse_settings([Problem("error", error.what, "scheduler", error.hint)]) from error
     request = body.model_dump(exclude={"run", "step"})
-    lora, base = str(find_lora(run, body.step)), read_config(run.config).base.model
+    lora, base = str(find_lora(run, body.step)), read_config(run.config).base.model_dump()
     return Asked(id=desk.studio.ask({**request, "base": base, "lora": lora}))
 
 

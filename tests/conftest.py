@@ -73,6 +73,22 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_pipeline(tmp_path_factory.mktemp("base") / "tiny")
 
 
+@pytest.fixture(scope="session")
+def tiny_sd2_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `tiny_base`, in the form of Stable Diffusion 2.x, v-prediction."""
+    from tests.tiny_models import save_tiny_sd2
+
+    return save_tiny_sd2(tmp_path_factory.mktemp("base") / "tiny-sd2")
+
+
+@pytest.fixture(scope="session")
+def tiny_sdxl_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `tiny_base`, in the form of Stable Diffusion XL."""
+    from tests.tiny_models import save_tiny_sdxl
+
+    return save_tiny_sdxl(tmp_path_factory.mktemp("base") / "tiny-sdxl")
+
+
 @pytest.fixture
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A fresh folder `pictures` of 6 small PNGs with captions; a test may change it."""

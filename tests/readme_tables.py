@@ -27,6 +27,7 @@ PHRASES = {
     "constraints.txt": "the exact versions that were tested",
     "presets/": "what people start from; partial settings, commented",
     "assets/pocket/": "the small base model that ships",
+    "assets/families/": "configurations of the families, for checkpoints that are a single file",
     "assets/samples/": "three folders to try: blackcut, inkline, bluebot",
     "assets/licenses/": "licence texts of what ships",
     "assets/NOTICE.md": "where each asset comes from, and its licence",

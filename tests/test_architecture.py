@@ -27,7 +27,14 @@ LIGHT = (
     *("trainers.dataset.prepare", "trainers.families", "trainers.adapters", "trainers.optimizers", "trainers.draw"),
 )
 # Folders with a table -> files in them that are no entry of it.
-TABLES = {"families": {"base", "targets", "ldm"}, "adapters": {"layer", "inject", "plan"}, "optimizers": {"base"}}
+TABLES = {
+    "families": {
+        *("base", "targets", "facts", "settings", "locate", "configuration", "stored", "ckpt", "single_file", "ldm"),
+        *("parts", "tensor_files", "latent_diffusion"),
+    },
+    "adapters": {"base", "layer", "inject", "plan"},
+    "optimizers": {"base"},
+}
 
 
 def sources(*folders: str) -> list[Path]:
@@ -152,11 +159,11 @@ def test_every_file_of_a_kind_stands_in_its_table(folder: str) -> None:
     assert files and files == named - TABLES[folder]
 
 
-def test_every_family_that_trains_can_be_loaded() -> None:
+def test_every_family_can_be_loaded() -> None:
     from trainers.families import FAMILIES
 
     files = {path.stem for path in (ROOT / "trainers" / "families").glob("*.py")}
-    assert {name for name, facts in FAMILIES.items() if facts.trainable} == files & set(FAMILIES)
+    assert FAMILIES.keys() <= files
 
 
 def test_every_setting_has_help_and_a_default() -> None:

@@ -47,10 +47,11 @@ REFUSED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "a name that leaves the run folder": (("--set", "output.name=../up"), ("output.name",)),
     "a resolution that this base draws double": (("--set", "dataset.resolution=2048"), ("2048 px", "--force")),
     "a missing base": (("--base", "no-such-folder"), ("no such base model (no-such-folder)", "pocket")),
-    "a base that is a file": (("--base", "FILE"), ("single-file", "diffusers layout")),
+    "a base that is some file": (("--base", "FILE"), ("Not a safetensors file", "again")),
     "a base that is no model": (("--base", "EMPTY"), ("has no unet/config.json",)),
-    "a preset for another family": (("--preset", "sdxl_style"), ("meant for sdxl", "Choose a preset without sdxl_")),
+    "a preset for another family": (("--preset", "sdxl_style"), ("Stable Diffusion XL", "preset without sdxl_")),
     "an optimizer whose package is missing": (("--set", "optimizer.type=adamw8bit"), ("bitsandbytes", "pip install")),
+    "weights whose package is missing": (("--set", "train.base_weights=nf4"), ("bitsandbytes", "pip install")),
     "an option that is none": (("--rank", "4"), ("--rank",)),
 }
 # name -> (the folder given, words that the refusal must contain)
@@ -125,19 +126,13 @@ def test_a_refusal_writes_nothing(refusals: object, place: Path) -> None:
     assert {path.name for path in place.iterdir()} == {"pictures", "EMPTY", "TEXTS", "FILE", "LOOP"}
 
 
-def test_an_sdxl_base_is_refused_before_a_run_folder_is_made(
-    tiny_base: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_an_sdxl_base_is_refused_by_an_sd1_preset_before_a_run_folder_is_made(
+    tiny_sdxl_base: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    base = tmp_path / "xl"
-    for path in tiny_base.rglob("*.*"):
-        if path.is_file():
-            copy = base / path.relative_to(tiny_base)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            copy.write_bytes(path.read_bytes() if path.suffix != ".safetensors" else b"")
-    unet = json.loads((base / "unet" / "config.json").read_text(encoding="utf-8"))
-    (base / "unet" / "config.json").write_text(json.dumps({**unet, "cross_attention_dim": 2048}), encoding="utf-8")
-    assert impasto("train", pictures, "--output", tmp_path / "run", "--base", base, "--preset", "sdxl_style", "--force") == 2
-    assert "Stable Diffusion XL" in capsys.readouterr().err
+    family = ("--preset", "style", "--force")
+    assert impasto("train", pictures, "--output", tmp_path / "run", "--base", tiny_sdxl_base, *family) == 2
+    said = capsys.readouterr().err
+    assert "Stable Diffusion XL" in said and "sdxl_style" in said
     assert not (tmp_path / "run").exists()
 
 
@@ -226,7 +221,7 @@ def test_a_run_that_fails_says_so_by_event_and_exit_code_1(
     assert impasto("resume", tmp_path / "run") == 0
 
 
-@pytest.mark.parametrize("command", ["train", "resume", "generate", "check", "inspect", "presets", "ui", "demo"])
+@pytest.mark.parametrize("command", ["train", "resume", "generate", "check", "inspect", "convert", "presets", "ui", "demo"])
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert impasto(command, "--help") == 0
     assert "Usage: impasto" in capsys.readouterr().out

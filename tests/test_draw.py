@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from trainers.draw import DrawRequest, attach_files, draw
+from trainers.attach import attach_files
+from trainers.draw import DrawRequest, draw
 from trainers.errors import SettingError
 from trainers.families import load_family, recognise_base
 from trainers.formats import ModuleWeights, write_adapter

@@ -69,8 +69,8 @@ def test_time_adds_up() -> None:
 def test_says_what_to_change() -> None:
     assert MEASURED.fits and not replace(MEASURED, memory=9_500_000_000).fits
     hints = memory_hints(TrainConfig.model_validate({"train": {"batch_size": 4}}))
-    assert [name in " ".join(hints) for name in ("checkpointing", "batch_size", "resolution")] == [True] * 3
-    frugal = {"train": {"checkpointing": True, "batch_size": 1}, "text_encoder": {"learning_rate": 0}}
+    assert [name in " ".join(hints) for name in ("checkpointing", "batch_size", "base_weights", "resolution")] == [True] * 4
+    frugal = {"train": {"checkpointing": True, "batch_size": 1, "base_weights": "int8"}, "text_encoder": {"learning_rate": 0}}
     assert memory_hints(TrainConfig.model_validate(frugal)) == ["Lower dataset.resolution."]
 
 

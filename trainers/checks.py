@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Sequence
 
 from trainers.config import TrainConfig
 from trainers.dataset.folder import Scan
 from trainers.dataset.prepare import TrainingSet
 from trainers.errors import Problem, SettingError
-from trainers.families import BaseModelFacts
+from trainers.families import FAMILIES, BaseModelFacts
 from trainers.samplers import check_sampler
 
 
@@ -32,18 +31,21 @@ def check_settings(config: TrainConfig, base: BaseModelFacts) -> list[Problem]:
     """Settings against the base. `error` can never pass, `advice` passes with --force."""
     problems = []
     wanted = config.base.family
-    if wanted not in ("auto", base.family.name):
+    if wanted not in ("auto", base.family.name) and not (wanted == "sd" and base.family.name in ("sd1", "sd2")):
+        meant = "Stable Diffusion 1.x and 2.x" if wanted == "sd" else FAMILIES[wanted].title
+        what = f"The base {base.name} is a {base.family.title} model, and these settings are for {meant}"
+        better = "with" if base.family.name == "sdxl" else "without"
+        hint = f"Switch to a preset {better} sdxl_ in its name (as sdxl_style or style), or to another base."
+        problems.append(Problem("error", what, "base.family", hint))
+    if base.guessed:
         problems.append(
-            Problem(
-                "error",
-                f"The preset is meant for {wanted}, the base {base.name} is {base.family.title}",
-                "base.family",
-                "Choose a preset without sdxl_ in its name." if wanted == "sdxl" else "Choose another preset or base.",
-            )
+            Problem("warning", base.guessed.partition(". ")[0], "base.prediction_type", base.guessed.partition(". ")[2])
         )
-    if not base.family.trainable:
-        what = f"The base {base.name} is {base.family.title}, which this version cannot train"
-        problems.append(Problem("error", what, "base.model", "Use a Stable Diffusion 1.x base or `pocket`."))
+    for part in base.family.text_encoders if config.text_encoder_rate else ():
+        unread = base.configs[part]["num_hidden_layers"] - base.layers_read(part)
+        if unread:
+            what = f"Nothing reads the last {unread} of the {part.replace('_', ' ')}'s layers, so no adapter goes there"
+            problems.append(Problem("note", what.replace("last 1 of", "last of"), base.name))
     if base.prediction_type not in ("epsilon", "v_prediction"):
         problems.append(
             Problem("error", f"The base predicts {base.prediction_type!r}, which cannot be trained here", base.name)
@@ -66,20 +68,30 @@ def check_settings(config: TrainConfig, base: BaseModelFacts) -> list[Problem]:
         check_sampler(config.samples.scheduler)
     except SettingError as error:
         problems.append(Problem("error", error.what, "samples.scheduler", error.hint))
-    return problems + _check_package(config) + _check_adapter(config, base) + _check_rates(config)
+    return problems + _check_packages(config) + _check_adapter(config, base) + _check_rates(config)
 
 
-def _check_package(config: TrainConfig) -> list[Problem]:
-    package = config.optimizer.package
-    if not package or importlib.util.find_spec(package):
-        return []
-    hint = f"Run `pip install {package}` in the program's environment, or use optimizer.type=adamw."
-    return [Problem("error", f"{config.optimizer.type} needs the package {package}", "optimizer.type", hint)]
+def _check_packages(config: TrainConfig) -> list[Problem]:
+    """The optional packages that settings need."""
+    wanted: list[tuple[str, str, str, str]] = []
+    if config.optimizer.package:
+        wanted.append((config.optimizer.package, config.optimizer.type, "optimizer.type", "adamw"))
+    if config.train.base_weights == "nf4":
+        wanted.append(("bitsandbytes", "nf4", "train.base_weights", "int8"))
+    return [
+        Problem(
+            "error",
+            f"{value} needs the package {package}",
+            setting,
+            f"Run `pip install {package}` in the program's environment, or use {setting}={other}.",
+        )
+        for package, value, setting, other in wanted
+        if not importlib.util.find_spec(package)
+    ]
 
 
 def _check_adapter(config: TrainConfig, base: BaseModelFacts) -> list[Problem]:
-    unet = json.loads((base.folder / "unet" / "config.json").read_text(encoding="utf-8"))
-    width = min(unet["block_out_channels"])
+    width = min(base.configs["unet"]["block_out_channels"])
     if config.adapter.rank * 2 <= width:
         return []
     what = f"Rank {config.adapter.rank} is not small against this base's narrowest layer ({width})"
@@ -127,6 +139,12 @@ def check_pictures(config: TrainConfig, base: BaseModelFacts, scan: Scan, data: 
                 "Use larger pictures, or a lower dataset.resolution.",
             )
         )
+    parts = data.caption_parts() if config.output.caption_words else {}
+    if parts:
+        shown = ", ".join(f"{part} ({count})" for part, count in list(parts.items())[:20])
+        more = f" and {len(parts) - 20} more" if len(parts) > 20 else ""
+        what = f"The file will tell everyone these words of your captions: {shown}{more}"
+        problems.append(Problem("note", what, "output.caption_words", "Set output.caption_words=false to keep them."))
     if not data.training:
         problems.append(Problem("error", "No picture is left to train on", config.dataset.images, "Lower dataset.holdout."))
     elif data.steps * config.examples_per_step < len(data.training):

@@ -10,7 +10,9 @@ from typing import Annotated
 
 import typer
 
+from trainers.cli_files import convert, merge
 from trainers.errors import RunFolderError, TrainingError
+from trainers.families.facts import BaseOptions
 
 cli = typer.Typer(
     name="impasto",
@@ -29,7 +31,9 @@ Images = Annotated[
 ]
 Base = Annotated[
     str | None,
-    typer.Option(help="Base model: pocket, a folder in diffusers layout, or a hub id. Default: the preset's, else pocket."),
+    typer.Option(
+        help="Base model: pocket, a checkpoint file, a diffusers folder, or a hub id. Default: the preset's, else pocket."
+    ),
 ]
 Preset = Annotated[str | None, typer.Option(help="Preset to start from; see `impasto presets`. Default: the base's own.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="Any setting, as adapter.rank=16. May be repeated.")]
@@ -37,6 +41,8 @@ Steps = Annotated[int | None, typer.Option(help="Optimizer updates (train.steps)
 Seed = Annotated[int | None, typer.Option(help="Seed that everything random comes from (train.seed).")]
 Trigger = Annotated[str | None, typer.Option(help="Trigger word put in front of every caption (dataset.trigger).")]
 Force = Annotated[bool, typer.Option("--force", help="Pass advisory checks; broken input is refused all the same.")]
+Vae = Annotated[str, typer.Option(help="A VAE of your own, in place of the base's: a file or a folder.")]
+ClipSkip = Annotated[int, typer.Option(min=1, max=12, help="Layer of the text encoder: 1 as the family, 2 one earlier.")]
 Json = Annotated[bool, typer.Option("--json", help="Print events as JSON lines instead of a progress bar.")]
 
 
@@ -108,7 +114,9 @@ def generate(
         typer.Option("--output", "-o", metavar="PATH", help="FILE.png: one picture or a labelled grid. FOLDER/: one PNG each."),
     ],
     prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="What to draw. May be repeated.", show_default=False)],
-    base: Annotated[str, typer.Option(help="Base model: pocket, a folder in diffusers layout, or a hub id.")] = "pocket",
+    base: Annotated[
+        str, typer.Option(help="Base model: pocket, a checkpoint file, a diffusers folder, or a hub id.")
+    ] = "pocket",
     lora: Annotated[
         list[str] | None, typer.Option(help="A LoRA file, with its strength after a colon. May be repeated.")
     ] = None,
@@ -119,6 +127,8 @@ def generate(
     guidance: Annotated[float, typer.Option(min=0, max=30, help="How hard the prompt is followed.")] = 5.0,
     scheduler: Annotated[str, typer.Option(help="Sampler: dpm++, dpm++-karras, ddim, euler, euler-a, unipc.")] = "dpm++",
     size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels. Default: the base's own.")] = None,
+    vae: Vae = "",
+    clip_skip: ClipSkip = 1,
 ) -> None:
     """Draw prompts, at one or several strengths of any number of LoRAs."""
     from trainers.draw import DrawRequest, draw, parse_lora, parse_size, parse_strengths
@@ -138,6 +148,7 @@ def generate(
         guidance=guidance,
         scheduler=scheduler,
         size=parse_size(size) if size else None,
+        options=BaseOptions(vae, clip_skip),
     )
     for drawn in draw(request):
         typer.echo(drawn)
@@ -187,14 +198,34 @@ def doctor(
 @cli.command("inspect")
 def inspect_command(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A LoRA file (.safetensors).", show_default=False)],
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Load it in diffusers and here, and compare with what was trained.")
+    ] = False,
+    base: Annotated[
+        str | None, typer.Option(help="Base model for --verify. Default: that of the run the file lies in.")
+    ] = None,
+    vae: Vae = "",
+    clip_skip: ClipSkip = 1,
 ) -> None:
     """Tell what is in a LoRA file: family, type, modules, rank, alpha, norms, metadata, problems."""
     from trainers.tools.inspect_file import describe, inspect_file
 
     inspection = inspect_file(file)
     typer.echo(describe(inspection))
-    if any(problem.severity == "error" for problem in inspection.problems):
+    wrong = any(problem.severity == "error" for problem in inspection.problems)
+    if verify:
+        from trainers.tools.verify_file import verify_file
+        from trainers.verify import describe as describe_proof
+
+        proof = verify_file(file, base, BaseOptions(vae, clip_skip))
+        typer.echo("\n".join(describe_proof(proof)))
+        wrong = wrong or not proof.ok
+    if wrong:
         raise typer.Exit(1)
+
+
+cli.command()(convert)
+cli.command()(merge)
 
 
 @cli.command()

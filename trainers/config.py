@@ -10,21 +10,13 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from trainers.adapters import AdapterConfig
 from trainers.adapters.lora import LoraSettings
 from trainers.errors import SettingError
+from trainers.families.settings import BaseSettings
 from trainers.optimizers import OptimizerConfig
 from trainers.optimizers.adamw import AdamWSettings
 from trainers.settings import Settings, explain, iterate_fields
 
 Strength = Annotated[float, Field(ge=-4, le=4)]
 TextTarget = Literal["attention", "mlp"]
-
-
-class BaseSettings(Settings):
-    """The base model that the LoRA is trained on."""
-
-    model: str = "pocket"
-    """Base model: `pocket` (ships with the program), a folder in diffusers layout, or a hub id (owner/name)."""
-    family: Literal["auto", "sd1", "sd2", "sdxl"] = "auto"
-    """Model family that these settings are meant for; a base of another family is refused. `auto` takes any."""
 
 
 class DatasetSettings(Settings):
@@ -113,8 +105,10 @@ class TrainSettings(Settings):
     """Pictures in one forward and backward pass."""
     accumulation: int = Field(default=1, ge=1, le=4096)
     """Micro-batches added up to one step: the same result as a larger batch, with less memory."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Number format of the frozen base. The adapter and its optimizer are always float32."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Number format that the frozen base computes in. The adapter and its optimizer are always float32."""
+    base_weights: Literal["full", "int8", "nf4"] = "full"
+    """How the frozen base's weights are kept: in full, in 8 bit, or in 4 bit (NVIDIA, package bitsandbytes). Fewer: slower."""
     seed: int = Field(default=0, ge=0, le=2**63 - 1)
     """Everything random comes from this number, the step and the picture."""
     max_grad_norm: float = Field(default=1.0, ge=0)
@@ -170,6 +164,10 @@ class OutputSettings(Settings):
     """File name without ending. Empty: folder, base and rank, as in blackcut-pocket-r16."""
     dtype: Literal["fp16", "bf16", "fp32"] = "fp16"
     """Number format of the exported file."""
+    form: Literal["kohya", "peft"] = "kohya"
+    """Names in the file: `kohya`, which every program reads, or `peft`, diffusers' own, which few others do."""
+    verify: bool = True
+    """Read the finished file back, through diffusers too, and compare it with what was trained; a difference is an error."""
     author: str = ""
     """Author written into the file's metadata."""
     description: str = ""
@@ -180,12 +178,8 @@ class OutputSettings(Settings):
     @field_validator("name")
     @classmethod
     def _stays_in_its_folder(cls, value: str) -> str:
-        if (
-            len(value.encode("utf-8", "replace")) > 150
-            or value.startswith(".")
-            or not value.isprintable()
-            or set(value) & set('/\\:*?"<>|')
-        ):
+        plain = value.isprintable() and not value.startswith(".") and not set(value) & set('/\\:*?"<>|')
+        if not plain or len(value.encode("utf-8", "replace")) > 150:
             raise ValueError('must be a plain file name of at most 150 bytes, without folders or any of / \\ : * ? " < > |')
         return value
 

@@ -103,7 +103,9 @@ def in_words(event: Event, run: RunFolder) -> str:
         case events.Stopped() | events.Paused():
             return f"stopped at step {event.step}, everything is saved. Go on with: impasto resume {_quoted(run)}"
         case events.Finished():
-            return f"done in {time_in_words(event.seconds)}: {run.path / event.path}"
+            return f"done in {time_in_words(event.seconds)}: {run.path / event.path}" + (
+                f"\n{event.proof}" if event.proof else ""
+            )
         case events.Failed():
             return f"failed: {event.message}"
     return ""

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from trainers.errors import SettingError
+from trainers.errors import Problem, SettingError
 
-SMALL = 200_000_000  # bytes of denoiser files; below this, bf16's casts cost more than they save on a CPU (pocket: 34 MB)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SMALL = 200_000_000  # bytes of denoiser files; below this, casts cost more than they save on a CPU (pocket: 34 MB)
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,8 @@ class Device:
 
     @property
     def dtype_name(self) -> str:
-        """fp32 or bf16."""
-        return "bf16" if self.dtype == torch.bfloat16 else "fp32"
+        """fp32, bf16 or fp16."""
+        return next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
 
     @property
     def is_main(self) -> bool:
@@ -77,6 +78,7 @@ class Device:
 def choose_device(precision: str, denoiser_bytes: int, before: Mapping[str, Any] | None = None) -> Device:
     """CUDA before Apple's GPU before the CPU. Raises SettingError when bf16 is asked for where there is none.
 
+    Unless it is set, the format of a large denoiser is bf16 where the device computes in it, and fp16 on an older GPU.
     `before` are the `kernels` that a resumed run has computed with: what can be set is set again.
     """
     index, count = 0, 1
@@ -97,18 +99,35 @@ def choose_device(precision: str, denoiser_bytes: int, before: Mapping[str, Any]
         torch.set_num_threads(before["threads"] if before else torch.get_num_threads())
     if before:
         torch.set_float32_matmul_precision(before["matmul"])
-    bf16 = device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_bf16_supported())
-    if precision == "bf16" and not bf16:
-        raise SettingError("train.precision = bf16 is not possible on this GPU", hint="Set train.precision=fp32.")
-    if precision == "auto" and before and (bf16 or before["dtype"] == "fp32"):
+    half = _half_precision(device)
+    if precision == "bf16" and half != "bf16":
+        other = half or "fp32"
+        raise SettingError("train.precision = bf16 is not possible on this GPU", hint=f"Set train.precision={other}.")
+    if precision == "auto" and before and (before["dtype"] != "bf16" or half == "bf16"):
         precision = before["dtype"]
         reason = f"{device.type}, {precision} as before"
     elif precision == "auto":
-        precision = "bf16" if bf16 and denoiser_bytes > SMALL else "fp32"
+        precision = half if half and denoiser_bytes > SMALL else "fp32"
         reason = f"{device.type}, {precision} chosen for a denoiser of {denoiser_bytes / 1e6:.0f} MB"
     else:
         reason = f"{device.type}, {precision} as set"
-    return Device(device, {"fp32": torch.float32, "bf16": torch.bfloat16}[precision], reason, index, count)
+    return Device(device, DTYPES[precision], reason, index, count)
+
+
+def _half_precision(device: torch.device) -> str | None:
+    """The 16-bit format that a device computes in, the better one first; None where neither is sure to be there."""
+    if device.type == "cuda":
+        # GPUs before Ampere answer for bf16 by computing in float32, which is slower than either.
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return "bf16" if device.type == "cpu" else None
+
+
+def check_device(device: Device) -> list[Problem]:
+    """What is possible on the chosen device, but unwise."""
+    if device.dtype != torch.float16 or device.device.type != "cpu":
+        return []
+    what = "A CPU computes in fp16 many times more slowly than in bf16 or fp32"
+    return [Problem("warning", what, "train.precision", "Set train.precision=auto.")]
 
 
 def other_kernels(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
 
 from trainers.errors import AdapterFileError, RunFolderError, SettingError
+from trainers.families.facts import BaseOptions
 from trainers.samplers import check_sampler
-from trainers.text import printable
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -38,6 +38,7 @@ class DrawRequest:
     guidance: float = 5.0
     scheduler: str = "dpm++"
     size: tuple[int, int] | None = None
+    options: BaseOptions = field(default_factory=BaseOptions)
 
 
 def parse_lora(text: str) -> tuple[Path, float]:
@@ -49,7 +50,7 @@ def parse_lora(text: str) -> tuple[Path, float]:
             path, strength = Path(head), float(tail)
         except ValueError:
             if "/" not in tail and "\\" not in tail:
-                raise SettingError(f"{tail!r} is not a strength", where=f"--lora {text}", hint="For example file:0.8") from None
+                raise SettingError(f"{tail!r} is not a strength", where=text, hint="For example file:0.8") from None
     if not path.is_file():
         raise AdapterFileError("There is no such LoRA file", where=str(path), hint="Check the path.")
     return path, _within_limit(strength, text)
@@ -90,47 +91,18 @@ def draw(request: DrawRequest, on_picture: Callable[[int, int], object] = lambda
         raise SettingError("Two strengths would be drawn into one file", where="--strengths", hint="Let them differ by 0.01.")
     if not request.as_folder and request.output.suffix.lower() != ".png":
         raise SettingError("Pictures are written as .png", where=str(request.output), hint="End --output with .png or with /.")
+    from trainers.attach import attach_files
     from trainers.device import choose_device
-    from trainers.families import check_size, load_family, recognise_base, weight_files
+    from trainers.families import check_size, denoiser_bytes, load_family, recognise_base
 
-    base = recognise_base(request.base)
+    base = recognise_base(request.base, request.options)
     size = request.size or (base.resolution, base.resolution)
     check_size(base, height=size[1], width=size[0])
-    device = choose_device("auto", sum(file.stat().st_size for file in weight_files(base.folder, "unet")))
+    device = choose_device("auto", denoiser_bytes(base))
     model = load_family(base, device.dtype, device.device)
     names = attach_files(model, [path for path, _ in request.loras], lambda remark: typer.echo(remark, err=True))
     own = dict(zip(names, (strength for _, strength in request.loras), strict=True))
     return list(_write_all(request, model, own, size, on_picture))
-
-
-def attach_files(model: DiffusionModel, paths: list[Path], tell: Callable[[str], object]) -> list[str]:
-    """Adds LoRA files to a loaded model and returns the adapters' names.
-
-    `tell` gets a sentence for each file with modules that the base has not. Raises AdapterFileError when none is there.
-    """
-    from trainers.adapters import ADAPTERS
-    from trainers.adapters.inject import adapt_layers, find_layers
-    from trainers.adapters.layer import Adapter
-    from trainers.formats import read_adapter
-
-    found = find_layers(model.parts())
-    shapes = {name: tuple(layer.weight.shape) for name, layer in found.items()}  # type: ignore[arg-type]
-    names = []
-    for number, path in enumerate(paths):
-        file = read_adapter(path, list(found), shapes)
-        if file.unmatched:
-            total = len(file.modules) + len(file.unmatched)
-            example = printable(file.unmatched[0])
-            tell(f"{len(file.unmatched)} of {total} modules of {path.name} are not in this base, for example {example}.")
-        name = f"file-{number}"
-        layers = adapt_layers(model.parts(), list(file.modules))
-        for layer, module in file.modules.items():
-            device = layers[layer].weight.device
-            factors = {key: tensor.to(device) for key, tensor in module.factors.items()}
-            layers[layer].adapters[name] = Adapter(ADAPTERS["lora"], factors, module.alpha / module.rank)
-            layers[layer].strengths[name] = 1.0
-        names.append(name)
-    return names
 
 
 def _write_all(

@@ -46,7 +46,7 @@ class Started(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Stage(Event):
-    """A part of the work begins: scan, load, prior, train, export. `done` of `total` where it can be counted."""
+    """A part of the work begins: scan, load, prior, cache, train, export, verify. `done` of `total` where it can be counted."""
 
     type: ClassVar[str] = "stage"
     name: str
@@ -134,12 +134,13 @@ class Stopped(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Finished(Event):
-    """The run is complete; `path` is the LoRA, relative to the run folder."""
+    """The run is complete; `path` is the LoRA, relative to the run folder, and `proof` what reading it back has shown."""
 
     type: ClassVar[str] = "finished"
     step: int
     path: str
     seconds: float
+    proof: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections import Counter
 from pathlib import Path
 
 import torch
@@ -21,9 +20,9 @@ from trainers.formats.metadata import RunFacts, build_metadata
 
 
 @functools.cache
-def base_hashes(folder: Path) -> tuple[str, str]:
-    """(old, new) hash of a base's denoiser file as other programs name it; read once in a process, as it is gigabytes."""
-    return base_file_hashes(weight_files(folder, "unet")[0])
+def base_hashes(file: Path) -> tuple[str, str]:
+    """(old, new) hash of a base's file as other programs name it: read once in a process, as it is gigabytes."""
+    return base_file_hashes(file)
 
 
 def file_name(config: TrainConfig, base: BaseModelFacts) -> str:
@@ -41,18 +40,27 @@ def export_adapter(
     plans: list[LayerPlan],
     config: TrainConfig,
     metadata: dict[str, str],
+    family: str = "sd1",
 ) -> None:
     """Writes `weights` (N,), the masters or their running mean, in kohya form. Raises AdapterFileError if not finite."""
+    modules = trained_modules(flat, weights, plans, config)
+    write_adapter(path, modules, metadata, config.output.dtype, config.output.form, family)
+
+
+def trained_modules(
+    flat: FlatParameters, weights: torch.Tensor, plans: list[LayerPlan], config: TrainConfig
+) -> dict[str, ModuleWeights]:
+    """`weights` (N,) as one module for each plan, by canonical name, float32 on the CPU."""
     kind = ADAPTERS[config.adapter.type]
     factors = flat.split(weights.detach())
-    modules = {
+    return {
         plan.name: ModuleWeights(
             {name: tensor.cpu().contiguous() for name, tensor in factors[plan.name].items()},
             kind.export_alpha(plan.scale, plan.rank),
+            config.adapter.type,
         )
         for plan in plans
     }
-    write_adapter(path, modules, metadata, config.output.dtype)
 
 
 def describe_run(
@@ -62,14 +70,12 @@ def describe_run(
 
     `started_at` in seconds since 1970; `precision` is the number format that the base was used in.
     """
-    old_hash, new_hash = base_hashes(base.folder)
+    old_hash, new_hash = base_hashes(weight_files(base, "unet")[0])
     folder = Path(config.dataset.images)
     groups: dict[str, list[int]] = {}
     for prepared in (*data.own, *data.held_out):
         groups.setdefault(Path(prepared.example.name).parent.name or folder.name, []).append(prepared.example.repeats)
-    words: Counter[str] = Counter()
-    if config.output.caption_words:
-        words.update(part.strip() for prepared in data.training for part in prepared.example.caption.split(",") if part.strip())
+    words = data.caption_parts() if config.output.caption_words else {}
     resolution = config.dataset.resolution or base.resolution
     adapter, learns_text = config.adapter, config.text_encoder_rate > 0
     return build_metadata(
@@ -82,6 +88,9 @@ def describe_run(
             started_at=started_at,
             seed=config.train.seed,
             steps=step,
+            base_version=base.family.base_version,
+            v2=base.family.name == "sd2",
+            clip_skip=base.clip_skip if base.clip_skip > 1 else None,
             base_hash_old=old_hash,
             base_hash_new=new_hash,
             text_encoder_rank=config.text_encoder_rank if learns_text else None,
@@ -89,7 +98,7 @@ def describe_run(
             network_args={"targets": list(adapter.targets), "scaling": adapter.scaling},
             buckets=tuple((width, height, count) for (height, width), count in data.bucket_counts().items()),
             dataset_dirs={name: (max(repeats), len(repeats)) for name, repeats in sorted(groups.items())},
-            tag_frequency={folder.name: dict(words)} if words else None,
+            tag_frequency={folder.name: words} if words else None,
             learning_rate=config.optimizer.learning_rate,
             text_encoder_learning_rate=config.text_encoder_rate,
             optimizer=config.optimizer.type,
@@ -113,8 +122,8 @@ def describe_run(
 
 
 def _session(config: TrainConfig) -> str:
-    """Names the run by its settings; where pictures and base lie on the disk is left out."""
-    settings = config.model_dump_json(exclude={"dataset": {"images"}, "base": {"model"}})
+    """Names the run by its settings; where pictures, base and a LoRA to start from lie on the disk is left out."""
+    settings = config.model_dump_json(exclude={"dataset": {"images"}, "base": {"model", "vae"}, "adapter": {"start_from"}})
     return hashlib.sha256(settings.encode()).hexdigest()[:16]
 
 

@@ -90,11 +90,14 @@ def _sample(
     scheduler.set_timesteps(settings.steps, device=device)
     latents: torch.Tensor = noise.to(device) * scheduler.init_noise_sigma
     _set_row_strengths(model, pictures, "unet", copies=2 if guided else 1)
+    # A whole picture, not cut: what SDXL is told of it.
+    framing = torch.tensor([[settings.height, settings.width, 0, 0, settings.height, settings.width]], device=device).float()
+    framing = framing.expand(len(pictures) * (2 if guided else 1), -1)
     draws_noise = {"generator": generators} if settings.scheduler in {"euler-a"} else {}
     for timestep in scheduler.timesteps:
         rows = torch.cat([latents, latents]) if guided else latents
         rows = scheduler.scale_model_input(rows, timestep)
-        prediction = model.predict(rows, timestep.expand(len(rows)), conditioning)
+        prediction = model.predict(rows, timestep.expand(len(rows)), conditioning, framing)
         if guided:
             without, with_prompt = prediction.chunk(2)
             prediction = without + settings.guidance * (with_prompt - without)

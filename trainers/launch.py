@@ -14,7 +14,7 @@ from typing import Any
 
 from trainers import events
 from trainers.checks import check_pictures, check_settings, count_steps, refuse
-from trainers.config import TrainConfig, parse_override, write_config
+from trainers.config import TrainConfig, build_config, parse_override, write_config
 from trainers.console import make_display
 from trainers.dataset.folder import Scan
 from trainers.dataset.prepare import TrainingSet, planned_prior, prepare, render_side, scan_images
@@ -25,6 +25,7 @@ from trainers.formats.metadata import source_date
 from trainers.presets import default_preset, resolve
 from trainers.run_folder import RunFolder, absolute
 from trainers.settings import merge
+from trainers.start_from import check_start
 
 DONE, FAILED, STOPPED = 0, 1, 3
 _RESERVE = 64 * 1024  # bytes
@@ -82,10 +83,10 @@ def plan_run(
     for text in overrides:
         own = merge(own, parse_override(text))
     # Without a preset the base says which one; else preset, option and --set say which base, the last one first.
-    name = preset or default_preset(recognise_base(str(own["base"].get("model", "pocket"))))
+    name = preset or default_preset(recognise_given(own["base"]))
     config = _with_absolute_paths(resolve(name, given, overrides))
-    base = recognise_base(config.base.model)
-    problems = check_settings(config, base)
+    base = recognise_base(config.base.model, config.base.options)
+    problems = check_settings(config, base) + check_start(config, base)
     refuse(problems, force)
     scan = look(config)
     prior = planned_prior(config, Path("prior"), render_side(config, base))
@@ -101,14 +102,27 @@ def plan_run(
     return plan
 
 
+def recognise_given(values: Mapping[str, Any]) -> BaseModelFacts:
+    """The base that a recipe's settings under `base` name, else pocket. Raises TrainingError."""
+    base = build_config({"base": dict(values)}).base
+    return recognise_base(base.model, base.options)
+
+
 def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
-    """Base, where it is a folder here, and edits as absolute paths: a run must go on from any working folder."""
+    """Base and VAE, where they lie here, edits and the LoRA to start from as absolute paths, for any working folder."""
+    changes = {}
     path = absolute(Path(config.base.model))
     if config.base.model != "pocket" and path.exists():
-        config = config.model_copy(update={"base": config.base.model_copy(update={"model": str(path)})})
+        changes["model"] = str(path)
+    if config.base.vae:
+        changes["vae"] = str(absolute(Path(config.base.vae)))
+    config = config.model_copy(update={"base": config.base.model_copy(update=changes)})
     if config.dataset.edits:
         edits = str(absolute(Path(config.dataset.edits)))
         config = config.model_copy(update={"dataset": config.dataset.model_copy(update={"edits": edits})})
+    if config.adapter.start_from:
+        start = str(absolute(Path(config.adapter.start_from)))
+        config = config.model_copy(update={"adapter": config.adapter.model_copy(update={"start_from": start})})
     return config
 
 

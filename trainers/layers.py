@@ -9,12 +9,9 @@ from dataclasses import dataclass
 from trainers.adapters import ADAPTERS
 from trainers.adapters.plan import LayerPlan, canonical_name
 from trainers.config import TrainConfig
-from trainers.container import open_file, read_header
-from trainers.errors import AdapterFileError, BaseModelError
-from trainers.families import BaseModelFacts, weight_files
-from trainers.families.targets import match_targets
+from trainers.families import BaseModelFacts, stored_tensors
+from trainers.families.targets import trainable_paths
 
-PARTS = ("unet", "text_encoder")
 _BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
 _METADATA = 4000
 """Bytes of metadata that a file has beside its weights, about; captions' words, where asked for, come on top."""
@@ -53,9 +50,7 @@ def plan_layers(config: TrainConfig, parts: Sequence[str], find: Callable[[str, 
 
 def adapter_size(config: TrainConfig, base: BaseModelFacts) -> AdapterSize:
     """How large the adapter of these settings is on this base. Raises BaseModelError for a damaged weight file."""
-    shapes = {part: _weight_shapes(base, part) for part in PARTS}
-    plans = plan_layers(config, PARTS, lambda part, targets: match_targets(part, targets, shapes[part]))
-    named = {canonical_name(part, path): shape for part in PARTS for path, shape in shapes[part].items()}
+    plans, named = planned_layers(config, base), layer_shapes(base)
     factors = [
         shape for plan in plans for shape in ADAPTERS[config.adapter.type].factor_shapes(named[plan.name], plan.rank).values()
     ]
@@ -64,14 +59,31 @@ def adapter_size(config: TrainConfig, base: BaseModelFacts) -> AdapterSize:
     return AdapterSize(len(plans), parameters, parameters * _BYTES[config.output.dtype] + header)
 
 
+def planned_layers(config: TrainConfig, base: BaseModelFacts) -> list[LayerPlan]:
+    """What `plan_layers` will say of the loaded base, known from headers. Raises BaseModelError for a damaged weight file."""
+    paths = {part: _weight_shapes(base, part) for part in base.family.parts}
+    return plan_layers(config, base.family.parts, lambda part, targets: trainable_paths(base, part, targets, paths[part]))
+
+
+def layer_shapes(base: BaseModelFacts) -> dict[str, tuple[int, ...]]:
+    """Canonical name -> weight shape, as it is stored, of every Linear and convolution that an adapter may change.
+
+    Raises BaseModelError for a damaged weight file.
+    """
+    return {
+        canonical_name(part, path): shape
+        for part in base.family.parts
+        for path, shape in _weight_shapes(base, part).items()
+        if len(shape) in (2, 4) and _is_layer(part, path)
+    }
+
+
+def _is_layer(part: str, path: str) -> bool:
+    """Tables of a text encoder are looked up and not multiplied; only the second encoder's projection is ever read."""
+    return not path.startswith("embeddings.") and (part == "text_encoder_2" or path != "text_projection")
+
+
 def _weight_shapes(base: BaseModelFacts, part: str) -> dict[str, tuple[int, ...]]:
-    """Layer path -> shape of its weight, in the order of the files."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for path in weight_files(base.folder, part):
-        try:
-            with open_file(path) as handle:
-                entries = read_header(handle, path).entries
-        except AdapterFileError as error:
-            raise BaseModelError(error.what, error.where, error.hint) from error
-        shapes |= {name.removesuffix(".weight"): entry.shape for name, entry in entries.items() if name.endswith(".weight")}
-    return shapes
+    """Path -> shape of its weight, in the order of the files; norms and tables among them."""
+    stored = stored_tensors(base, part)
+    return {name.removesuffix(".weight"): tensor.shape for name, tensor in stored.items() if name.endswith(".weight")}

@@ -13,14 +13,17 @@ from pathlib import Path
 import torch
 
 from trainers import events
-from trainers.adapters.inject import TRAINED
+from trainers.adapters.inject import TRAINED, restore_layers
 from trainers.dataset.prepare import render_side
-from trainers.export import base_hashes, describe_run, export_adapter, file_name
+from trainers.errors import AdapterFileError
+from trainers.export import base_hashes, describe_run, export_adapter, file_name, trained_modules
+from trainers.families import weight_files
 from trainers.files import write_atomically
 from trainers.generate import Picture, RenderSettings, render
 from trainers.process_id import made_at
 from trainers.run_folder import RunFolder
 from trainers.setup import Training
+from trainers.verify import verify, write_proof
 
 
 class Outputs:
@@ -53,7 +56,7 @@ class Outputs:
             )
         )
         if training.device.is_main:  # while the base is still there
-            base_hashes(training.model.facts.folder)
+            base_hashes(weight_files(training.model.facts, "unet")[0])
 
     def begin_training(self) -> None:
         """All is prepared: the steps follow."""
@@ -179,17 +182,35 @@ class Outputs:
         """The run is complete: the LoRA appears at the top of the run folder, by rename."""
         name = f"{self._name}.safetensors"
         self._emit(events.Stage(name="export", detail=name))
+        proof = ""
         if self._training.device.is_main:
             self._export(self._run.path, name)
+            if self._training.config.output.verify:
+                proof = self._verify(self._run.path / name)
         self._run.take_flag("stop")
-        self._emit(events.Finished(step=self._training.step, path=name, seconds=seconds))
+        self._emit(events.Finished(step=self._training.step, path=name, seconds=seconds, proof=proof))
+
+    def _verify(self, path: Path) -> str:
+        """Reads the finished file back; the training's own adapters are taken out for it. Raises AdapterFileError."""
+        training = self._training
+        self._emit(events.Stage(name="verify", detail="as diffusers and as this program reads it"))
+        trained = trained_modules(training.flat, training.exported, training.plans, training.config)
+        restore_layers(training.model.parts())
+        proof = verify(training.model, path, trained, next(iter(self._prompts), ""))
+        write_proof(proof, self._run.proof)
+        if not proof.ok:
+            what = f"The LoRA is written, but would not be read as it was trained: {proof.problems[0]}"
+            raise AdapterFileError(what, str(path), f"All that was found stands in {self._run.proof.name}.")
+        return proof.sentence
 
     def _export(self, folder: Path, name: str) -> None:
         training = self._training
         folder.mkdir(parents=True, exist_ok=True)
         base, step = training.model.facts, training.step
         metadata = describe_run(training.config, base, training.data, step, self._started_at, training.device.dtype_name)
-        export_adapter(folder / name, training.flat, training.exported, training.plans, training.config, metadata)
+        export_adapter(
+            folder / name, training.flat, training.exported, training.plans, training.config, metadata, base.family.name
+        )
 
 
 @contextmanager

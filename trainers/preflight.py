@@ -65,6 +65,8 @@ def memory_hints(config: TrainConfig) -> list[str]:
         hints.append("Turn train.checkpointing on: slower, the same result.")
     if config.train.batch_size > 1:
         hints.append("Lower train.batch_size, and raise train.accumulation by as much.")
+    if config.train.base_weights == "full":
+        hints.append("Set train.base_weights=int8: half of a 16-bit base's memory, slower, slightly other numbers.")
     if config.text_encoder_rate:
         hints.append("Set the text encoder's learning rate to 0.")
     hints.append("Lower dataset.resolution.")

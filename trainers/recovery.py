@@ -50,6 +50,7 @@ class StateKeeper:
             "seconds": self.seconds,
             "kernels": training.device.kernels(),
             "recovery": asdict(training.recovery),
+            **training.loss_scale.facts(),
             "good": training.good.step if training.good else None,
             "layout": _layout(training),
         }
@@ -84,12 +85,13 @@ def snapshot(training: Training) -> TrainingState:
     """A copy in the machine's memory of all that the run moves, which nothing changes any more."""
     mean = None if training.mean is None else _copied(training.mean)
     optimizer = _copied(training.optimizer.state_dict())
-    return TrainingState(training.step, _copied(training.flat.weights), mean, optimizer, {})
+    return TrainingState(training.step, _copied(training.flat.weights), mean, optimizer, training.loss_scale.facts())
 
 
 def put_back(training: Training, state: TrainingState) -> None:
     """The run as it was at `state`, which is left as it is."""
     training.step = state.step
+    training.loss_scale = training.loss_scale.as_in(state.facts)
     with torch.no_grad():
         training.flat.weights.copy_(state.weights)
         if training.mean is not None and state.mean is not None:

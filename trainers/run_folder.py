@@ -54,6 +54,11 @@ class RunFolder:
         return self.path / "manifest.json"
 
     @property
+    def proof(self) -> Path:
+        """What reading the finished LoRA back has shown."""
+        return self.path / "verification.json"
+
+    @property
     def reserve(self) -> Path:
         """Room on the disk for the last words of a run that has filled it."""
         return self.path / ".reserve"
@@ -132,6 +137,7 @@ class RunFolder:
         """
         text = json.dumps(manifest, indent=1, sort_keys=True)
         changed: list[str] = []
+        before: dict[str, Any] = {}
         if self.manifest.exists():
             try:
                 before = json.loads(self.manifest.read_text(encoding="utf-8"))
@@ -144,11 +150,16 @@ class RunFolder:
                 hint = "Put it back, or go on all the same with `impasto resume --force`, or train into a new run folder."
                 raise ChangedError(f"Since this run began, {some}", where=str(self.path), hint=hint)
         if changed or not self.manifest.exists():
-            write_atomically(self.manifest, text.encode())
+            # What a resume does not look at any more, such as the file that the run started from, stays on record.
+            kept = before | json.loads(text)
+            write_atomically(self.manifest, json.dumps(kept, indent=1, sort_keys=True).encode())
         return changed
 
 
-_KINDS = {"images": "the picture {}", "captions": "the caption of {}", "repeats": "the repeats of {}", "base": "the base's {}"}
+_KINDS = {
+    "images": "the picture {}", "captions": "the caption of {}", "repeats": "the repeats of {}", "base": "the base's {}",
+    "start_from": "the {} that it starts from",
+}  # fmt: skip
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -157,8 +168,8 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     for kind, name in _KINDS.items():
         old, new = before.get(kind, {}), now.get(kind, {})
         for key in sorted(old.keys() | new.keys()):
-            if kind in ("captions", "repeats") and not (key in old and key in new):
-                continue  # told as a picture
+            if kind in ("captions", "repeats", "start_from") and not (key in old and key in new):
+                continue  # told as a picture; a resume does not look at the file that a run started from
             if old.get(key) != new.get(key):
                 how = "is gone" if key not in new else "is new" if key not in old else "has changed"
                 found.append(f"{name.format(key)} {how}")

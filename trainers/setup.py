@@ -23,12 +23,15 @@ from trainers.dataset.batches import BatchMaker
 from trainers.dataset.cache import ContentCache, prune
 from trainers.dataset.folder import Scan
 from trainers.dataset.prepare import TrainingSet, prepare, scan_images
-from trainers.device import Device, choose_device, other_kernels
-from trainers.families import load_family, recognise_base, weight_files
+from trainers.device import Device, check_device, choose_device, other_kernels
+from trainers.families import BaseModelFacts, denoiser_bytes, load_family, recognise_base
 from trainers.families.base import Conditioning, DiffusionModel
 from trainers.layers import plan_layers
+from trainers.loss_scale import LossScale
 from trainers.prior import prior_examples
+from trainers.quantised import check_can_pack, quantise
 from trainers.run_folder import RunFolder
+from trainers.start_from import Start, read_start
 from trainers.training_state import Recovery, TrainingState
 
 Condition = Callable[[tuple[str, ...]], Conditioning]
@@ -36,7 +39,7 @@ Condition = Callable[[tuple[str, ...]], Conditioning]
 
 @dataclass
 class Training:
-    """A run in progress: what is fixed, and the few things that move (flat.weights, optimizer, mean, step, recovery)."""
+    """A run in progress: what is fixed, and what moves (flat.weights, optimizer, mean, step, recovery, loss_scale)."""
 
     config: TrainConfig
     model: DiffusionModel
@@ -50,6 +53,7 @@ class Training:
     mean: torch.Tensor | None
     step: int = 0
     recovery: Recovery = field(default_factory=Recovery)
+    loss_scale: LossScale = field(default_factory=LossScale)
     good: TrainingState | None = None
     """What to go back to when the numbers break."""
     durations: deque[float] = field(default_factory=lambda: deque(maxlen=30))
@@ -81,23 +85,25 @@ def set_up(
     KeyboardInterrupt when `interrupted` while the base draws prior pictures.
     """
     emit(events.Stage(name="scan", detail=f"reading {config.dataset.images}"))
-    base = recognise_base(config.base.model)
+    base = recognise_base(config.base.model, config.base.options)
     scan = scan_images(config)
+    start = read_start(config, base) if before is None else None  # a state has the weights, and the file may be gone
     emit(events.Stage(name="load", detail=f"base model {base.name}"))
-    size = sum(file.stat().st_size for file in weight_files(base.folder, "unet"))
-    device = _device_as_before(config, size, before, emit)
-    model = load_family(base, device.dtype, device.device)
+    device = _device_as_before(config, denoiser_bytes(base), before, emit)
+    model = _load(config, base, device, emit)
     if device.is_main:
-        for change in run.check_manifest(make_manifest(config, scan, model), force):
+        for change in run.check_manifest(make_manifest(config, scan, model, start), force):
             emit(events.Warned(message=f"Since this run began, {change}; it goes on all the same."))
     prior = prior_examples(model, config, run.prior, device, emit, interrupted)
     data = prepare(config, base, scan.examples, prior)
-    for problem in (*check_settings(config, base), *check_pictures(config, base, scan, data)):
+    checked = (*check_device(device), *check_settings(config, base), *(start.problems if start else ()))
+    for problem in (*checked, *check_pictures(config, base, scan, data)):
         emit(events.Warned(message=str(problem)))
     # The text states are cached only while nothing about the text encoder learns; both facts are settled here.
     plans = plan_layers(config, list(model.parts()), model.find_targets)
     model.fingerprint("vae")  # of the frozen weights, before anything is injected
-    flat = inject_trainable(model.parts(), plans, ADAPTERS[config.adapter.type], config.train.seed, device.device)
+    kind, given = ADAPTERS[config.adapter.type], start.given if start else None
+    flat = inject_trainable(model.parts(), plans, kind, config.train.seed, device.device, given)
     if config.train.checkpointing:
         model.enable_checkpointing()
     rates = {"unet": config.optimizer.learning_rate, "text_encoder": config.text_encoder_rate}
@@ -122,6 +128,7 @@ def set_up(
         flat=flat,
         optimizer=config.optimizer.build(groups),
         mean=flat.weights.clone() if config.train.ema else None,
+        loss_scale=LossScale.of(device.dtype_name),
     )
 
 
@@ -133,6 +140,25 @@ def _device_as_before(config: TrainConfig, size: int, before: TrainingState | No
         what = f"This run goes on under other conditions ({'; '.join(others)})"
         emit(events.Warned(message=f"{what}: its result may differ in the last digits from an unbroken run's."))
     return device
+
+
+def _load(config: TrainConfig, base: BaseModelFacts, device: Device, emit: events.Emit) -> DiffusionModel:
+    """The base on its device, its weights kept as `train.base_weights` says. Raises SettingError where that cannot be."""
+    kind = config.train.base_weights
+    if kind == "full":
+        return load_family(base, device.dtype, device.device)
+    check_can_pack(kind, device.device)
+    # Read into the machine's memory and packed layer by layer: a GPU for which this is done may not hold it in full.
+    model = load_family(base, device.dtype, torch.device("cpu"))
+    parts = model.parts()
+    for name in (*parts, "vae"):
+        model.fingerprint(name)  # of the weights as they are in the file
+    sizes = [quantise(part, kind, device.device) for part in parts.values()]
+    for module in (*parts.values(), model.vae):
+        module.to(device.device)
+    before, after = (sum(size) / 1e9 for size in zip(*sizes, strict=True))
+    emit(events.Stage(name="load", detail=f"base weights in {kind}: {after:.2f} GB in place of {before:.2f} GB"))
+    return model
 
 
 def choose_condition(model: DiffusionModel, device: torch.device, learns: bool) -> Condition:
@@ -157,16 +183,23 @@ def choose_condition(model: DiffusionModel, device: torch.device, learns: bool) 
     return condition
 
 
-def make_manifest(config: TrainConfig, scan: Scan, model: DiffusionModel) -> dict[str, Any]:
+def make_manifest(config: TrainConfig, scan: Scan, model: DiffusionModel, start: Start | None = None) -> dict[str, Any]:
     """Content hashes of all that goes into a run, and the settings that decide its result.
 
     Settings at their defaults are left out, so that a later version with one setting more can go on with the run; so
     are those that change nothing in the adapter, so that they may be changed between stop and resume.
     """
-    free: dict[str, Any] = {"base": {"model"}, "samples": True, "checkpoints": True, "output": True}
+    free: dict[str, Any] = {
+        "base": {"model", "vae"},
+        "adapter": {"start_from"},
+        "samples": True,
+        "checkpoints": True,
+        "output": True,
+    }
     free |= {"dataset": {"images", "edits"}, "train": {"save_state_seconds", "checkpointing", "recoveries"}}
     settings = config.model_dump(mode="json", exclude_defaults=True, exclude=free)
-    return {
+    started = {"start_from": {"LoRA": start.sha256}} if start else {}
+    return started | {
         "images": {example.name: example.sha256 for example in scan.examples},
         "captions": {example.name: hashlib.sha256(example.caption.encode()).hexdigest() for example in scan.examples},
         "repeats": {example.name: example.repeats for example in scan.examples},

@@ -28,7 +28,7 @@ def training_step(model: DiffusionModel, batch: Batch, condition: Condition, min
     # ------------------------------------------------------------------------------------------------
     objective = model.objective
     noisy_latents = objective.add_noise(batch.latents, batch.noise, batch.timesteps)
-    prediction = model.predict(noisy_latents, batch.timesteps, condition(batch.captions))
+    prediction = model.predict(noisy_latents, batch.timesteps, condition(batch.captions), batch.framing)
     target = objective.target(batch.latents, batch.noise, batch.timesteps)
     weight = objective.weight(batch.timesteps, min_snr_gamma) * batch.weights
     return mean_of_squares(prediction, target, weight).sum()
@@ -41,19 +41,13 @@ def update(training: Training) -> tuple[float, float]:
     Raises DivergedError, with the weights untouched, when either is not finite.
     """
     flat, settings = training.flat, training.config.train
-    flat.gradient.zero_()
-    loss = torch.zeros((), device=training.device.device)
-    for batch in training.batches.step(training.step):
-        part = training_step(training.model, batch, training.condition, settings.min_snr_gamma or None)
-        part.backward()  # type: ignore[no-untyped-call]
-        loss += part.detach()
-    if training.device.count > 1:
-        flat.gradient.copy_(training.device.sum_over_processes(flat.gradient))
-        loss = training.device.sum_over_processes(loss)
-    norm = float(flat.gradient.norm())
-    if not math.isfinite(norm) or not math.isfinite(float(loss)):
+    loss, norm = fill_gradient(training)
+    while math.isfinite(loss) and not math.isfinite(norm) and not training.loss_scale.lowest:
+        training.loss_scale = training.loss_scale.lowered()
+        loss, norm = fill_gradient(training)  # of the same pictures, noises and timesteps
+    if not math.isfinite(norm) or not math.isfinite(loss):
         raise DivergedError(
-            f"The {'gradient' if math.isfinite(float(loss)) else 'loss'} is no longer a finite number",
+            f"The {'gradient' if math.isfinite(loss) else 'loss'} is no longer a finite number",
             where=f"step {training.step + 1}",
             hint="Train anew with a lower optimizer.learning_rate or train.precision=fp32.",
         )
@@ -66,8 +60,25 @@ def update(training: Training) -> tuple[float, float]:
         # A young mean follows faster, so that it is not held back by the start: min(decay, (1 + n) / (10 + n)).
         decay = min(settings.ema, (1 + training.step) / (10 + training.step))
         training.mean.lerp_(flat.weights, 1 - decay)
+    training.loss_scale = training.loss_scale.after_good_step()
     training.step += 1
-    return float(loss), norm
+    return loss, norm
+
+
+def fill_gradient(training: Training) -> tuple[float, float]:
+    """Puts the gradient of the step that comes next into the flat buffer. Returns its loss and the gradient's norm."""
+    gradient, factor = training.flat.gradient, training.loss_scale.factor
+    gradient.zero_()
+    loss = torch.zeros((), device=training.device.device)
+    for batch in training.batches.step(training.step):
+        part = training_step(training.model, batch, training.condition, training.config.train.min_snr_gamma or None)
+        (part * factor).backward()  # type: ignore[no-untyped-call]
+        loss += part.detach()
+    if training.device.count > 1:
+        gradient.copy_(training.device.sum_over_processes(gradient))
+        loss = training.device.sum_over_processes(loss)
+    gradient.div_(factor)
+    return float(loss), float(gradient.norm())
 
 
 def factor_now(training: Training) -> float:
@@ -104,6 +115,8 @@ def train(run: RunFolder, emit: events.Emit, interrupted: Callable[[], bool] = l
     before = load_state(run)
     training = set_up(read_config(run.config), run, emit, unwanted, home_folder() / "cache" / "latents", before, force)
     keeper = StateKeeper(run, training, before)
+    if before is None and training.config.adapter.start_from:
+        keeper.save()  # from here on the file that it starts from is not asked for again
     outputs = Outputs(run, training, emit, keeper.began)
     outputs.start()
     fill_cache(training, emit, unwanted)

@@ -51,7 +51,7 @@ class TrainingState:
     weights: torch.Tensor
     mean: torch.Tensor | None
     optimizer: dict[str, Any]
-    facts: dict[str, Any]  # what must be set again to go on alike: kernels, seconds trained, how often it went back
+    facts: dict[str, Any]  # what must be set again to go on alike: kernels, seconds trained, loss scale, how often it went back
 
 
 def save_state(run: RunFolder, state: TrainingState, good: TrainingState | None = None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,10 +11,10 @@ from typing import Any
 
 from trainers.adapters.inject import find_layers
 from trainers.adapters.layer import AdaptedLayer
+from trainers.attach import attach_files
 from trainers.device import choose_device
-from trainers.draw import attach_files
 from trainers.errors import AdapterFileError
-from trainers.families import BaseModelFacts, load_family, weight_files
+from trainers.families import BaseModelFacts, denoiser_bytes, load_family, weight_files
 from trainers.families.base import DiffusionModel
 
 Tell = Callable[[dict[str, Any]], object]
@@ -55,7 +56,7 @@ class Warm:
             self._model = None  # before the next is read: two bases may not fit into memory
             self._loras.clear()
             gc.collect()
-            device = choose_device("auto", sum(size for name, _, size in marks if Path(name).parent.name == "unet"))
+            device = choose_device("auto", denoiser_bytes(base))
             self._model, self._base = load_family(base, device.dtype, device.device), marks
         return self._model
 
@@ -87,9 +88,10 @@ def adapted_layers(model: DiffusionModel) -> list[AdaptedLayer]:
 
 
 def base_marks(base: BaseModelFacts) -> tuple[Mark, ...]:
-    """What the files of a base are known by: all weights, and the settings that change what is drawn."""
-    files = [file for part in ("unet", "vae", "text_encoder") for file in weight_files(base.folder, part)]
-    return tuple(_mark(file) for file in [*files, base.folder / "scheduler" / "scheduler_config.json"])
+    """What a base is known by: its weight files, and the settings that change what is drawn."""
+    files = {file: None for part in (*base.family.parts, "vae") for file in weight_files(base, part)}
+    settings = json.dumps([base.configs, base.clip_skip], sort_keys=True)
+    return (*(_mark(file) for file in files), (settings, 0, 0))
 
 
 def lora_mark(path: str | None) -> Mark | None:

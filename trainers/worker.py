@@ -23,11 +23,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from trainers.draw import LIMIT
 from trainers.errors import SettingError, TrainingError
 from trainers.families import check_size, recognise_base
+from trainers.families.settings import BaseSettings
 from trainers.files import write_atomically
 from trainers.generate import Picture, RenderSettings, png_bytes, render
 from trainers.samplers import check_sampler
@@ -45,7 +46,7 @@ class RenderRequest(BaseModel):
 
     model_config = ConfigDict(strict=True, frozen=True, allow_inf_nan=False)
     id: int
-    base: str
+    base: BaseSettings
     lora: str | None = None
     prompt: str
     negative: str = ""
@@ -58,6 +59,11 @@ class RenderRequest(BaseModel):
     strengths: list[Annotated[float, Field(ge=-LIMIT, le=LIMIT)]] = Field(min_length=1, max_length=32)
     folder: str
     replaces: bool = False
+
+    @field_validator("base", mode="before")
+    @classmethod
+    def _a_base_by_name(cls, value: Any) -> Any:
+        return {"model": value} if isinstance(value, str) else value
 
 
 def parse_request(message: Any) -> RenderRequest | int:
@@ -97,7 +103,7 @@ def answer(request: RenderRequest, warm: Warm, tell: Tell, check: Callable[[], N
     """
     check_sampler(request.scheduler)
     warm.tidy(Path(request.folder))
-    base = recognise_base(request.base)
+    base = recognise_base(request.base.model, request.base.options)
     check_size(base, request.height, request.width)
     lora = lora_mark(request.lora)
     marks = base_marks(base)

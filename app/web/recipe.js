@@ -114,7 +114,7 @@ function makeScreen(room, facts, project) {
   }
 
   function draw(found) {
-    drawPresets(found.preset || preset);
+    drawPresets(found.preset || preset, found.family);
     for (const [name, field] of fields) {
       field.problem(wrong.get(name) || "");
       if (found.settings.adapter && !wrong.has(name) && !waiting.get(name)) field.show(at(found.settings, name), at(found.settings, UNSET[name] || name));
@@ -141,15 +141,15 @@ function makeScreen(room, facts, project) {
     );
   }
 
-  function drawPresets(current) {
+  function drawPresets(current, family) {
     const isPocket = (recipe.base?.model || "pocket") === "pocket";
     const moved = MAIN.slice(1).filter((name) => at(recipe, name) !== undefined).length;
-    const one = (found) => el("button", { type: "button", class: "card preset", disabled: found.family === "sdxl", "aria-pressed": String(found.name === current), onclick: () => choose(found.name) },
+    const one = (found) => el("button", { type: "button", class: "card preset", "aria-pressed": String(found.name === current), onclick: () => choose(found.name) },
       el("b", {}, found.name.replace(/_/g, " ")),
       found.name === current && moved ? el("span", { class: "changed" }, "changed by you: press for its own numbers") : null,
       // "For whom: ...", and of the rest the first sentence.
       el("span", { class: "help" }, [found.summary[0].replace(/^For whom: /, ""), found.summary[1]?.split(/\. (?=[A-Z])/)[0]].filter(Boolean).join(" ")));
-    const fits = (found) => (found.name === "pocket") === isPocket && found.family !== "sdxl";
+    const fits = (found) => (found.name === "pocket") === isPocket && (found.family === "sdxl") === (family === "sdxl");
     const others = facts.presets.filter((found) => !fits(found));
     presets.replaceChildren(...facts.presets.filter(fits).map(one),
       el("details", { open: others.some((found) => found.name === current) }, el("summary", {}, "Presets for other base models"), el("div", { class: "presets" }, others.map(one))));

@@ -95,7 +95,7 @@ def test_a_ladder_comes_picture_by_picture_from_the_run_s_file(client: TestClien
             time.sleep(0.05)
         assert [one["strength"] for one in told["pictures"]] == [0.0, 1.0], told
         asked = json.loads(client.get(told["pictures"][1]["url"]).text)
-        assert asked["lora"] == str(tmp_path / "runs" / "r1" / "x.safetensors") and asked["base"] == "pocket"
+        assert asked["lora"] == str(tmp_path / "runs" / "r1" / "x.safetensors") and asked["base"]["model"] == "pocket"
         ok(client.post(f"/api/studio/{number}/cancel"))
 
 

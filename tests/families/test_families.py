@@ -14,11 +14,11 @@ import pytest
 import torch
 from huggingface_hub.utils import filter_repo_objects
 
-from trainers import families
 from trainers.errors import BaseModelError, SettingError
-from trainers.families import ASSETS, check_size, recognise_base, weight_files
+from trainers.families import ASSETS, check_size, locate, recognise_base
 from trainers.families.base import Conditioning
-from trainers.families.sd1 import StableDiffusion1
+from trainers.families.latent_diffusion import LatentDiffusion
+from trainers.families.stored import files_of_part
 
 PLAIN = "diffusion_pytorch_model.safetensors"
 # What a well-known repository holds beside the files that are needed.
@@ -61,9 +61,9 @@ def hub(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
         return str(snapshot)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    families._fetch_from_hub.cache_clear()
+    locate._fetch_from_hub.cache_clear()
     yield calls
-    families._fetch_from_hub.cache_clear()
+    locate._fetch_from_hub.cache_clear()
 
 
 def test_a_base_of_the_hub_is_called_by_its_repository(hub: list[dict[str, Any]]) -> None:
@@ -106,12 +106,12 @@ def test_a_folder_gives_its_own_name(folder: Path) -> None:
 def test_only_plain_weights_count(folder: Path) -> None:
     for variant in ("fp16", "non_ema"):
         shutil.copy(folder / "unet" / PLAIN, folder / "unet" / f"diffusion_pytorch_model.{variant}.safetensors")
-    assert weight_files(folder, "unet") == [folder / "unet" / PLAIN]
+    assert files_of_part(folder, "unet", "unet") == [folder / "unet" / PLAIN]
 
 
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
 def test_a_part_with_a_variant_only_has_no_weights(folder: Path, part: str) -> None:
-    (plain,) = weight_files(folder, part)
+    (plain,) = files_of_part(folder, part, part)
     plain.rename(plain.with_name(plain.name.replace(".safe", ".fp16.safe")))
     with pytest.raises(BaseModelError, match=f"no weights for {part}") as caught:
         recognise_base(str(folder))
@@ -119,7 +119,7 @@ def test_a_part_with_a_variant_only_has_no_weights(folder: Path, part: str) -> N
 
 
 def test_the_pieces_of_a_divided_part_come_in_order() -> None:
-    names = [path.name for path in weight_files(ASSETS / "pocket", "unet")]
+    names = [path.name for path in files_of_part(ASSETS / "pocket", "unet", "unet")]
     assert names == sorted(path.name for path in (ASSETS / "pocket" / "unet").glob("*.safetensors"))
     assert len(names) > 1
 
@@ -134,7 +134,7 @@ def divide(folder: Path, *names: object, there: int = 2) -> None:
 def test_a_piece_that_is_missing_is_named(folder: Path) -> None:
     divide(folder, "one.safetensors", "two.safetensors", "one.safetensors", there=1)
     with pytest.raises(BaseModelError, match=r"two\.safetensors") as caught:
-        weight_files(folder, "unet")
+        files_of_part(folder, "unet", "unet")
     assert "unet" in str(caught.value)
 
 
@@ -143,7 +143,7 @@ def test_an_index_that_names_no_files_of_its_folder_is_refused(folder: Path, nam
     divide(folder, *names, there=0)
     (folder / "elsewhere.safetensors").touch()
     with pytest.raises(BaseModelError, match="unet"):
-        weight_files(folder, "unet")
+        files_of_part(folder, "unet", "unet")
 
 
 CONFIGS = ("unet/config.json", "vae/config.json", "text_encoder/config.json", "scheduler/scheduler_config.json")
@@ -216,6 +216,6 @@ def test_prediction_brings_the_text_states_to_the_latents_device() -> None:
             return (latents,)
 
     there = torch.zeros(1, 4, 2, 2, device="meta")
-    model: Any = SimpleNamespace(unet=Unet())
-    StableDiffusion1.predict(model, there, torch.tensor([1]), Conditioning(torch.zeros(1, 77, 8)))
+    model: Any = SimpleNamespace(unet=Unet(), _extras=lambda *_: {})
+    LatentDiffusion.predict(model, there, torch.tensor([1]), Conditioning(torch.zeros(1, 77, 8)), torch.zeros(1, 6))
     assert {(tensor.device.type, tensor.dtype) for tensor in seen} == {("meta", torch.bfloat16)}

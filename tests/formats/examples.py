@@ -43,7 +43,7 @@ def random_lora(shapes: Mapping[str, tuple[int, ...]] = SHAPES) -> dict[str, Mod
 
 def leaf_shapes(part: str, model: Any) -> dict[str, tuple[int, ...]]:
     """Canonical name -> weight shape of every Linear and Conv2d that a kohya LoRA may adapt."""
-    excluded = ("conv_in", "conv_out", "time_embedding.")
+    excluded = ("conv_in", "conv_out", "time_embedding.", "add_embedding.", "text_projection")
     return {
         f"{part}.{path}": tuple(module.weight.shape)
         for path, module in model.named_modules()

@@ -232,10 +232,16 @@ WRONG: dict[str, tuple[dict[str, torch.Tensor], str]] = {
     "three dimensions": (factors((2, 24, 1), (32, 2, 1)), "do not fit each other"),
     "spelled twice": (factors() | factors(key=LAYER), f"gives {LAYER} twice"),
     "other names only": (factors(key="lora_unet_x") | factors(key="lora_unet_y"), "None of the file's 2 modules"),
-    "SDXL": (factors() | factors(key="lora_te2_text_model_encoder_layers_0_mlp_fc1"), "made for SDXL"),
-    "a DoRA": (factors() | {f"{KEY}.dora_scale": torch.ones(32, 1)}, "holds a DoRA; only LoRA"),
-    "a LoHa": ({f"{KEY}.hada_w1_a": torch.ones(32, 2)}, "holds a LoHa; only LoRA"),
-    "a LoKr": ({f"{KEY}.lokr_w1": torch.ones(2, 2)}, "holds a LoKr; only LoRA"),
+    "SDXL": (factors() | factors(key="lora_te2_text_model_encoder_layers_0_mlp_fc1"), "made for Stable Diffusion XL"),
+    "an OFT": ({f"{KEY}.oft_blocks": torch.ones(2, 2)}, "holds an OFT; only lora"),
+    "two kinds": (factors() | {f"{KEY}.lokr_w1": torch.ones(2, 2)}, "holds lokr and lora; only lora"),
+    "a bias": (factors() | {f"{KEY}.diff_b": torch.ones(32)}, "changes the layer's bias"),
+    "magnitudes for another width": (
+        factors() | {f"{KEY}.dora_scale": torch.ones(31, 1)},
+        r"dora_scale \(31, 1\) that does not",
+    ),
+    "half a LoHa": ({f"{KEY}.hada_w1_a": torch.ones(32, 2)}, "has no w1_b and no w2_a and no w2_b factor"),
+    "half a LoKr": ({f"{KEY}.lokr_w1": torch.ones(2, 2)}, "has no w2 factor"),
     "a base model": ({"model.diffusion_model.out.2.weight": torch.ones(2)}, "base model, not a LoRA"),
     "a textual inversion": ({"emb_params": torch.ones(2)}, "textual inversion"),
     "other tensors": ({"x": torch.ones(2)}, "There is no LoRA in the file; it holds x"),
@@ -259,8 +265,8 @@ def test_swapped_factors_of_a_square_layer_are_found_by_the_layers_shape(tmp_pat
 
 
 def test_factors_of_another_width_are_refused_with_both_shapes(tmp_path: Path) -> None:
-    save_file(factors((2, 2048)), tmp_path / "a.safetensors")
-    with pytest.raises(AdapterFileError, match=r"\(32, 2048\), the base model's \(32, 24\)"):
+    save_file(factors((2, 40)), tmp_path / "a.safetensors")
+    with pytest.raises(AdapterFileError, match=r"\(32, 40\), the base model's \(32, 24\)"):
         read_adapter(tmp_path / "a.safetensors", SHAPES, SHAPES)
 
 

@@ -58,13 +58,12 @@ def worst_error(deltas: dict[str, torch.Tensor], modules: dict[str, ModuleWeight
     return max(float((deltas[name] - ours.delta()).norm() / ours.delta().norm()) for name, ours in modules.items())
 
 
-@pytest.mark.parametrize(("dtype", "limit"), [("fp32", 1e-6), ("fp16", 1e-3), ("bf16", 1e-2)])
-def test_diffusers_loads_every_module_with_our_weight_change(clean: Any, tmp_path: Path, dtype: Any, limit: float) -> None:
+def test_diffusers_loads_every_module_of_a_bfloat16_file(clean: Any, tmp_path: Path) -> None:
     modules = random_lora(all_shapes(clean))
     assert len({module.rank for module in modules.values()}) > 1
-    write_adapter(tmp_path / "ours.safetensors", modules, {"ss_v2": "False"}, dtype)
+    write_adapter(tmp_path / "ours.safetensors", modules, {"ss_v2": "False"}, "bf16")
     clean.load_lora_weights(tmp_path, weight_name="ours.safetensors", local_files_only=True)
-    assert worst_error(loaded_deltas(clean), modules) < limit
+    assert worst_error(loaded_deltas(clean), modules) < 1e-2
 
 
 def test_diffusers_loads_a_file_of_the_text_encoder_alone(clean: Any, tmp_path: Path) -> None:

@@ -142,3 +142,10 @@ def test_each_base_version_has_its_architecture() -> None:
     assert changed(base_version="sdxl_base_v1-0")["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
     with pytest.raises(AdapterFileError, match="no modelspec architecture"):
         changed(base_version="sd_v9")
+
+
+def test_every_family_has_a_version_that_programs_know_it_by() -> None:
+    from trainers.families import FAMILIES
+    from trainers.formats.metadata import ARCHITECTURES
+
+    assert {family.base_version for family in FAMILIES.values()} <= ARCHITECTURES.keys()

@@ -9,9 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from trainers.adapters.base import AdapterKind, Factors
 from trainers.adapters.layer import AdaptedLayer, Adapter, Strength
 from trainers.adapters.plan import LayerPlan, canonical_name
+from trainers.quantised import PackedLayer
 
+ADAPTABLE = (nn.Linear, nn.Conv2d, PackedLayer, AdaptedLayer)  # layers that an adapter can go into
 TRAINED = "trained"  # name of the adapter that a run trains
 
 
@@ -81,12 +84,12 @@ def lay_out(
 
 
 def find_layers(parts: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """Canonical name -> layer, for every Linear and Conv2d (adapted or not) of the given parts, in module order."""
+    """Canonical name -> layer, for every Linear and Conv2d (packed, adapted or not) of the given parts, in module order."""
     found: dict[str, nn.Module] = {}
     for part, module in parts.items():
         for path, child in module.named_modules():
             inside = any(isinstance(module.get_submodule(above), AdaptedLayer) for above in _ancestors(path))
-            if isinstance(child, nn.Linear | nn.Conv2d | AdaptedLayer) and not inside:
+            if isinstance(child, ADAPTABLE) and not inside:
                 found[canonical_name(part, path)] = child
     return found
 
@@ -112,11 +115,17 @@ def adapt_layers(parts: Mapping[str, nn.Module], names: Sequence[str]) -> dict[s
 
 
 def inject_trainable(
-    parts: Mapping[str, nn.Module], plans: Sequence[LayerPlan], kind: object, seed: int, device: torch.device
+    parts: Mapping[str, nn.Module],
+    plans: Sequence[LayerPlan],
+    kind: object,
+    seed: int,
+    device: torch.device,
+    given: Mapping[str, tuple[Factors, float]] | None = None,
 ) -> FlatParameters:
     """Freezes `parts`, adds the adapter named TRAINED to every planned layer, and initialises it from `seed`.
 
-    Every layer draws from its own generator, so a layer's start does not depend on which others are adapted.
+    Every layer draws from its own generator, so a layer's start does not depend on which others are adapted. A layer that
+    `given` has, by name, goes on from those factors and their scale.
     """
     from trainers.objective import generator_for
 
@@ -128,12 +137,32 @@ def inject_trainable(
         factors = flat.views[plan.name]
         start = {factor: torch.empty(view.shape) for factor, view in factors.items()}
         kind.initialise(start, generator_for(seed, "adapter", plan.name))  # type: ignore[attr-defined]
+        if given is not None and plan.name in given:
+            own, scale = given[plan.name]
+            kind.continue_from(start, own, scale / plan.scale)  # type: ignore[attr-defined]
         with torch.no_grad():
             for factor, view in factors.items():
                 view.copy_(start[factor])
-        layers[plan.name].adapters[TRAINED] = Adapter(kind, factors, plan.scale)
+        layers[plan.name].adapters[TRAINED] = Adapter(kind, factors, plan.scale)  # type: ignore[arg-type]
         layers[plan.name].strengths[TRAINED] = 1.0
     return flat
+
+
+def attach(layer: AdaptedLayer, name: str, kind: AdapterKind, factors: Mapping[str, torch.Tensor], scale: float) -> None:
+    """Adds an adapter that is not trained to a layer, at strength 1: prepared beside the frozen weight, on its device."""
+    weight = layer.weight.detach()
+    prepared, scale = kind.prepare({part: factor.to(weight.device) for part, factor in factors.items()}, scale, weight)
+    layer.adapters[name] = Adapter(kind, prepared, scale)
+    layer.strengths[name] = 1.0
+
+
+def restore_layers(parts: Mapping[str, nn.Module]) -> None:
+    """Takes every adapter out: the frozen layers stand again where they stood before."""
+    for module in parts.values():
+        adapted = [(path, child) for path, child in module.named_modules() if isinstance(child, AdaptedLayer)]
+        for path, child in adapted:
+            parent, _, leaf = path.rpartition(".")
+            setattr(module.get_submodule(parent), leaf, child.frozen)
 
 
 def set_strength(parts: Mapping[str, nn.Module], adapter: str, strength: Strength) -> None:

@@ -4,35 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
+
+from trainers.adapters.base import AdapterKind
+from trainers.errors import SettingError
+from trainers.quantised import PackedLayer
 
 Strength = float | torch.Tensor  # one number, or (B,) with one strength for each row of the batch
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """One adapter on one layer: its mathematics, its factors and its scale (alpha / rank for LoRA)."""
+    """One adapter on one layer: its mathematics, its factors and its scale (alpha / rank for LoRA), as `prepare` gives them."""
 
-    kind: Any  # an entry of ADAPTERS
+    kind: AdapterKind  # an entry of ADAPTERS
     factors: Mapping[str, torch.Tensor]
     scale: float
 
-    def delta(self) -> torch.Tensor:
-        """The update at strength 1 in float64, of the frozen weight's shape."""
-        delta: torch.Tensor = self.kind.delta({k: v.detach() for k, v in self.factors.items()}, self.scale)
-        return delta
+    def delta(self, weight: torch.Tensor | None = None) -> torch.Tensor:
+        """The update at strength 1 in float64, of the shape of the frozen `weight`, which only a DoRA has to see."""
+        return self.kind.delta({k: v.detach() for k, v in self.factors.items()}, self.scale, weight)
 
 
 class AdaptedLayer(nn.Module):
-    """y = frozen(x) + sum over adapters of strength * low-rank path(x), factored.
+    """y = frozen(x) + sum over adapters of strength * the adapter's own path(x), factored.
 
     At strength 0, and with no adapter, the output is the frozen layer's, bit for bit: the path is not even computed.
     """
 
-    def __init__(self, frozen: nn.Linear | nn.Conv2d) -> None:
+    def __init__(self, frozen: nn.Linear | nn.Conv2d | PackedLayer) -> None:
         super().__init__()
         self.frozen = frozen
         self.adapters: dict[str, Adapter] = {}
@@ -64,8 +66,11 @@ class AdaptedLayer(nn.Module):
     def merge(self) -> None:
         """Puts all adapters at their present strengths into the frozen weight. `unmerge` restores its exact bits.
 
-        Raises ValueError for a strength per row, and leaves the layer as it was.
+        Raises ValueError for a strength per row, SettingError for a packed weight, and leaves the layer as it was.
         """
+        if isinstance(self.frozen, PackedLayer):
+            what = f"An adapter cannot be merged into weights kept in {self.frozen.kind}: the next rounding would swallow it"
+            raise SettingError(what, "train.base_weights", "Merge into the base in full.")
         kept = self.frozen.weight.detach().clone() if self._kept is None else self._kept
         total = kept.double()
         for name, adapter in self.adapters.items():
@@ -73,7 +78,7 @@ class AdaptedLayer(nn.Module):
             if not isinstance(strength, float):
                 raise ValueError("A strength per row cannot be merged: one weight serves all rows.")
             if strength != 0.0:
-                total = total + strength * adapter.delta()
+                total = total + strength * adapter.delta(kept)
         self._kept = kept
         with torch.no_grad():
             self.frozen.weight.copy_(total)

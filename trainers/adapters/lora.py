@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, field_validator
 
+from trainers.adapters.base import Factors, apply_weight, product, same_layer, scaled
 from trainers.settings import Settings
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ class LoraSettings(Settings):
     """`standard`: alpha / rank. `rslora`: alpha / sqrt(rank) (arXiv 2312.03732), for high ranks."""
     targets: tuple[Target, ...] = ("attention",)
     """Which layers learn: attention (cross_attention and self_attention), feed_forward, projections, convolutions."""
+    start_from: str = ""
+    """LoRA file to train on from, of this rank or a lower one. Empty: from nothing, so that step 0 is the base."""
 
     @field_validator("targets")
     @classmethod
@@ -52,7 +55,46 @@ class LoraSettings(Settings):
 
 
 class Lora:
-    """The mathematics of LoRA on plain tensors; no state."""
+    """The mathematics of LoRA on plain tensors; no state. See adapters.base.AdapterKind for the meaning of each method."""
+
+    parts = ("down", "up")
+    pairs = (("down", "up"),)
+
+    @staticmethod
+    def fault(factors: Factors) -> str:
+        """down (r, in[, kh, kw]) and up (out, r[, 1, 1]) must both be there and agree on r."""
+        missing = [part for part in ("down", "up") if part not in factors]
+        if missing:
+            return f"has no {' and no '.join(missing)} factor"
+        down, up = factors["down"], factors["up"]
+        sound = down.ndim in (2, 4) and up.ndim in (2, 4) and tuple(up.shape[2:]) in ((), (1, 1))
+        if not sound or up.shape[1] != down.shape[0]:
+            return f"has an up {tuple(up.shape)} and a down {tuple(down.shape)} that do not fit each other; they may be swapped"
+        return ""
+
+    @staticmethod
+    def rank(factors: Factors) -> int:
+        """r: the rows of `down`."""
+        return int(factors["down"].shape[0])
+
+    @staticmethod
+    def shape(factors: Factors) -> tuple[int, ...]:
+        """(out, in[, kh, kw])."""
+        return (factors["up"].shape[0], *factors["down"].shape[1:])
+
+    @staticmethod
+    def fit(factors: Factors, shape: tuple[int, ...]) -> dict[str, torch.Tensor] | None:
+        """2-D factors of a 1x1 convolution become 4-D, or the reverse."""
+        down, up = factors["down"], factors["up"]
+        if not same_layer(LORA.shape(factors), shape) or up.shape[1] != down.shape[0]:
+            return None
+        ones = (1,) * (len(shape) - 2)
+        return {"down": down.reshape(down.shape[0], *shape[1:]), "up": up.reshape(*up.shape[:2], *ones)}
+
+    @staticmethod
+    def prepare(factors: Factors, scale: float, weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], float]:
+        """As they are."""
+        return dict(factors), scale
 
     @staticmethod
     def factor_shapes(weight: tuple[int, ...], rank: int) -> dict[str, tuple[int, ...]]:
@@ -71,6 +113,28 @@ class Lora:
         factors["up"].zero_()
 
     @staticmethod
+    def continue_from(factors: Mapping[str, torch.Tensor], given: Factors, ratio: float) -> None:
+        """Makes the delta of initialised `factors` that of `given` times `ratio`, exact but for the rounding of `ratio`.
+
+        `given` has this rank or a lower one. Its rows of `down` come first, each brought to the size that a new one has by
+        a power of two, as files may have balanced it away, and training would go at another pace. The other rows stay as
+        they were drawn, and so do those that `given` has as zero; `up` is zero there.
+        """
+        import torch
+
+        down, up = factors["down"], factors["up"]
+        rows = given["down"].reshape(-1, *down.shape[1:])
+        columns = given["up"].reshape(up.shape[0], -1)
+        sizes = rows.double().flatten(1).pow(2).sum(1).sqrt()  # a new row has about 1
+        alive = sizes > 0
+        count = int(alive.sum())
+        # Written out one by one, as torch's own powers may be off in the last bit.
+        powers = torch.tensor([2.0 ** -round(math.log2(size)) for size in sizes[alive].tolist()], dtype=torch.float64)
+        up.zero_()
+        down[:count] = rows[alive].double().mul(powers.reshape(-1, *(1 for _ in down.shape[1:]))).to(down.dtype)
+        up[:, :count] = (columns[:, alive].double() * (ratio / powers)).to(up.dtype).reshape(up.shape[0], count, *up.shape[2:])
+
+    @staticmethod
     def forward(frozen: Any, x: torch.Tensor, factors: Mapping[str, torch.Tensor], scale: float | torch.Tensor) -> torch.Tensor:
         """s B A x, factored: (B, ..., in) -> (B, ..., out), or (B, in, H, W) -> (B, out, H', W') beside a convolution.
 
@@ -79,19 +143,21 @@ class Lora:
         """
         import torch.nn.functional as F
 
-        down, up = factors["down"].to(x.dtype), factors["up"].to(x.dtype)
-        convolution = down.dim() == 4
-        inner = F.conv2d(x, down, None, frozen.stride, frozen.padding, frozen.dilation) if convolution else F.linear(x, down)
-        if not isinstance(scale, float):
-            scale = scale.to(x.dtype).view(-1, *(1 for _ in inner.shape[1:]))
-        inner = inner * scale
-        return F.conv2d(inner, up) if convolution else F.linear(inner, up)
+        up = factors["up"].to(x.dtype)
+        inner = scaled(apply_weight(frozen, x, factors["down"]), scale)
+        return F.conv2d(inner, up) if up.dim() == 4 else F.linear(inner, up)
 
     @staticmethod
-    def delta(factors: Mapping[str, torch.Tensor], scale: float) -> torch.Tensor:
+    def delta(factors: Factors, scale: float, weight: torch.Tensor | None = None) -> torch.Tensor:
         """The update as a matrix in float64, of the frozen weight's shape."""
-        down, up = factors["down"].double(), factors["up"].double()
-        return scale * (up.flatten(1) @ down.flatten(1)).view(up.shape[0], *down.shape[1:])
+        return scale * product(factors["up"].double(), factors["down"].double())
+
+    @staticmethod
+    def norm(factors: Factors, scale: float) -> float:
+        """From the two (r, r) Gram matrices: the full matrix is never formed."""
+        up, down = factors["up"].double().flatten(1), factors["down"].double().flatten(1)
+        squared = float(((up.T @ up) * (down @ down.T)).sum())
+        return abs(scale) * math.sqrt(max(squared, 0.0))
 
     @staticmethod
     def export_alpha(scale: float, rank: int) -> float:

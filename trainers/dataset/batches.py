@@ -29,7 +29,8 @@ class Batch:
     """One micro-batch of one step.
 
     latents, noise (B, C, h, w) float32; timesteps (B,) int64; weights (B,) float32, already divided by the number of
-    examples in the whole step, so that the micro-batches' (and processes') losses add up to the step's mean.
+    examples in the whole step, so that the micro-batches' (and processes') losses add up to the step's mean; framing
+    (B, 6) float32 as in families.base.DiffusionModel.predict.
     """
 
     latents: torch.Tensor
@@ -37,10 +38,11 @@ class Batch:
     timesteps: torch.Tensor
     captions: tuple[str, ...]
     weights: torch.Tensor
+    framing: torch.Tensor
 
 
-Row = tuple[torch.Tensor, torch.Tensor, int, str, float]
-"""latents, noise, timestep, caption, weight of one example."""
+Row = tuple[torch.Tensor, torch.Tensor, int, str, float, tuple[int, ...]]
+"""latents, noise, timestep, caption, weight and framing of one example."""
 
 
 class BatchMaker:
@@ -102,7 +104,7 @@ class BatchMaker:
                     continue
                 noise = draw_noise(_shape(latents), 0.0, *key)
                 timestep = int(total * (draw + 0.5) / draws)
-                rows.append((latents, noise, timestep, prepared.example.caption, 1.0))
+                rows.append((latents, noise, timestep, prepared.example.caption, 1.0, framing_of(prepared, False)))
             if rows:
                 yield self._join(rows, draws * len(examples))
 
@@ -133,7 +135,8 @@ class BatchMaker:
         if latents is None:
             return None
         noise = draw_noise(_shape(latents), self._config.train.noise_offset, *key)
-        return latents, noise, draw_timestep(self._model.objective.timesteps, *key), caption, prepared.weight
+        timestep = draw_timestep(self._model.objective.timesteps, *key)
+        return latents, noise, timestep, caption, prepared.weight, framing_of(prepared, flip)
 
     def _try_latents(self, prepared: Prepared, flip: bool, key: tuple[object, ...]) -> torch.Tensor | None:
         """The latents of a picture, or None, told once, when it has become unreadable."""
@@ -167,7 +170,7 @@ class BatchMaker:
         return self._model.scale_latents(entry["mean"] + entry["deviation"] * draw)
 
     def _join(self, rows: Sequence[Row], in_step: int) -> Batch:
-        latents, noise, timesteps, captions, weights = zip(*rows, strict=True)
+        latents, noise, timesteps, captions, weights, framing = zip(*rows, strict=True)
         device = self._device.device
         return Batch(
             torch.stack(latents).to(device),
@@ -175,7 +178,15 @@ class BatchMaker:
             torch.tensor(timesteps, device=device),
             captions,
             torch.tensor(weights, dtype=torch.float32, device=device) / in_step,
+            torch.tensor(framing, dtype=torch.float32, device=device),
         )
+
+
+def framing_of(prepared: Prepared, flip: bool) -> tuple[int, ...]:
+    """The picture's own height and width, the crop's top and left in the scaled picture, and the bucket's height and width."""
+    example, placement = prepared.example, prepared.placement
+    left, top, right, _ = placement.crop
+    return (example.height, example.width, top, placement.resized[1] - right if flip else left, *placement.bucket)
 
 
 def pixels_of(image: numpy.ndarray) -> torch.Tensor:

@@ -43,6 +43,12 @@ class TrainingSet:
         """(height, width) -> pictures in that bucket."""
         return dict(sorted(Counter(prepared.placement.bucket for prepared in self.training).items()))
 
+    def caption_parts(self) -> dict[str, int]:
+        """Comma-separated part of the captions -> how many training pictures have it, the commonest first."""
+        captions = (prepared.example.caption for prepared in self.training)
+        parts = Counter(part.strip() for caption in captions for part in caption.split(",") if part.strip())
+        return dict(sorted(parts.items(), key=lambda item: (-item[1], item[0])))
+
 
 def scan_images(config: TrainConfig) -> Scan:
     """Scans the run's folder of pictures. Raises DatasetError when nothing in it, or the file of edits, can be used."""

@@ -1,7 +1,17 @@
 """The small interface behind which the families differ. The loop and the renderer know nothing else of a model.
 
-A further family writes a class with these attributes and methods. One with two text encoders joins their states and
-puts the rest into `Conditioning.extras`; one with a flow objective brings its own `Objective`.
+A further family writes a class with these attributes and methods, or a pair of functions for LatentDiffusion. Checked on
+paper against two that are not built:
+
+- Stable Diffusion 3.5: `sd3.py` with SD3Transformer2DModel as the part "transformer" (its layers' groups in targets.py, its
+  names in files `lora_transformer_...`), 16 latent channels with a shift (the VAE's configuration says both), CLIP-L, CLIP-G
+  and T5 as three text encoders whose states it joins, pooled states in `Conditioning.extras`, and an `Objective` of the
+  flow kind: x_t = (1 - s) x_0 + s noise, target noise - x_0, timesteps in [0, 1) from a logit-normal, weight 1.
+- Flux: `flux.py` with FluxTransformer2DModel likewise; latents packed 2x2 into 64 channels inside `predict`, position ids made
+  there from the latents' size, CLIP-L's pooled state and T5's states, guidance as a constant in `predict`.
+
+What would have to change around them: "unet" as the word for the denoiser's learning rate and part (setup.py, layers.py),
+a `draw_timestep` that belongs to the Objective, and single files in their layouts (ldm.py).
 """
 
 from __future__ import annotations
@@ -13,7 +23,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from trainers.families import BaseModelFacts
+from trainers.families.facts import BaseModelFacts
 from trainers.objective import Objective
 
 
@@ -40,6 +50,7 @@ class DiffusionModel(Protocol):
     facts: BaseModelFacts
     objective: Objective
     scheduler_config: dict[str, Any]
+    vae: nn.Module
 
     def parts(self) -> dict[str, nn.Module]:
         """The modules that adapters may go into, by the part's name in files: unet, text_encoder, ..."""
@@ -48,7 +59,7 @@ class DiffusionModel(Protocol):
         """Paths inside `part` of the layers that the groups `targets` name."""
 
     def fingerprint(self, part: str) -> str:
-        """SHA-256 over the weights of a part (unet, vae, text_encoder) as they are used."""
+        """SHA-256 over the weights of a part (unet, vae, text_encoder, ...) as they are used."""
 
     def encode_pixels(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """pixels -> mean and standard deviation of the unscaled latents."""
@@ -62,8 +73,17 @@ class DiffusionModel(Protocol):
     def encode_captions(self, captions: Sequence[str]) -> Conditioning:
         """captions -> Conditioning; differentiable in the text encoder's adapters."""
 
-    def predict(self, noisy_latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
-        """noisy latents, timesteps (B,) -> the denoiser's answer, of the latents' shape."""
+    def predict(
+        self, noisy_latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning, framing: torch.Tensor
+    ) -> torch.Tensor:
+        """noisy latents, timesteps (B,) -> the denoiser's answer, of the latents' shape.
+
+        `framing` (B, 6) float32: the picture's own height and width, the crop's top and left, and the height and width that
+        it is trained or drawn at, all in pixels. Only SDXL reads it.
+        """
 
     def enable_checkpointing(self) -> None:
         """Recompute activations in the backward pass instead of keeping them."""
+
+    def pipeline(self) -> Any:
+        """diffusers' own pipeline around the same modules, with its DDIM sampler: what other programs would do with them."""

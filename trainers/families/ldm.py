@@ -70,7 +70,7 @@ def unet_table(up_attention: Sequence[bool], layers: int) -> dict[str, str]:
 def vae_table(levels: int, layers: int) -> dict[str, str]:
     """Of an AutoencoderKL with `layers` resnets a level in the encoder and one more in the decoder."""
     table = {"quant_conv": "quant_conv", "post_quant_conv": "post_quant_conv"}
-    blocks = {}
+    blocks: dict[str, str] = {}
     for half in ("encoder", "decoder"):
         table |= {f"{half}.{name}": f"{half}.{name}" for name in ("conv_in", "conv_out")}
         table[f"{half}.conv_norm_out"] = f"{half}.norm_out"

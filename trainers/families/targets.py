@@ -5,6 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
+from trainers.families.facts import BaseModelFacts
+
+_TEXT = {
+    "attention": r"\.self_attn\.(q_proj|k_proj|v_proj|out_proj)$",
+    "mlp": r"\.mlp\.(fc1|fc2)$",
+}
+
 TARGETS: dict[str, dict[str, str]] = {
     "unet": {
         "attention": r"\.attn[12]\.(to_q|to_k|to_v|to_out\.0)$",
@@ -14,11 +21,18 @@ TARGETS: dict[str, dict[str, str]] = {
         "projections": r"\.attentions\.\d+\.proj_(in|out)$",
         "convolutions": r"(\.resnets\.\d+\.(conv1|conv2|conv_shortcut|time_emb_proj)|samplers\.0\.conv)$",
     },
-    "text_encoder": {
-        "attention": r"\.self_attn\.(q_proj|k_proj|v_proj|out_proj)$",
-        "mlp": r"\.mlp\.(fc1|fc2)$",
-    },
+    "text_encoder": _TEXT,
+    "text_encoder_2": _TEXT,
 }
+
+
+def trainable_paths(base: BaseModelFacts, part: str, targets: Sequence[str], paths: Iterable[str]) -> list[str]:
+    """Those of `paths` that `targets` name and that can learn: layers of a text encoder that nothing reads are left out."""
+    found = match_targets(part, targets, paths)
+    if part == "unet":
+        return found
+    read = base.layers_read(part)
+    return [path for path in found if int(path.partition("encoder.layers.")[2].partition(".")[0]) < read]
 
 
 def match_targets(part: str, targets: Sequence[str], paths: Iterable[str]) -> list[str]:

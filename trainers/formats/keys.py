@@ -35,6 +35,13 @@ SUFFIXES: dict[str, tuple[str, str, str]] = {
     ".oft_blocks": ("oft", "oft_blocks", "kohya"),
 }
 
+
+def suffix_of(part: str, kind: str) -> str:
+    """How kohya's and LyCORIS' files end the key of a part of an adapter of `kind` (an entry of ADAPTERS)."""
+    kinds = {*kind.split(" and "), "" if part == "alpha" else "lora"}
+    return next(suffix for suffix, (k, p, scheme) in SUFFIXES.items() if p == part and k in kinds and scheme in ("kohya", ""))
+
+
 # Beginnings of key prefixes that only one family has.
 FAMILY_NAMES = {
     "lora_te2_": "sdxl",

@@ -1,16 +1,24 @@
-"""Files with dotted names: what diffusers writes today (peft form) and what it wrote before. Reading; no torch."""
+"""Files with dotted names: what diffusers writes today (peft form) and what it wrote before. Torch-free at import."""
 
 from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from trainers.adapters.dora import MAGNITUDE
 from trainers.errors import AdapterFileError
+from trainers.formats.weights import ModuleWeights
 from trainers.text import printable
 
+if TYPE_CHECKING:
+    import torch
+
+PROJECTION = "text_projection"
+"""The one layer of a text encoder that does not lie under text_model."""
 METADATA_KEY = "lora_adapter_metadata"
 PARTS = ("unet", "text_encoder", "text_encoder_2")
 # The old form names a text encoder's projections as the UNet's, and the UNet's to_out without its index.
@@ -98,3 +106,57 @@ def _exceptions(value: Any, where: str) -> dict[str, float]:
             raise AdapterFileError(what, where, "Export it in kohya form, which writes alpha on every module.")
         result[name] = number
     return result
+
+
+# ---- writing ----
+
+_KEYS = {"down": "lora_A.weight", "up": "lora_B.weight", MAGNITUDE: "lora_magnitude_vector"}
+_OTHERWISE = "Write it in kohya form, or convert it to a plain LoRA first (--plain-lora RANK)."
+
+
+def peft_tensors(canonical: str, weights: ModuleWeights) -> dict[str, torch.Tensor]:
+    """One module's tensors by key. The text encoders get their text_model back, which readers want or take off.
+
+    Raises AdapterFileError for what the form cannot hold: other kinds than LoRA and DoRA, a magnitude for each input.
+    """
+    part, _, path = canonical.partition(".")
+    if part not in PARTS:
+        raise AdapterFileError(f"{canonical!r} has no name in peft form", hint=f"Known parts: {', '.join(PARTS)}.")
+    tensors = dict(weights.factors)
+    if weights.kind not in ("lora", "dora") or (weights.kind == "dora" and tensors[MAGNITUDE].shape[0] != weights.shape[0]):
+        what = f"{canonical} is a {weights.kind} that the peft form of diffusers does not hold"
+        raise AdapterFileError(what, hint=_OTHERWISE)
+    if MAGNITUDE in tensors:  # a list for a Linear, (1, out, 1, 1) for a convolution
+        convolution = tensors["down"].ndim == 4
+        tensors[MAGNITUDE] = tensors[MAGNITUDE].reshape((1, -1, 1, 1) if convolution else (-1,))
+    middle = "" if part == "unet" or path == PROJECTION else "text_model."
+    return {f"{part}.{middle}{path}.{_KEYS[name]}": tensor for name, tensor in tensors.items()}
+
+
+def peft_metadata(modules: Mapping[str, ModuleWeights]) -> str:
+    """The configuration that diffusers hands to peft (LoraConfig), part by part: the commonest rank, and exceptions.
+
+    Raises AdapterFileError for a part with LoRA and DoRA side by side, which peft would all take for DoRA.
+    """
+    values: dict[str, Any] = {}
+    for part in PARTS:
+        mine = {name.partition(".")[2]: weights for name, weights in modules.items() if name.partition(".")[0] == part}
+        if not mine:
+            continue
+        kinds = {weights.kind for weights in mine.values()}
+        if len(kinds) > 1:
+            what = f"The {part} holds {' and '.join(sorted(kinds))} side by side, which the peft form cannot say"
+            raise AdapterFileError(what, hint=_OTHERWISE)
+        rank = Counter(weights.rank for weights in mine.values()).most_common(1)[0][0]
+        # Of the denoiser ^ marks a whole path. A text encoder's may lie under text_model or not, so its end must do.
+        start = "^" if part == "unet" else ""
+        ranks = {start + path: weights.rank for path, weights in sorted(mine.items()) if weights.rank != rank}
+        values |= {
+            f"{part}.r": rank,
+            f"{part}.lora_alpha": rank,
+            f"{part}.rank_pattern": ranks,
+            f"{part}.alpha_pattern": ranks,
+            f"{part}.target_modules": sorted(mine),
+            f"{part}.use_dora": kinds == {"dora"},
+        }
+    return json.dumps(values)

@@ -2,30 +2,42 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
+from trainers.adapters import ADAPTERS
+from trainers.adapters.base import AdapterKind
+from trainers.adapters.dora import MAGNITUDE
 from trainers.container import Header, open_file, read_header
 from trainers.errors import AdapterFileError
-from trainers.formats.keys import KeyGroup, family_by_name, group_keys
-from trainers.formats.kohya import flat_name, module_weights, read_kohya_prefix
-from trainers.formats.peft import PeftScaling, read_dotted_prefix, read_scaling, split_part
+from trainers.formats.keys import KeyGroup, group_keys
+from trainers.formats.kohya import factors_of
+from trainers.formats.matching import match_groups, no_adapter, sure_family
+from trainers.formats.peft import PeftScaling, read_scaling, split_part
+from trainers.formats.recognise import refuse_other_family
 from trainers.formats.weights import AdapterFile, ModuleWeights, check_module
 from trainers.tensors import FLOATS, NUMBERS, read_tensor
-from trainers.text import name_list, printable
+from trainers.text import printable
 
-KIND_NAMES = {"dora": "a DoRA", "loha": "a LoHa", "lokr": "a LoKr", "oft": "an OFT", "full": "full weight differences"}
+KIND_NAMES = {"oft": "an OFT"}
 
 
-def read(path: Path, known: Iterable[str], shapes: Mapping[str, tuple[int, ...]] | None) -> AdapterFile:
-    """See trainers.formats.read_adapter."""
+def read(
+    path: Path, known: Iterable[str] | None, shapes: Mapping[str, tuple[int, ...]] | None, family: str | None
+) -> AdapterFile:
+    """See trainers.formats.read_adapter and read_without_base."""
     with open_file(path) as handle:
         header = read_header(handle, path)
         groups, foreign = group_keys(header.entries)
         if not any(group.kinds for group in groups):
             raise no_adapter(header)
-        matched, unmatched = match_groups(groups, known, path)
+        if known is not None and family is not None:
+            refuse_other_family(groups, header.entries, family, path)
+        if family is None:
+            family = sure_family(header, groups)
+        matched, unmatched = match_groups(groups, known, family, path)
         scaling = read_scaling(header.metadata, str(path))
         modules: dict[str, ModuleWeights] = {}
         for name, group in matched.items():
@@ -34,66 +46,36 @@ def read(path: Path, known: Iterable[str], shapes: Mapping[str, tuple[int, ...]]
                 weights = fit_to_layer(name, weights, shapes[name], str(path))
             check_module(name, weights, str(path))
             modules[name] = weights
-    return AdapterFile(modules, dict(header.metadata), tuple([*unmatched, *foreign]))
-
-
-def no_adapter(header: Header) -> AdapterFileError:
-    """The error for a sound safetensors file without any adapter in it, saying what it seems to be instead."""
-    where, names = str(header.path), list(header.entries)
-    if not names:
-        return AdapterFileError("The file holds no tensors", where, "Export it again.")
-    if any(name.startswith(("model.diffusion_model.", "first_stage_model.", "conv_in.", "down_blocks.")) for name in names):
-        return AdapterFileError("This is a base model, not a LoRA", where, "Give it as the base model.")
-    if any(name.startswith(("emb_params", "string_to_param")) for name in names):
-        return AdapterFileError("This is a textual inversion, not a LoRA", where, "Choose a LoRA file.")
-    return AdapterFileError(f"There is no LoRA in the file; it holds {name_list(names)}", where, "Choose a LoRA file.")
-
-
-def match_groups(groups: list[KeyGroup], known: Iterable[str], path: Path) -> tuple[dict[str, KeyGroup], list[str]]:
-    """(groups by canonical name, prefixes that match nothing). Raises AdapterFileError if none match or one does twice."""
-    table = {flat_name(name): name for name in known}
-    matched: dict[str, KeyGroup] = {}
-    unmatched: list[str] = []
-    for group in groups:
-        flat = read_kohya_prefix(group.prefix)
-        meanings = [flat] if flat is not None else read_dotted_prefix(group.prefix)
-        name = next((table[meaning] for meaning in meanings if meaning in table), None)
-        if name is None:
-            unmatched.append(group.prefix)
-        elif name in matched or group.twins:
-            twins = name_list([matched[name].prefix, group.prefix] if name in matched else group.twins)
-            what = f"The file gives {name} twice ({twins}), and programs disagree on what that means"
-            raise AdapterFileError(what, str(path), "Export it again with one spelling.")
-        else:
-            matched[name] = group
-    family, _ = family_by_name(unmatched)
-    if family:  # SDXL's first text encoder has the names and widths of SD1's: such a file would load in part.
-        what = f"This LoRA was made for {family.upper()}, and the base model is of another family"
-        raise AdapterFileError(what, str(path), f"Choose a base model of family {family.upper()}.")
-    if not matched:
-        what = f"None of the file's {len(groups)} modules is in this base model (the file has {name_list(unmatched)})"
-        raise AdapterFileError(what, str(path), "It was made for another kind of base model.")
-    return matched, unmatched
+    return AdapterFile(modules, dict(header.metadata), tuple([*unmatched, *foreign]), family)
 
 
 def read_module(handle: BinaryIO, header: Header, group: KeyGroup, scaling: Mapping[str, PeftScaling]) -> ModuleWeights:
-    """One module's factors and alpha. Raises AdapterFileError for another kind than LoRA, a part missing or unreadable."""
-    where = str(header.path)
-    if group.kind != "lora":
-        kind = KIND_NAMES.get(group.kind, group.kind or "no more than an alpha")
-        what = f"{printable(group.prefix, 120)} holds {kind}; only LoRA can be loaded"
+    """One module's factors and alpha. Raises AdapterFileError for an unknown kind, and for parts that are missing or misfit."""
+    where, shown = str(header.path), printable(group.prefix, 120)
+    if "diff_b" in group.parts:
+        what = f"{shown} changes the layer's bias (diff_b), which cannot be loaded"
+        raise AdapterFileError(what, where, "Leave biases out where the file is made.")
+    if group.kind not in ADAPTERS:
+        holds = KIND_NAMES.get(group.kind, group.kind or "no more than an alpha")
+        what = f"{shown} holds {holds}; only {', '.join(ADAPTERS)} can be loaded"
         raise AdapterFileError(what, where, "Convert it to a LoRA with the program that made it.")
-    missing = [part for part in ("down", "up") if part not in group.parts]
-    if missing:
-        what = f"Module {printable(group.prefix, 120)} has no {missing[0]} factor"
-        raise AdapterFileError(what, where, "Export the file again.")
-    parts = {part: read_tensor(handle, header, key, FLOATS) for part, key in group.parts.items() if part in _FACTORS}
-    if any(0 in tensor.shape for tensor in parts.values()):
-        raise AdapterFileError(f"Module {printable(group.prefix, 120)} has a factor of size zero", where, "Export it again.")
-    return module_weights(parts, read_alpha(handle, header, group, scaling, parts["down"].shape[0]))
-
-
-_FACTORS = ("down", "up", "mid")
+    kind: AdapterKind = ADAPTERS[group.kind]
+    parts = {part: key for part, key in group.parts.items() if part in (*kind.parts, "mid")}
+    tensors = {part: read_tensor(handle, header, key, FLOATS) for part, key in parts.items()}
+    if any(0 in tensor.shape for tensor in tensors.values()):
+        raise AdapterFileError(f"Module {shown} has a factor of size zero", where, "Export it again.")
+    if MAGNITUDE in parts and "lora_magnitude_vector" in parts[MAGNITUDE]:
+        tensors[MAGNITUDE] = tensors[MAGNITUDE].reshape(-1, 1)  # peft: always one for each output, in several shapes
+    factors = factors_of(tensors)
+    fault = kind.fault(factors)
+    if fault:
+        raise AdapterFileError(f"Module {shown} {fault}", where, "Export the file again.")
+    rank = kind.rank(factors)
+    alpha = read_alpha(handle, header, group, scaling, rank or 1)
+    if "scale" in group.parts and not rank and alpha is not None:  # no alpha / rank into which it would go
+        first = next(iter(factors))
+        factors, alpha = {**factors, first: factors[first] * alpha}, None
+    return ModuleWeights(factors, float(rank or 1) if alpha is None else alpha, group.kind)
 
 
 def read_alpha(
@@ -121,17 +103,12 @@ def read_scalar(handle: BinaryIO, header: Header, key: str) -> float:
 
 def fit_to_layer(name: str, weights: ModuleWeights, shape: tuple[int, ...], where: str) -> ModuleWeights:
     """The factors in the layer's own form, (out, in) or (out, in, kh, kw). Raises AdapterFileError for other widths."""
-    down, up = weights.factors["down"], weights.factors["up"]
-    made_for = (up.shape[0], *down.shape[1:])
-    one_by_one = tuple(shape[2:]) in ((), (1, 1)) and tuple(down.shape[2:]) in ((), (1, 1))
-    same = made_for[:2] == tuple(shape[:2]) if one_by_one else made_for == tuple(shape)
-    if not same or up.shape[1] != down.shape[0]:
-        swapped = (down.shape[0], up.shape[1]) == tuple(shape[:2])
-        what = f"{name}: the file's layer is {made_for}, the base model's {tuple(shape)}"
+    kind: AdapterKind = ADAPTERS[weights.kind]
+    factors = kind.fit(weights.factors, shape)
+    if factors is None:
+        up, down = weights.factors.get("up"), weights.factors.get("down")
+        swapped = up is not None and down is not None and (down.shape[0], up.shape[1]) == tuple(shape[:2])
+        what = f"{name}: the file's layer is {weights.shape}, the base model's {tuple(shape)}"
         hint = "Its up and down are swapped." if swapped else "It was made for another kind of base model."
         raise AdapterFileError(what, where, hint)
-    if not one_by_one:
-        return weights
-    ones = (1,) * (len(shape) - 2)
-    factors = {"down": down.reshape(*down.shape[:2], *ones), "up": up.reshape(*up.shape[:2], *ones)}
-    return ModuleWeights(factors, weights.alpha)
+    return dataclasses.replace(weights, factors=factors)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from trainers.adapters import ADAPTERS
 from trainers.errors import AdapterFileError
 from trainers.text import printable
 
@@ -16,63 +17,74 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModuleWeights:
-    """The LoRA of one layer.
+    """The adapter of one layer.
 
-    factors: "down" (r, in) or (r, in, kh, kw), "up" (out, r) or (out, r, 1, 1), float32. The change of the layer's
-    weight at strength 1 is alpha / r * up @ down.
+    factors: by the names that its kind gives them, float32; a LoRA has "down" (r, in) or (r, in, kh, kw) and "up"
+    (out, r) or (out, r, 1, 1). kind: an entry of ADAPTERS.
     """
 
     factors: Mapping[str, torch.Tensor]
     alpha: float
+    kind: str = "lora"
 
     @property
     def rank(self) -> int:
-        """r: the rows of `down`."""
-        return int(self.factors["down"].shape[0])
+        """r; 0 for what has no rank and no alpha: a full difference, or a LoKr of two whole factors."""
+        rank: int = ADAPTERS[self.kind].rank(self.factors)
+        return rank
 
     @property
     def scale(self) -> float:
-        """alpha / rank, the factor in front of up @ down."""
-        return self.alpha / self.rank
+        """alpha / rank, the factor in front of the rest; 1 without a rank."""
+        return self.alpha / self.rank if self.rank else 1.0
 
-    def delta(self) -> torch.Tensor:
-        """The change of the weight at strength 1, float64: (out, in), or (out, in, kh, kw) for a convolution."""
-        up, down = self.factors["up"].double().flatten(1), self.factors["down"].double()
-        return (self.scale * (up @ down.flatten(1))).reshape(up.shape[0], *down.shape[1:])
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight that it changes: the layer's own once it is fitted to that, else a kernel may be folded in."""
+        shape: tuple[int, ...] = ADAPTERS[self.kind].shape(self.factors)
+        return shape
 
-    def delta_norm(self) -> float:
-        """Frobenius norm of `delta()`, from the two (r, r) Gram matrices: the full matrix is never formed."""
-        up, down = self.factors["up"].double().flatten(1), self.factors["down"].double().flatten(1)
-        squared = float(((up.T @ up) * (down @ down.T)).sum())
-        return abs(self.scale) * math.sqrt(max(squared, 0.0))
+    @property
+    def needs_base(self) -> bool:
+        """Whether its delta depends on the base's weight: of a DoRA it does."""
+        return "dora" in self.kind
+
+    def delta(self, weight: torch.Tensor | None = None) -> torch.Tensor:
+        """The change of the weight at strength 1, float64: (out, in), or (out, in, kh, kw) for a convolution.
+
+        Raises ValueError where `needs_base` and the frozen `weight` is not given.
+        """
+        delta: torch.Tensor = ADAPTERS[self.kind].delta(self.factors, self.scale, weight)
+        return delta
+
+    def delta_norm(self) -> float | None:
+        """Frobenius norm of `delta()`; None where that needs the base."""
+        norm: float | None = ADAPTERS[self.kind].norm(self.factors, self.scale)
+        return norm
 
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """What a LoRA file holds for one base model.
+    """What an adapter file holds for one base model.
 
     modules: by canonical name, float32. metadata: as in the file, which is text that others wrote. unmatched: the key
-    prefixes in the file that name no module of the base, in the file's spelling.
+    prefixes in the file that name no module of the base, in the file's spelling. family: for which the names were read.
     """
 
     modules: dict[str, ModuleWeights]
     metadata: dict[str, str]
     unmatched: tuple[str, ...]
+    family: str = ""
 
 
 def check_module(name: str, weights: ModuleWeights, where: str = "") -> None:
-    """Raises AdapterFileError, naming the module, unless both factors are there, fit each other and are finite."""
+    """Raises AdapterFileError, naming the module, unless all factors are there, fit each other and are finite."""
     shown, again = printable(name, 120), "Export it again."
-    missing = [part for part in ("down", "up") if part not in weights.factors]
-    if missing:
-        raise AdapterFileError(f"Module {shown} has no {' and no '.join(missing)} factor", where, again)
-    down, up = weights.factors["down"], weights.factors["up"]
-    if 0 in down.shape or 0 in up.shape:
+    if any(0 in factor.shape for factor in weights.factors.values()):
         raise AdapterFileError(f"Module {shown} has a factor of size zero", where, again)
-    sound = down.ndim in (2, 4) and up.ndim in (2, 4) and tuple(up.shape[2:]) in ((), (1, 1))
-    if not sound or up.shape[1] != down.shape[0]:
-        what = f"Module {shown}: up {tuple(up.shape)} and down {tuple(down.shape)} do not fit each other"
-        raise AdapterFileError(what, where, "They may be swapped. " + again)
+    fault = ADAPTERS[weights.kind].fault(weights.factors)
+    if fault:
+        raise AdapterFileError(f"Module {shown} {fault}", where, again)
     for part, tensor in weights.factors.items():
         bad = int((~tensor.isfinite()).sum())
         if bad:

@@ -1,1 +1,1 @@
-"""What one does to finished files: inspect; later convert, merge, resize. One file each."""
+"""What one does to finished files: inspect; convert, merge. One file each."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
+from trainers.adapters import ADAPTERS
 from trainers.errors import Problem
 from trainers.formats.hashes import FileHashes
 from trainers.formats.keys import KeyGroup
@@ -21,7 +23,15 @@ _CLAIMS = {
     "sd_v1": "sd1", "sd_v2": "sd2", "sdxl_": "sdxl",
 }  # fmt: skip
 _FAULTS_SHOWN = 5
-_LOADABLE = {"lora", "locon"}
+_WITH_ALPHA = {*ADAPTERS, "locon"} - {"full"}
+_LOADABLE = {*ADAPTERS, "locon"}
+# What other programs do with kinds that are loaded here.
+_ELSEWHERE = {
+    "dora": "diffusers and kohya's scripts leave the magnitudes out, A1111 and InvokeAI take them along the other axis",
+    "loha": "diffusers refuses such a file, and kohya's scripts change nothing",
+    "lokr": "diffusers refuses such a file, and kohya's scripts change nothing",
+    "full": "diffusers refuses such a file, and kohya's scripts change nothing",
+}
 
 
 def module_problems(modules: tuple[ModuleReport, ...]) -> list[Problem]:
@@ -32,9 +42,10 @@ def module_problems(modules: tuple[ModuleReport, ...]) -> list[Problem]:
         problems.append(Problem("error", f"{len(faulty) - _FAULTS_SHOWN} more modules cannot be read"))
     for kind in sorted({module.kind for module in modules} - _LOADABLE):
         names = [module.name for module in modules if module.kind == kind]
-        problems.append(Problem("warning", f"{len(names)} modules are of kind {kind}; only LoRA can be loaded here", names[0]))
+        problems.append(Problem("warning", f"{len(names)} modules are of kind {kind}, which cannot be loaded here", names[0]))
+    problems += kind_notes([module.kind for module in modules])
     problems += _zero_problems(modules) + _alpha_problems(modules)
-    unsaid = [module.name for module in modules if module.kind in _LOADABLE and module.alpha is None and not module.fault]
+    unsaid = [module.name for module in modules if module.kind in _WITH_ALPHA and module.alpha is None and not module.fault]
     if unsaid:
         what = f"{len(unsaid)} modules store no alpha; every program then takes scale 1"
         problems.append(Problem("note", what, name_list(unsaid)))
@@ -43,6 +54,17 @@ def module_problems(modules: tuple[ModuleReport, ...]) -> list[Problem]:
         what = f"{len(wide)} modules have a rank above their input width; up and down may be swapped"
         problems.append(Problem("warning", what, name_list(wide)))
     return problems
+
+
+def kind_notes(kinds: Iterable[str]) -> list[Problem]:
+    """What other programs make of modules of these kinds, one entry for each module, where they go wrong."""
+    words = Counter(word for kind in kinds for word in kind.split(" and "))
+    hint = "`impasto convert --plain-lora RANK` makes a LoRA of all but DoRA."
+    return [
+        Problem("note", f"{words[word]} modules are of kind {word}: {fate}", hint=hint)
+        for word, fate in _ELSEWHERE.items()
+        if words[word]
+    ]
 
 
 def _alpha_problems(modules: tuple[ModuleReport, ...]) -> list[Problem]:

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from trainers.adapters import ADAPTERS
 from trainers.container import Header, open_file, read_header
 from trainers.errors import AdapterFileError, Problem
 from trainers.formats.hashes import FileHashes, file_hashes
-from trainers.formats.keys import KeyGroup, family_by_name, group_keys
-from trainers.formats.kohya import read_kohya_prefix
+from trainers.formats.keys import KeyGroup, group_keys
+from trainers.formats.matching import no_adapter
 from trainers.formats.peft import PARTS, PeftScaling, read_scaling
-from trainers.formats.reading import no_adapter, read_alpha, read_module
+from trainers.formats.reading import read_alpha, read_module
+from trainers.formats.recognise import guess_family, input_width, part_of
 from trainers.formats.weights import check_module
+from trainers.tensors import FLOATS, read_tensor
 from trainers.text import printable
 from trainers.tools.file_problems import metadata_problems, module_problems, name_problems
-
-# Width of what cross-attention reads -> family; other programs tell families apart by the same numbers.
-TEXT_WIDTHS = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
-_CROSS_ATTENTION = ("attn2_to_k", "attn2_to_v", "attn2.to_k", "attn2.to_v", "attn2.processor.to_k", "attn2.processor.to_v")
-_TEXT_ATTENTION = ("q_proj", "k_proj", "v_proj")
 
 
 @dataclass(frozen=True)
@@ -34,10 +33,10 @@ class ModuleReport:
     part: str
     """unet, text_encoder, text_encoder_2 or other."""
     kind: str
-    """lora, locon (a LoRA of a convolution larger than 1x1), dora, loha, lokr, oft, full, or a mixture."""
+    """lora, locon (a LoRA of a convolution larger than 1x1), another entry of ADAPTERS, oft, or a mixture."""
     dtype: str
     inputs: int | None = None
-    """Input width of `down`."""
+    """Input width of the layer, a convolution's kernel perhaps folded in."""
     rank: int | None = None
     alpha: float | None = None
     """None where the file does not say: every reader then takes the rank."""
@@ -91,7 +90,7 @@ def inspect_file(path: Path) -> Inspection:
         modules = tuple(_measure(handle, header, group, scaling) for group in groups)
         handle.seek(8)
         first = handle.read(2)
-    family, reason = _guess_family(groups, modules)
+    family, reason = guess_family(groups, header.entries)
     hashes = file_hashes(path, header.data_start)
     problems += module_problems(modules) + name_problems(groups, foreign, header.metadata)
     problems += metadata_problems(header.metadata, hashes, family, first)
@@ -155,44 +154,35 @@ def _scaling_or_problem(header: Header) -> tuple[dict[str, PeftScaling], list[Pr
 
 def _measure(handle: BinaryIO, header: Header, group: KeyGroup, scaling: Mapping[str, PeftScaling]) -> ModuleReport:
     """One module's numbers; a fault becomes text, so that one bad module does not hide the others."""
-    name, part = printable(group.prefix, 120), _part_of(group.prefix)
+    name, part = printable(group.prefix, 120), part_of(group.prefix)
     down = header.entries[group.parts["down"]] if "down" in group.parts else None
     dtype = (down or header.entries[next(iter(group.parts.values()))]).dtype
-    inputs = down.shape[1] if down is not None and len(down.shape) > 1 else None
-    if group.kind != "lora":  # A DoRA's change needs the base's weights; the other kinds have no mathematics here yet.
-        return ModuleReport(name, part, group.kind or "unknown", dtype, inputs)
+    inputs = input_width(group, header.entries)
+    kind = group.kind or "unknown"
+    if kind == "lora" and ("mid" in group.parts or (down is not None and max(down.shape[2:], default=1) > 1)):
+        kind = "locon"
+    if kind == "full":
+        return ModuleReport(name, part, kind, dtype, inputs, norm=_norm_of_all(handle, header, group))
+    if group.kind not in ADAPTERS:
+        return ModuleReport(name, part, kind, dtype, inputs)
     rank = down.shape[0] if down is not None and down.shape else None
-    kind = "locon" if "mid" in group.parts or (down is not None and max(down.shape[2:], default=1) > 1) else "lora"
     alpha = None
     try:
-        alpha = read_alpha(handle, header, group, scaling, rank or 0)
         weights = read_module(handle, header, group, scaling)
+        rank = weights.rank or None
+        alpha = read_alpha(handle, header, group, scaling, weights.rank or 1)
         check_module(group.prefix, weights)
     except AdapterFileError as error:
         return ModuleReport(name, part, kind, dtype, inputs, rank, alpha, fault=error.what)
     return ModuleReport(name, part, kind, dtype, inputs, rank, alpha, weights.scale, weights.delta_norm())
 
 
-def _part_of(prefix: str) -> str:
-    kohya = read_kohya_prefix(prefix)
-    if kohya is not None:
-        return kohya[0]
-    first = prefix.partition(".")[0]
-    if first in PARTS:
-        return first
-    return "unet" if first in ("down_blocks", "mid_block", "up_blocks", "base_model") else "other"
-
-
-def _guess_family(groups: list[KeyGroup], modules: tuple[ModuleReport, ...]) -> tuple[str, str]:
-    """(family, why): by names that only one family has, else by the width that cross-attention reads, else the text's."""
-    family, start = family_by_name(group.prefix for group in groups)
-    if family:
-        return family, f"it has modules named {start}..."
-    sources = (("unet", _CROSS_ATTENTION, "cross-attention reads"), ("text_encoder", _TEXT_ATTENTION, "the text encoder has"))
-    for part, endings, words in sources:
-        fitting = (m.inputs for m in modules if m.part == part and m.name.endswith(endings))
-        width = next((inputs for inputs in fitting if inputs), None)
-        if width is not None:
-            family = TEXT_WIDTHS.get(width, "unknown")
-            return family, f"{words} width {width}" + ("" if family != "unknown" else ", as no published family does")
-    return "unknown", "it adapts neither cross-attention nor a text encoder, by which families are told apart"
+def _norm_of_all(handle: BinaryIO, header: Header, group: KeyGroup) -> float | None:
+    """Norm of differences of weights and biases, of layers and of normalisations, taken as one vector."""
+    try:
+        tensors = [
+            read_tensor(handle, header, key, FLOATS) for part, key in group.parts.items() if part not in ("alpha", "scale")
+        ]
+    except AdapterFileError:
+        return None
+    return math.sqrt(sum(float(tensor.double().pow(2).sum()) for tensor in tensors))

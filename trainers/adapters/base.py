@@ -1,0 +1,99 @@
+"""What an adapter type can do, for whoever loads, blends, merges or writes it; and the steps that several types share.
+
+A type is an object without state in the table ADAPTERS. Its factors are named as the parts in a file's keys. `fit` brings
+them into their layer's own form, so that they tell its shape; until then a kernel may be folded into the input width.
+Torch-free at import.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+Factors = Mapping[str, "torch.Tensor"]
+
+
+class AdapterKind(Protocol):
+    """One adapter type. Weights are (out, in) or (out, in, kh, kw); the change of a weight at strength 1 is its delta.
+
+    A type that can be trained has `factor_shapes`, `initialise` and `export_alpha` too (see adapters/lora.py).
+    """
+
+    @property
+    def parts(self) -> Sequence[str]:
+        """Names that its factors may have."""
+
+    @property
+    def pairs(self) -> Sequence[tuple[str, str]]:
+        """Factors (down, up) whose product alone counts, where both are there: a number may move between the two."""
+
+    def fault(self, factors: Factors) -> str:
+        """What is wrong with the factors among themselves, as a phrase; "" for nothing."""
+
+    def rank(self, factors: Factors) -> int:
+        """r of the scale alpha / r; 0 where no alpha applies and the scale is 1."""
+
+    def shape(self, factors: Factors) -> tuple[int, ...]:
+        """Shape of the weight that they change, as far as they tell."""
+
+    def fit(self, factors: Factors, shape: tuple[int, ...]) -> dict[str, torch.Tensor] | None:
+        """The factors in the form of a layer with weight `shape`; None where they were made for another."""
+
+    def prepare(self, factors: Factors, scale: float, weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], float]:
+        """(factors, scale) as `forward` and `delta` want them beside a frozen `weight`: done once, not at each step."""
+
+    def forward(self, frozen: Any, x: torch.Tensor, factors: Factors, scale: float | torch.Tensor) -> torch.Tensor:
+        """What is added to frozen(x); linear in `scale`, which is a number or a tensor (B,), one for each row."""
+
+    def delta(self, factors: Factors, scale: float, weight: torch.Tensor | None = None) -> torch.Tensor:
+        """The change in float64. Only a type that looks at the frozen `weight` needs it, and raises ValueError without."""
+
+    def norm(self, factors: Factors, scale: float) -> float | None:
+        """Frobenius norm of the delta; None where that depends on the frozen weight."""
+
+
+def scaled(y: torch.Tensor, scale: float | torch.Tensor) -> torch.Tensor:
+    """y (B, ...) times a number, or each row times its own of a tensor (B,)."""
+    if isinstance(scale, float):
+        return y * scale
+    return y * scale.to(y.dtype).view(-1, *(1 for _ in y.shape[1:]))
+
+
+def apply_weight(frozen: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x through `weight` as the layer `frozen` would take it, with its stride and padding and without its bias."""
+    import torch.nn.functional as F
+
+    weight = weight.to(x.dtype)
+    if weight.dim() == 4:
+        return F.conv2d(x, weight, None, frozen.stride, frozen.padding, frozen.dilation)
+    return F.linear(x, weight)
+
+
+def wide(factors: Factors, least: torch.dtype) -> dict[str, torch.Tensor]:
+    """Factors in `least` or what is wider, so that products of several are rounded once."""
+    import torch
+
+    return {name: factor.to(torch.promote_types(factor.dtype, least)) for name, factor in factors.items()}
+
+
+def product(up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+    """(out, r[, 1, 1]) times (r, in[, kh, kw]) -> (out, in[, kh, kw])."""
+    return (up.flatten(1) @ down.flatten(1)).reshape(up.shape[0], *down.shape[1:])
+
+
+def same_layer(made: Sequence[int], shape: Sequence[int]) -> bool:
+    """Whether two weight shapes are of one layer; a Linear and a 1x1 convolution count as the same."""
+    return tuple(made[:2]) == tuple(shape[:2]) and _kernel(made) == _kernel(shape)
+
+
+def unfolded(made: Sequence[int], shape: Sequence[int]) -> bool:
+    """As `same_layer`, also where `made` is (out, in * kh * kw) of a convolution (out, in, kh, kw)."""
+    return same_layer(made, shape) or (len(made) == 2 and made[0] == shape[0] and made[1] == math.prod(shape[1:]))
+
+
+def _kernel(shape: Sequence[int]) -> tuple[int, ...]:
+    return tuple(shape[2:]) or (1, 1)

@@ -1,0 +1,150 @@
+"""A loaded Stable Diffusion of any family: what all have in common. Each family adds how captions become conditioning."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from trainers.families.base import Conditioning
+from trainers.families.facts import BaseModelFacts
+from trainers.families.parts import TOKENS, load_text_encoder, load_tokenizer, load_unet, load_vae
+from trainers.families.targets import trainable_paths
+from trainers.objective import Objective
+
+Extras = Callable[[Conditioning, torch.Tensor], dict[str, Any]]
+"""(conditioning, framing (B, 6)) -> further arguments of the denoiser."""
+
+
+class LatentDiffusion:
+    """See families.base.DiffusionModel for the meaning of each method."""
+
+    def __init__(
+        self,
+        facts: BaseModelFacts,
+        dtype: torch.dtype,
+        device: torch.device,
+        encode: Callable[[LatentDiffusion, Sequence[str]], Conditioning],
+        extras: Extras = lambda conditioning, framing: {},
+    ) -> None:
+        self.facts, self.scheduler_config = facts, facts.configs["scheduler"]
+        # The tokenizers first: a wrong one is found before gigabytes are read.
+        self.tokenizers = {part: load_tokenizer(facts, part) for part in facts.family.text_encoders}
+        self.text_encoders = {part: load_text_encoder(facts, part, dtype, device) for part in facts.family.text_encoders}
+        self.unet, self.vae = load_unet(facts, dtype, device), load_vae(facts, device)
+        self.objective = Objective(_alphas_cumprod(self.scheduler_config), facts.prediction_type)  # type: ignore[arg-type]
+        self._encode, self._extras = encode, extras
+        vae_config: Any = self.vae.config
+        self._factor, self._shift = float(vae_config.scaling_factor), float(vae_config.shift_factor or 0.0)
+        self._fingerprints: dict[str, str] = {}
+
+    def parts(self) -> dict[str, nn.Module]:
+        """unet, text_encoder, and text_encoder_2 where the family has one."""
+        return {"unet": self.unet, **self.text_encoders}
+
+    def find_targets(self, part: str, targets: Sequence[str]) -> list[str]:
+        """Paths of Linear and Conv2d layers inside the part, in module order; none that the family does not read."""
+        return trainable_paths(self.facts, part, targets, [path for path, _ in self.parts()[part].named_modules()])
+
+    def fingerprint(self, part: str) -> str:
+        """SHA-256 over names, dtypes and bytes of the part's own weights; taken before adapters are injected."""
+        if part not in self._fingerprints:
+            digest = hashlib.sha256()
+            module = self.vae if part == "vae" else self.parts()[part]
+            for name, tensor in module.state_dict().items():
+                digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            self._fingerprints[part] = digest.hexdigest()
+        return self._fingerprints[part]
+
+    @torch.no_grad()
+    def encode_pixels(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """pixels -> mean, standard deviation of the unscaled latents, float32."""
+        distribution = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype)).latent_dist
+        return distribution.mean.float(), distribution.std.float()
+
+    def scale_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        """unscaled latents -> latents."""
+        return (latents - self._shift) * self._factor
+
+    @torch.no_grad()
+    def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        """latents -> pixels float32 in [-1, 1]."""
+        unscaled = latents / self._factor + self._shift
+        pixels: torch.Tensor = self.vae.decode(unscaled.to(self.vae.dtype)).sample
+        return pixels.float().clamp(-1, 1)
+
+    def encode_captions(self, captions: Sequence[str]) -> Conditioning:
+        """captions -> text states (B, 77, width), cut at 75 words' tokens, and what else the family reads of them."""
+        return self._encode(self, captions)
+
+    def token_ids(self, part: str, captions: Sequence[str]) -> torch.Tensor:
+        """captions -> (B, 77) int64 on the text encoder's device, padded as the family pads."""
+        ids = self.tokenizers[part](
+            list(captions), padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt"
+        ).input_ids
+        return ids.to(self.text_encoders[part].device)  # type: ignore[no-any-return]
+
+    def predict(
+        self, noisy_latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning, framing: torch.Tensor
+    ) -> torch.Tensor:
+        """noisy latents -> epsilon or v, float32."""
+        dtype = self.unet.dtype
+        text_states = conditioning.hidden_states.to(noisy_latents.device, dtype)  # they may come from a cache on the CPU
+        answer = self.unet(
+            noisy_latents.to(dtype),
+            timesteps,
+            encoder_hidden_states=text_states,
+            return_dict=False,
+            **self._extras(conditioning, framing),
+        )
+        prediction: torch.Tensor = answer[0]
+        return prediction.float()
+
+    def enable_checkpointing(self) -> None:
+        """Gradient checkpointing in the UNet, where nearly all activations are."""
+        self.unet.enable_gradient_checkpointing()
+
+    def pipeline(self) -> Any:
+        """StableDiffusionPipeline or StableDiffusionXLPipeline, silent."""
+        from diffusers.utils import logging as diffusers_logging
+        from transformers.utils import logging as transformers_logging
+
+        for logging in (diffusers_logging, transformers_logging):  # of packages and checkers that are not used here
+            logging.set_verbosity_error()
+            logging.disable_progress_bar()
+        import diffusers
+
+        tokenizers = {part.replace("text_encoder", "tokenizer"): one for part, one in self.tokenizers.items()}
+        extra = {} if "text_encoder_2" in self.text_encoders else {"safety_checker": None, "feature_extractor": None}
+        made = getattr(diffusers, self.facts.family.pipeline)(
+            unet=self.unet,
+            vae=self.vae,
+            scheduler=diffusers.DDIMScheduler.from_config(self.scheduler_config),
+            **self.text_encoders,
+            **tokenizers,
+            **extra,
+        )
+        made.set_progress_bar_config(disable=True)
+        return made
+
+
+def encode_with_one_encoder(model: LatentDiffusion, captions: Sequence[str]) -> Conditioning:
+    """The last hidden states (B, 77, width); with clip skip those of an earlier layer, through the last norm."""
+    encoder, skip = model.text_encoders["text_encoder"], model.facts.clip_skip
+    ids = model.token_ids("text_encoder", captions)
+    if skip == 1:
+        return Conditioning(encoder(ids).last_hidden_state)
+    states = encoder(ids, output_hidden_states=True).hidden_states[-skip]
+    return Conditioning(encoder.final_layer_norm(states))
+
+
+def _alphas_cumprod(config: dict[str, Any]) -> torch.Tensor:
+    """The noise schedule's cumulative alphas (T,), by diffusers' own scheduler so that every schedule it knows works."""
+    from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+
+    alphas: torch.Tensor = DDPMScheduler.from_config(config).alphas_cumprod
+    return alphas.float()

@@ -1,0 +1,54 @@
+"""Any adapter as a plain LoRA: the best one of a rank (Eckart and Young 1936), by singular values of the exact delta."""
+
+from __future__ import annotations
+
+import torch
+
+from trainers.errors import AdapterFileError
+from trainers.formats.weights import ModuleWeights
+from trainers.text import printable
+
+
+def to_lora(
+    name: str, weights: ModuleWeights, rank: int, base_weight: torch.Tensor | None = None
+) -> tuple[ModuleWeights, float]:
+    """(a LoRA of at most `rank`, its relative error ||difference|| / ||delta|| as it is stored, in float32).
+
+    `weights` must be fitted to its layer where that is a convolution, so that the kernel is known. A rank above what the
+    delta has is cut to it, and the LoRA is then exact but for rounding. alpha is the rank, the scale 1. Raises
+    AdapterFileError for a DoRA without `base_weight`, and for numbers that are not finite.
+    """
+    if weights.needs_base and base_weight is None:
+        what = f"{printable(name, 120)} is a DoRA: what it changes depends on the base model's weight"
+        raise AdapterFileError(what, hint="Give the base model too.")
+    delta = weights.delta(base_weight)
+    if not bool(delta.isfinite().all()):
+        raise AdapterFileError(f"{printable(name, 120)} holds NaN or infinite numbers", hint="Take an earlier checkpoint.")
+    size = float(delta.norm())
+    up, down = _factored(weights, delta, rank)
+    ones = (1,) * (delta.ndim - 2)
+    made = ModuleWeights({"down": down.reshape(-1, *delta.shape[1:]), "up": up.reshape(*up.shape, *ones)}, float(down.shape[0]))
+    return made, float((made.delta() - delta).norm()) / size if size else 0.0
+
+
+def _factored(weights: ModuleWeights, delta: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """up (out, r) and down (r, in * kernel) of equal sizes, float32, contiguous; r is at least 1."""
+    matrix = delta.flatten(1)
+    if weights.kind == "lora" and weights.rank < min(matrix.shape):
+        left, values, right = _svd_of_product(weights)
+    else:
+        left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    # What lies below float64's rounding is no direction of the delta's.
+    present = int((values > values[0] * 1e-13 * max(matrix.shape)).sum()) if float(values[0]) else 1
+    keep = max(1, min(rank, present))
+    roots = values[:keep].sqrt()
+    return (left[:, :keep] * roots).float().contiguous(), (roots[:, None] * right[:keep]).float().contiguous()
+
+
+def _svd_of_product(weights: ModuleWeights) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of scale * up @ down through the two thin QR decompositions, without the whole matrix's."""
+    up, down = weights.factors["up"].double().flatten(1), weights.factors["down"].double().flatten(1)
+    left, upper = torch.linalg.qr(up)
+    right, lower = torch.linalg.qr(down.T)
+    inner_left, values, inner_right = torch.linalg.svd(weights.scale * (upper @ lower.T))
+    return left @ inner_left, values, inner_right @ right.T

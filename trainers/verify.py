@@ -1,0 +1,300 @@
+"""Proof that a LoRA file says what was trained: read back through diffusers and through our own reader.
+
+Both are asked for the change of every layer's weight, which is compared in float64 with what was trained (or, where that
+is not known any more, with each other), and both draw one picture from the same noise.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from trainers.adapters import ADAPTERS
+from trainers.adapters.inject import find_layers, lay_out, restore_layers
+from trainers.adapters.plan import canonical_name
+from trainers.attach import attach_files
+from trainers.config import TrainConfig
+from trainers.container import open_file, read_header
+from trainers.errors import AdapterFileError, TrainingError
+from trainers.export import trained_modules
+from trainers.families.base import DiffusionModel
+from trainers.files import write_atomically
+from trainers.formats import ModuleWeights, read_adapter
+from trainers.formats.hashes import file_hashes
+from trainers.generate import Picture, RenderSettings, image_of, render_latents
+from trainers.layers import plan_layers
+from trainers.quantised import stand_in
+from trainers.run_folder import RunFolder
+from trainers.text import name_list
+from trainers.training_state import load_state
+
+LIMITS = {"F32": 1e-5, "F16": 1e-3, "BF16": 1e-2}
+"""Largest relative error of a module that the file's number format explains."""
+PIXELS = 3
+"""Largest difference of a pixel, of 255, between two readers in float32; sums in another order explain so much."""
+SIDE = 256
+"""Largest side in pixels of the picture that is drawn both ways."""
+STEPS = 4
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What a verification found. Counts are of modules; `worst_error` is relative, in Frobenius norm."""
+
+    file: str
+    modules: int
+    """That were trained; of a file whose training is not known, that are in it."""
+    read_here: int
+    read_by_diffusers: int
+    parts: Mapping[str, int]
+    """Modules in each part, as diffusers has read them."""
+    against: str
+    """What they were compared with."""
+    worst_error: float | None
+    worst_module: str
+    pixel_difference: int | None
+    """Of 255; None where no picture was drawn."""
+    zero: Mapping[str, int]
+    """Modules of each part that change nothing."""
+    problems: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every reader gets what was trained."""
+        return not self.problems
+
+    @property
+    def sentence(self) -> str:
+        """What a person should know of a proof that holds."""
+        pixels = "" if self.pixel_difference is None else f", and draws the same picture to {self.pixel_difference} of 255"
+        return f"Read back: diffusers loads all {self.modules} modules as they were trained{pixels}."
+
+
+def describe(proof: Proof) -> list[str]:
+    """The proof as lines for a terminal."""
+    parts = ", ".join(f"{count} {part}" for part, count in proof.parts.items())
+    error = "not known" if proof.worst_error is None else f"{proof.worst_error:.1e} ({proof.worst_module})"
+    pixels = "no picture was drawn" if proof.pixel_difference is None else f"{proof.pixel_difference} of 255"
+    zero = ", ".join(f"{count} of {part}" for part, count in proof.zero.items() if count)
+    lines = [
+        f"loaded      {proof.read_by_diffusers} of {proof.modules} modules in diffusers ({parts or 'none'}),"
+        f" {proof.read_here} here",
+        f"error       {error}, the largest of a module against {proof.against}",
+        f"picture     largest difference of a pixel: {pixels}",
+        f"zero        {zero or 'no module'}{' change nothing' if zero else ' changes nothing'}",
+    ]
+    return (
+        lines
+        + [f"FAILED      {problem}" for problem in proof.problems]
+        + ([] if proof.problems else ["verified    all is as it should be"])
+    )
+
+
+def write_proof(proof: Proof, path: Path) -> None:
+    """The proof as JSON."""
+    write_atomically(path, (json.dumps({**dataclasses.asdict(proof), "ok": proof.ok}, indent=1) + "\n").encode())
+
+
+@torch.no_grad()
+def verify(model: DiffusionModel, path: Path, trained: Mapping[str, ModuleWeights] | None = None, prompt: str = "") -> Proof:
+    """Reads `path` back into `model`, whose layers must be free of adapters and are so again afterwards.
+
+    `trained` is what the file should hold, by canonical name; None where that is not known. Never raises for what is
+    wrong with the file: that stands in the proof's problems.
+    """
+    problems = _faults_of_the_file(path)
+    layers = find_layers(model.parts())
+    shapes = {name: tuple(layer.weight.shape) for name, layer in layers.items()}  # type: ignore[arg-type]
+    try:
+        file = read_adapter(path, list(layers), shapes, model.facts.family.name)
+        ours, unmatched = file.modules, file.unmatched
+    except AdapterFileError as error:
+        ours, unmatched = {}, ()
+        problems.append(str(error))
+    if unmatched:
+        problems.append(f"{len(unmatched)} of the file's modules are not in the base ({name_list(list(unmatched))})")
+    expected = ours if trained is None else trained
+    own_picture = _drawn(model, path, prompt) if ours else None
+    theirs, their_picture = _by_diffusers(model, path, prompt, problems)
+    for reader, names in (("this program", ours.keys()), ("diffusers", theirs.keys())):
+        missing = [name for name in expected if name not in names]
+        if missing:
+            problems.append(f"{len(missing)} of {len(expected)} modules are not read by {reader} ({name_list(missing)})")
+    limit = _limit_of(path)
+    worst, worst_name = _worst_error(expected, ours, theirs, layers)
+    if worst > limit:
+        problems.append(
+            f"{worst_name} changes its layer otherwise than it was trained (relative error {worst:.1e}, at most {limit:g})"
+        )
+    pixels = _pixels_apart(own_picture, their_picture)
+    if pixels is not None and pixels > PIXELS and _computes_in_float32(model):
+        problems.append(f"diffusers draws another picture than this program: a pixel differs by {pixels} of 255")
+    parts: dict[str, int] = {}
+    for name in theirs:
+        parts[name.partition(".")[0]] = parts.get(name.partition(".")[0], 0) + 1
+    zero: dict[str, int] = dict.fromkeys(parts, 0)
+    for name, delta in theirs.items():
+        zero[name.partition(".")[0]] += not bool(delta.any())
+    against = "what this program reads" if trained is None else "what was trained"
+    return Proof(
+        path.name,
+        len(expected),
+        len(ours),
+        len(theirs),
+        parts,
+        against,
+        worst if expected else None,
+        worst_name,
+        pixels,
+        zero,
+        tuple(problems),
+    )
+
+
+def read_trained(
+    run: RunFolder, config: TrainConfig, model: DiffusionModel, step: int | None
+) -> dict[str, ModuleWeights] | None:
+    """What a run had trained at `step` (None: its last), out of its training state; None where that state is gone."""
+    try:
+        state = load_state(run)
+    except TrainingError:
+        return None
+    if state is None or (step is not None and state.step != step):
+        return None
+    plans = plan_layers(config, list(model.parts()), model.find_targets)
+    layers: Any = find_layers(model.parts())
+    flat = lay_out(plans, layers, ADAPTERS[config.adapter.type], torch.device("cpu"))
+    weights = state.weights if state.mean is None else state.mean
+    return trained_modules(flat, weights, plans, config) if weights.numel() == flat.weights.numel() else None
+
+
+def _faults_of_the_file(path: Path) -> list[str]:
+    """What neither reader minds: a hash that tells of changes made afterwards, and names that other programs skip."""
+    problems = []
+    try:
+        with open_file(path) as handle:
+            header = read_header(handle, path)
+        lost = {key.partition(".")[0] for key in header.entries if key.startswith("lora_te") and "_text_" not in key}
+        if lost:
+            names = name_list(sorted(lost))
+            problems.append(f"{len(lost)} names lack text_model: A1111, ComfyUI, kohya and InvokeAI skip them ({names})")
+        said = header.metadata.get("sshs_model_hash", "")
+        if said and said != file_hashes(path, header.data_start).data:
+            problems.append("The tensors are not those that were exported: their hash has changed")
+    except AdapterFileError:
+        pass  # told by the reader itself
+    return problems
+
+
+def _limit_of(path: Path) -> float:
+    try:
+        with open_file(path) as handle:
+            entries = read_header(handle, path).entries
+    except AdapterFileError:
+        return LIMITS["F32"]
+    return max((LIMITS.get(entry.dtype, 0.0) for name, entry in entries.items() if not name.endswith(".alpha")), default=1e-5)
+
+
+def _worst_error(
+    expected: Mapping[str, ModuleWeights],
+    ours: Mapping[str, ModuleWeights],
+    theirs: Mapping[str, torch.Tensor],
+    layers: Mapping[str, nn.Module],
+) -> tuple[float, str]:
+    """(largest relative error of a module that is there, its name), over both readers. A module alone is formed at a time."""
+    worst, worst_name = 0.0, "none differs"
+    for name, module in expected.items():
+        weight: Any = layers[name].weight if name in layers else None
+        delta = module.delta(weight if module.needs_base else None).cpu()
+        size = float(delta.norm())
+        read = [theirs[name]] if name in theirs else []
+        if name in ours and ours[name] is not module:
+            read.append(ours[name].delta(weight if ours[name].needs_base else None).cpu())
+        for other in read:
+            apart = float((other.reshape(delta.shape) - delta).norm()) if other.numel() == delta.numel() else float("inf")
+            error = apart / size if size else float(apart > 0)
+            if not error <= worst:  # NaN too
+                worst, worst_name = error, name
+    return worst, worst_name
+
+
+def _by_diffusers(
+    model: DiffusionModel, path: Path, prompt: str, problems: list[str]
+) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
+    """(change of every layer that diffusers put a LoRA on, float64 by canonical name, its picture). Faults go to `problems`.
+
+    Layers kept in few bits are beyond peft: beside stand-ins without weights the LoRA is read all the same, but not drawn.
+    """
+    packed = stand_in(model.parts())
+    pipeline = model.pipeline()
+    try:
+        pipeline.load_lora_weights(str(path.parent), weight_name=path.name, local_files_only=True)
+        deltas = _peft_deltas(model)
+        return deltas, _drawn_by(pipeline, model, prompt) if deltas and not packed else None
+    except Exception as error:  # whatever it is, diffusers does not read the file
+        first = (str(error) or type(error).__name__).splitlines()[0][:300]
+        problems.append(f"diffusers does not load the file: {first}")
+        return {}, None
+    finally:
+        pipeline.unload_lora_weights()
+        for parent, leaf, layer in packed:
+            setattr(parent, leaf, layer)
+
+
+def _peft_deltas(model: DiffusionModel) -> dict[str, torch.Tensor]:
+    """scaling * B @ A of every layer that peft has put in, (out, in) or (out, in, kh, kw), float64 on the CPU."""
+    deltas = {}
+    for part, module in model.parts().items():
+        for path, layer in module.named_modules():
+            if not hasattr(layer, "lora_A") or not hasattr(layer, "base_layer"):
+                continue
+            for name in layer.lora_A:
+                down, up = (side[name].weight.detach().double().cpu() for side in (layer.lora_A, layer.lora_B))
+                delta = layer.scaling[name] * (up.flatten(1) @ down.flatten(1))
+                deltas[canonical_name(part, path)] = delta.reshape(up.shape[0], *down.shape[1:])
+    return deltas
+
+
+def _drawn(model: DiffusionModel, path: Path, prompt: str) -> torch.Tensor:
+    """Our own picture with the file at strength 1, (3, H, W) in [-1, 1]."""
+    try:
+        (name,) = attach_files(model, [path])
+        side = _side(model)
+        settings = RenderSettings(side, side, STEPS, guidance=1.0, scheduler="ddim")
+        return model.decode_latents(render_latents(model, [Picture(prompt, 0, {name: 1.0})], settings))[0]
+    finally:
+        restore_layers(model.parts())
+
+
+def _drawn_by(pipeline: Any, model: DiffusionModel, prompt: str) -> torch.Tensor:
+    """The same picture by diffusers' pipeline, whose text encoders have its adapters too."""
+    side, conditioning = _side(model), model.encode_captions([prompt])
+    pooled = {"pooled_prompt_embeds": conditioning.extras["pooled"]} if "pooled" in conditioning.extras else {}
+    latents = pipeline(
+        prompt_embeds=conditioning.hidden_states.to(pipeline.unet.dtype), **pooled, height=side, width=side,
+        num_inference_steps=STEPS, guidance_scale=1.0, generator=torch.Generator().manual_seed(0), output_type="latent",
+    ).images  # fmt: skip
+    return model.decode_latents(latents.float())[0]
+
+
+def _side(model: DiffusionModel) -> int:
+    step = model.facts.step
+    return max(step, min(model.facts.resolution, SIDE) // step * step)
+
+
+def _pixels_apart(one: torch.Tensor | None, other: torch.Tensor | None) -> int | None:
+    if one is None or other is None:
+        return None
+    pictures = [torch.frombuffer(bytearray(image_of(pixels).tobytes()), dtype=torch.uint8).int() for pixels in (one, other)]
+    return int((pictures[0] - pictures[1]).abs().max())
+
+
+def _computes_in_float32(model: DiffusionModel) -> bool:
+    return next(model.parts()["unet"].parameters()).dtype == torch.float32
