@@ -110,9 +110,9 @@ class Watched:
     """Once the window was ended on purpose, failed requests and what follows from them are no fault."""
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def browser() -> Iterator[Any]:
-    """One Chromium for all tests."""
+    """One Chromium for all tests here. It ends with them: while it is there, no other event loop can run in this thread."""
     path = find_chromium()
     try:
         from playwright.sync_api import sync_playwright
@@ -129,7 +129,7 @@ def browser() -> Iterator[Any]:
         started.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def shared_window(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Window]:
     """One window for all tests that only add to it."""
     opened = Window(tmp_path_factory.mktemp("home"))

@@ -131,6 +131,7 @@ def test_what_is_no_picture_is_named_and_the_rest_is_taken(
     page.get_by_text("2 files not taken").click()
     page.get_by_text("broken.png: ").wait_for()
     page.get_by_text("program.exe: ").wait_for()
+    page.locator(".picture").nth(1).wait_for()
     assert page.locator(".picture").count() == 2
 
 
@@ -156,7 +157,9 @@ def test_a_folder_dropped_on_home_is_a_project_of_its_name(
     page.get_by_role("button", name="New LoRA", exact=True).wait_for()
     drop(page, fill(tmp_path / "my paintings", 3))
     page.get_by_text("3 pictures and 3 captions added.").wait_for()
+    page.locator(".topbar .project-name", has_text="my paintings").wait_for()
     assert page.locator(".topbar .project-name").text_content() == "my paintings"
+    page.locator(".picture").nth(2).wait_for()
     assert page.locator(".picture").count() == 3
 
 
