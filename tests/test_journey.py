@@ -62,6 +62,7 @@ def of_type(run: Path, kind: str) -> list[dict[str, Any]]:
 def test_a_run_folder_holds_what_was_promised_and_nothing_else(run: Path) -> None:
     names = {path.name for path in run.iterdir() if not path.name.startswith(".")}
     promised = {"config.toml", "events.jsonl", "trainer.log", "samples", "checkpoints", "state", "manifest.json"}
+    promised.add("verification.json")
     assert names == promised | {result_of(run).name}
     assert result_of(run).name == "pictures-tiny-r4.safetensors"
 
@@ -97,8 +98,11 @@ def test_the_held_out_loss_is_told_when_it_is_due(run: Path) -> None:
 
 def test_events_begin_with_the_stages_and_end_with_finished(run: Path) -> None:
     told = read_events(run)
-    assert [event["name"] for event in told if event["type"] == "stage"] == ["scan", "load", "train", "export"]
+    stages = [event["name"] for event in told if event["type"] == "stage"]
+    # Pictures are prepared where no run before has done so.
+    assert [name for name in stages if name != "cache"] == ["scan", "load", "train", "export", "verify"]
     assert told[-1]["type"] == "finished" and told[-1]["path"] == result_of(run).name
+    assert told[-1]["proof"].startswith("Read back: diffusers loads all ")
     assert [event["time"] for event in told] == sorted(event["time"] for event in told)
 
 

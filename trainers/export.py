@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 from pathlib import Path
 
@@ -13,16 +12,9 @@ from trainers.adapters.inject import FlatParameters
 from trainers.adapters.plan import LayerPlan
 from trainers.config import TrainConfig
 from trainers.dataset.prepare import TrainingSet
-from trainers.families import BaseModelFacts, weight_files
+from trainers.families import BaseModelFacts
 from trainers.formats import ModuleWeights, write_adapter
-from trainers.formats.hashes import base_file_hashes
 from trainers.formats.metadata import RunFacts, build_metadata
-
-
-@functools.cache
-def base_hashes(file: Path) -> tuple[str, str]:
-    """(old, new) hash of a base's file as other programs name it: read once in a process, as it is gigabytes."""
-    return base_file_hashes(file)
 
 
 def file_name(config: TrainConfig, base: BaseModelFacts) -> str:
@@ -64,17 +56,21 @@ def trained_modules(
 
 
 def describe_run(
-    config: TrainConfig, base: BaseModelFacts, data: TrainingSet, step: int, started_at: float, precision: str
+    config: TrainConfig,
+    base: BaseModelFacts,
+    data: TrainingSet,
+    step: int,
+    started_at: float,
+    precision: str,
+    hashes: tuple[str, str],
 ) -> dict[str, str]:
     """The metadata of a file exported after `step` updates. Nothing in it tells of the person's disk.
 
-    `started_at` in seconds since 1970; `precision` is the number format that the base was used in.
+    `started_at` in seconds since 1970; `precision` is the number format that the base was used in;
+    `hashes` are the old and the new one by which other programs name the base's file.
     """
-    old_hash, new_hash = base_hashes(weight_files(base, "unet")[0])
+    old_hash, new_hash = hashes
     folder = Path(config.dataset.images)
-    groups: dict[str, list[int]] = {}
-    for prepared in (*data.own, *data.held_out):
-        groups.setdefault(Path(prepared.example.name).parent.name or folder.name, []).append(prepared.example.repeats)
     words = data.caption_parts() if config.output.caption_words else {}
     resolution = config.dataset.resolution or base.resolution
     adapter, learns_text = config.adapter, config.text_encoder_rate > 0
@@ -97,7 +93,7 @@ def describe_run(
             text_encoder_alpha=_text_alpha(config) if learns_text else None,
             network_args={"targets": list(adapter.targets), "scaling": adapter.scaling},
             buckets=tuple((width, height, count) for (height, width), count in data.bucket_counts().items()),
-            dataset_dirs={name: (max(repeats), len(repeats)) for name, repeats in sorted(groups.items())},
+            dataset_dirs=_dataset_dirs(folder, data),
             tag_frequency={folder.name: words} if words else None,
             learning_rate=config.optimizer.learning_rate,
             text_encoder_learning_rate=config.text_encoder_rate,
@@ -119,6 +115,14 @@ def describe_run(
             session_id=_session(config),
         )
     )
+
+
+def _dataset_dirs(folder: Path, data: TrainingSet) -> dict[str, tuple[int, int]]:
+    """Name of each folder of pictures -> (repeats, pictures)."""
+    groups: dict[str, list[int]] = {}
+    for prepared in (*data.own, *data.held_out):
+        groups.setdefault(Path(prepared.example.name).parent.name or folder.name, []).append(prepared.example.repeats)
+    return {name: (max(repeats), len(repeats)) for name, repeats in sorted(groups.items())}
 
 
 def _session(config: TrainConfig) -> str:

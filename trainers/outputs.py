@@ -16,9 +16,10 @@ from trainers import events
 from trainers.adapters.inject import TRAINED, restore_layers
 from trainers.dataset.prepare import render_side
 from trainers.errors import AdapterFileError
-from trainers.export import base_hashes, describe_run, export_adapter, file_name, trained_modules
+from trainers.export import describe_run, export_adapter, file_name, trained_modules
 from trainers.families import weight_files
 from trainers.files import write_atomically
+from trainers.formats.hashes import base_file_hashes
 from trainers.generate import Picture, RenderSettings, render
 from trainers.process_id import made_at
 from trainers.run_folder import RunFolder
@@ -38,6 +39,8 @@ class Outputs:
         self.sample_seconds = 0.0
         """Seconds that the last samples took."""
         self._exported_at = -1
+        self._base_hashes = ("", "")
+        """Of the base's file, taken while it is still there."""
 
     def start(self) -> None:
         """A process has taken the run up, at its first step or where it was left."""
@@ -55,8 +58,8 @@ class Outputs:
                 made=made_at(os.getpid()) or 0.0,
             )
         )
-        if training.device.is_main:  # while the base is still there
-            base_hashes(weight_files(training.model.facts, "unet")[0])
+        if training.device.is_main:
+            self._base_hashes = base_file_hashes(weight_files(training.model.facts, "unet")[0])
 
     def begin_training(self) -> None:
         """All is prepared: the steps follow."""
@@ -66,6 +69,8 @@ class Outputs:
         """The run went back to where it stands now, as the batch after `broke` steps gave no finite number."""
         training, recovery = self._training, self._training.recovery
         self._exported_at = -1
+        self._base_hashes = ("", "")
+        """Of the base's file, taken while it is still there."""
         times = f"{recovery.attempts} of {training.config.train.recoveries} times"
         message = f"{what} at step {broke + 1}: back to step {training.step}, at {recovery.rate:g} of the rate ({times})."
         self._emit(
@@ -207,7 +212,8 @@ class Outputs:
         training = self._training
         folder.mkdir(parents=True, exist_ok=True)
         base, step = training.model.facts, training.step
-        metadata = describe_run(training.config, base, training.data, step, self._started_at, training.device.dtype_name)
+        how = (self._started_at, training.device.dtype_name, self._base_hashes)
+        metadata = describe_run(training.config, base, training.data, step, *how)
         export_adapter(
             folder / name, training.flat, training.exported, training.plans, training.config, metadata, base.family.name
         )
