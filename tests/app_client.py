@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
+from collections.abc import Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,12 @@ def make_client(home: Path) -> TestClient:
     from app.server import make_app
 
     return TestClient(make_app(home, PORT), base_url=f"http://127.0.0.1:{PORT}", raise_server_exceptions=False)
+
+
+def finish(work: Coroutine[Any, Any, Any]) -> Any:
+    """Runs a coroutine to its end, in a thread of its own: tests of the browser may have left a loop running in this one."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, work).result()
 
 
 def ok(answer: Any) -> Any:

@@ -76,7 +76,7 @@ def test_with_rate_zero_nothing_of_the_text_encoder_is_injected_or_exported(star
     training = start(FREEZE_TEXT)
     assert set(training.flat.groups) == {"unet"}
     assert all(name.startswith("unet.") for name in training.flat.views)
-    layers = find_layers({"text_encoder": training.model.text_encoder}).values()
+    layers = find_layers({"text_encoder": training.model.parts()["text_encoder"]}).values()
     assert layers and not any(isinstance(layer, AdaptedLayer) for layer in layers)
     shake(training)
     export_adapter(tmp_path / "out.safetensors", training.flat, training.exported, training.plans, training.config, {})

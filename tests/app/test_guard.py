@@ -13,6 +13,7 @@ import pytest
 
 from app import guard
 from app.guard import COOKIE, Guard, local_hosts
+from tests.app_client import finish
 
 PORT = 7860
 OWN = f"127.0.0.1:{PORT}"
@@ -80,7 +81,7 @@ def ask_raw(
     scope = {"type": kind, "method": method, "path": path, "query_string": query.encode(), "headers": headers}
     if kind == "websocket":
         del scope["method"]
-    asyncio.run(Guard(app, local_hosts(PORT), password)(scope, receive, send))  # type: ignore[arg-type]
+    finish(Guard(app, local_hosts(PORT), password)(scope, receive, send))  # type: ignore[arg-type]
     return Answer(messages, seen)
 
 
@@ -179,7 +180,7 @@ def test_start_up_messages_pass() -> None:
     async def app(scope: Any, receive: Any, send: Any) -> None:
         seen.append(scope["type"])
 
-    asyncio.run(Guard(app, local_hosts(PORT), PASSWORD)({"type": "lifespan"}, None, None))  # type: ignore[arg-type]
+    finish(Guard(app, local_hosts(PORT), PASSWORD)({"type": "lifespan"}, None, None))  # type: ignore[arg-type]
     assert seen == ["lifespan"]
 
 
@@ -265,7 +266,7 @@ def test_guessing_is_slow_over_any_number_of_connections(monkeypatch: pytest.Mon
         await asyncio.gather(*(door(scope, None, ignore) for _ in range(6)))  # type: ignore[arg-type]
 
     begin = time.monotonic()
-    asyncio.run(guess_together())
+    finish(guess_together())
     assert time.monotonic() - begin >= 0.3
 
 

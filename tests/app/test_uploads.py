@@ -21,6 +21,7 @@ from starlette.requests import ClientDisconnect, Request
 from app import upload_stage, upload_zip
 from app.upload_names import MAX_DEPTH, NameRefused, clean_name, is_litter
 from app.uploads import Limits, Received, UploadError, receive
+from tests.app_client import finish
 from tests.command_line import contents
 from trainers.dataset.folder import scan_folder
 
@@ -50,7 +51,7 @@ def send(
     content_type: str = FORM,
 ) -> Received:  # fmt: skip
     """Hands a body to `receive` in pieces, as a server would; `breaks` ends the connection before the last one."""
-    return asyncio.run(receive(request_of(body, length, piece, breaks, content_type), folder, limits))
+    return finish(receive(request_of(body, length, piece, breaks, content_type), folder, limits))
 
 
 def request_of(body: bytes, length: bool, piece: int, breaks: bool, content_type: str) -> Request:
@@ -532,7 +533,7 @@ def test_a_scan_never_meets_a_file_that_is_not_finished(folder: Path) -> None:
             yield chunk
 
     request.stream = watched  # type: ignore[method-assign, assignment]
-    asyncio.run(receive(request, folder))
+    finish(receive(request, folder))
     assert len(seen) > 10 and all(found == ["a.png"] for found in seen)
 
 
@@ -546,7 +547,7 @@ def test_a_large_upload_takes_little_memory(folder: Path) -> None:
     body = body_of(files)
     request = request_of(body, True, 65_536, False, FORM)
     tracemalloc.start()
-    received = asyncio.run(receive(request, folder))
+    received = finish(receive(request, folder))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert len(received.saved) == 12 and peak < 12_000_000 < len(body)
