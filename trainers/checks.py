@@ -34,8 +34,8 @@ def check_settings(config: TrainConfig, base: BaseModelFacts) -> list[Problem]:
     if wanted not in ("auto", base.family.name) and not (wanted == "sd" and base.family.name in ("sd1", "sd2")):
         meant = "Stable Diffusion 1.x and 2.x" if wanted == "sd" else FAMILIES[wanted].title
         what = f"The base {base.name} is a {base.family.title} model, and these settings are for {meant}"
-        better = "with" if base.family.name == "sdxl" else "without"
-        hint = f"Switch to a preset {better} sdxl_ in its name (as sdxl_style or style), or to another base."
+        other = "with sdxl_ in its name, as sdxl_style" if base.family.name == "sdxl" else "without sdxl_ in its name, as style"
+        hint = f"Switch to a preset {other}; or to another base."
         problems.append(Problem("error", what, "base.family", hint))
     if base.guessed:
         problems.append(

@@ -145,7 +145,7 @@ function makeScreen(room, facts, project) {
     const isPocket = (recipe.base?.model || "pocket") === "pocket";
     const moved = MAIN.slice(1).filter((name) => at(recipe, name) !== undefined).length;
     const one = (found) => el("button", { type: "button", class: "card preset", "aria-pressed": String(found.name === current), onclick: () => choose(found.name) },
-      el("b", {}, found.name.replace(/_/g, " ")),
+      el("b", {}, found.name.replace(/_/g, " ").replace("sdxl", "SDXL")),
       found.name === current && moved ? el("span", { class: "changed" }, "changed by you: press for its own numbers") : null,
       // "For whom: ...", and of the rest the first sentence.
       el("span", { class: "help" }, [found.summary[0].replace(/^For whom: /, ""), found.summary[1]?.split(/\. (?=[A-Z])/)[0]].filter(Boolean).join(" ")));
