@@ -66,8 +66,9 @@ class ModuleWeights:
 def relative_error(module: ModuleWeights, wanted: ModuleWeights, weight: torch.Tensor | None = None) -> float:
     """Frobenius norm of the difference of the two deltas by that of the wanted one, in float64.
 
-    Infinite for other sizes and NaN. Of two LoRAs the matrices are never formed, of which SDXL's would take 18 GB: their difference is U D with the factors
-    side by side, and |U D| = |R_u R_d^T| for the triangles of the QR decompositions of U and D^T. `weight` as for `delta`.
+    Infinite for other sizes and NaN. Of two LoRAs the matrices are never formed, of which SDXL's would take 18 GB: their
+    difference is U D with the factors side by side, and |U D| = |R_u R_d^T| for the triangles of the QR decompositions
+    of U and D^T. `weight` as for `delta`.
     """
     import torch
 
