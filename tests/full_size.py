@@ -112,7 +112,10 @@ def train(family: str, work: Path, steps: int) -> dict[str, Any]:
     words = (pictures, "--output", run, "--base", work / "base.safetensors", "--steps", steps, *options, "--json")
     told = impasto("train", *words)
     events = read_events(run)
-    stages = {e.get("name", e["type"]): e["time"] for e in events if e["type"] in ("stage", "started", "finished")}
+    stages: dict[str, float] = {}
+    for event in events:
+        if event["type"] in ("stage", "started", "finished"):
+            stages.setdefault(event.get("name", event["type"]), event["time"])
     proof = json.loads((run / "verification.json").read_text(encoding="utf-8"))
     assert proof["ok"] and proof["modules"] == proof["read_by_diffusers"] == proof["read_here"] == LAYERS[family], proof
     assert not any(proof["zero"].values()), proof["zero"]
@@ -167,10 +170,14 @@ def by_diffusers(family: str, work: Path) -> dict[str, Any]:
     """diffusers' own reader of the single file: every number must be ours, and our LoRA load."""
     import diffusers
     import torch
+    import transformers
 
     from trainers.families import recognise_base, stored_tensors
     from trainers.families.tensor_files import TensorFiles
 
+    for logging in (diffusers.utils.logging, transformers.utils.logging):
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
     facts = recognise_base(str(work / "base.safetensors"))
     pipeline = getattr(diffusers, facts.family.pipeline).from_single_file(
         str(facts.checkpoint), config=str(work / "configuration"), torch_dtype=torch.float16, local_files_only=True
@@ -217,9 +224,11 @@ def by_sdcpp(python: Path, work: Path) -> dict[str, Any]:
     (work / "sdcpp.log").write_text(done.stdout + done.stderr, encoding="utf-8")
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    log = done.stdout + done.stderr
-    found["said"] = sorted({line.strip()[-110:] for line in log.splitlines() if re.search("lora", line, re.I)})
-    return found
+    applied = re.findall(r"\((\d+) / (\d+)\) LoRA tensors have been applied", done.stdout + done.stderr)
+    tensors = str(3 * LAYERS["sd1"])  # up, down and alpha of each module
+    assert applied and all(pair == (tensors, tensors) for pair in applied), applied
+    assert found["same"] and found["apart"] > 0, found
+    return {"tensors": applied[-1], "strength 0 as without": found["same"], "strength 1 apart by": found["apart"]}
 
 
 def refused(what: str, words: str, *command: object) -> None:
@@ -249,8 +258,7 @@ def job(family: str, work: Path, sdcpp: Path | None) -> None:
     measured(f"{family}: inspect --verify", lambda: inspect(work))
     measured(f"{family}: diffusers' from_single_file", lambda: apart(by_diffusers, family, work))
     if sdcpp is not None and family == "sd1":
-        found = measured(f"{family}: stable-diffusion.cpp", lambda: by_sdcpp(sdcpp, work))
-        assert found["same"] and found["apart"] > 0, found
+        measured(f"{family}: stable-diffusion.cpp", lambda: by_sdcpp(sdcpp, work))
 
 
 def cross(loras: dict[str, Path], bases: dict[str, Path]) -> None:

@@ -107,9 +107,12 @@ def _numbers(key: str, shape: tuple[int, ...]) -> torch.Tensor:
     """Flat. Matrices are drawn so that what goes through keeps its size, as layers of PyTorch begin: 1 / sqrt(3 width)."""
     if _is_counter(key):
         return torch.arange(math.prod(shape))
+    if key in ("betas", "alphas_cumprod"):  # the genuine ones: stable-diffusion.cpp samples by them
+        betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+        return (betas if key == "betas" else torch.cumprod(1 - betas, dim=0)).half()
     drawn = torch.randn(math.prod(shape), generator=generator_for("full size", key))
     if len(shape) < 2:
-        scaled = drawn * 0.02 + (key.endswith("weight") or key.endswith("alphas_cumprod"))  # of norms
+        scaled = drawn * 0.02 + key.endswith("weight")  # of norms
     elif "embedding" in key:
         scaled = drawn * 0.2
     else:
