@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -85,6 +86,25 @@ def test_every_family_is_read_whole(
     assert proof.worst_error is not None and proof.worst_error < {"fp32": 1e-6, "fp16": 1e-3}[dtype]
     assert proof.pixel_difference == 0 or proof.pixel_difference == 1
     assert set(proof.parts) == {"unet", *(training.model.facts.family.text_encoders if text else ())}
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_a_base_in_16_bits_in_which_diffusers_rounds_the_factors_passes(
+    dtype: str, tiny_base: Path, pictures: Path, tmp_path: Path
+) -> None:
+    training = tiny_training(
+        tiny_base, pictures, tmp_path / "run", "text_encoder.learning_rate=0.01", f"train.precision={dtype}"
+    )
+    shake(training)
+    modules = trained_modules(training.flat, training.exported, training.plans, training.config)
+    path = tmp_path / "x.safetensors"
+    export_adapter(path, training.flat, training.exported, training.plans, training.config, {}, "sd1")
+    restore_layers(training.model.parts())
+    proof = verify(training.model, path, modules, "a cat")
+    assert proof.problems == () and proof.modules == proof.read_by_diffusers
+    doubled = {name: dataclasses.replace(module, alpha=module.alpha * 1.02) for name, module in modules.items()}
+    (problem,) = verify(training.model, path, doubled, "a cat").problems
+    assert "otherwise than it was trained (relative error 2.0e-02" in problem
 
 
 Spoil = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]

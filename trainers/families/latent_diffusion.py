@@ -31,10 +31,11 @@ class LatentDiffusion:
         extras: Extras = lambda conditioning, framing: {},
     ) -> None:
         self.facts, self.scheduler_config = facts, facts.configs["scheduler"]
-        # The tokenizers first: a wrong one is found before gigabytes are read.
+        # The smallest first: what is wrong with them is found before gigabytes are read.
         self.tokenizers = {part: load_tokenizer(facts, part) for part in facts.family.text_encoders}
+        self.vae = load_vae(facts, device)
         self.text_encoders = {part: load_text_encoder(facts, part, dtype, device) for part in facts.family.text_encoders}
-        self.unet, self.vae = load_unet(facts, dtype, device), load_vae(facts, device)
+        self.unet = load_unet(facts, dtype, device)
         self.objective = Objective(_alphas_cumprod(self.scheduler_config), facts.prediction_type)  # type: ignore[arg-type]
         self._encode, self._extras = encode, extras
         vae_config: Any = self.vae.config

@@ -19,6 +19,7 @@ from trainers.errors import BaseModelError
 from trainers.families.facts import ASSETS, BaseModelFacts
 from trainers.families.stored import stored_tensors
 from trainers.families.tensor_files import TensorFiles
+from trainers.tensors import all_finite
 from trainers.text import name_list
 
 TOKENS = 77
@@ -108,7 +109,7 @@ def _fill(module: nn.Module, facts: BaseModelFacts, part: str, dtype: torch.dtyp
     with TensorFiles() as files:
         for name in sorted(wanted, key=lambda name: (str(stored[plain[name]].file), stored[plain[name]].entry.start)):
             tensor = files.read(stored[plain[name]])
-            if not bool(tensor.isfinite().all()):
+            if not all_finite(tensor):
                 what = f"{part}: {name} holds numbers that are NaN or infinite"
                 raise BaseModelError(what, where=where, hint="Such a model draws black pictures; download it again.")
             tensors[name] = tensor.reshape(wanted[name]).to(device, dtype)
