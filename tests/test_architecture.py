@@ -30,6 +30,7 @@ LIGHT = (
 TABLES = {
     "families": {
         *("base", "targets", "facts", "settings", "locate", "configuration", "stored", "ckpt", "single_file", "ldm"),
+        "expected",
         *("parts", "tensor_files", "latent_diffusion"),
     },
     "adapters": {"base", "layer", "inject", "plan"},

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainers.errors import BaseModelError, SettingError
 from trainers.families.configuration import prediction_type_of, read_configs, read_json, read_sizes
+from trainers.families.expected import check_tensors
 from trainers.families.facts import ASSETS, FAMILIES, BaseModelFacts, BaseOptions, FamilyFacts
 from trainers.families.locate import locate_base, name_of
 from trainers.families.single_file import recognise_file, set_epsilon
@@ -19,6 +20,8 @@ __all__ = [
     "ASSETS", "FAMILIES", "BaseModelFacts", "BaseOptions", "FamilyFacts", "check_size", "denoiser_bytes", "load_family",
     "locate_base", "recognise_base", "stored_tensors", "weight_files",
 ]  # fmt: skip
+WORDS = 49_408
+"""Of CLIP's vocabulary, begin and end marks included."""
 LARGEST_SIDE = 4096
 """Of a picture to draw, in pixels."""
 
@@ -71,6 +74,7 @@ def recognise_base(model: str, options: BaseOptions | None = None) -> BaseModelF
         weight_files(base, part)
     if not single:
         _check_tokenizers(base)
+    check_tensors(base)
     return base
 
 
@@ -90,6 +94,10 @@ def _check_tokenizers(base: BaseModelFacts) -> None:
         folder = base.folder / part.replace("text_encoder", "tokenizer")
         if not any((folder / name).is_file() for name in ("vocab.json", "tokenizer.json")):
             raise BaseModelError("The base model has no tokenizer", where=str(folder), hint="Add vocab.json and merges.txt.")
+        words = len(read_json(folder, "vocab.json")) if (folder / "vocab.json").is_file() else WORDS
+        if words < WORDS:  # transformers takes an empty one without a word
+            what = f"The base model's tokenizer knows {words:,} words in place of {WORDS:,}"
+            raise BaseModelError(what, where=str(folder), hint="Copy vocab.json and merges.txt again.")
 
 
 def check_size(base: BaseModelFacts, height: int, width: int) -> None:

@@ -14,11 +14,11 @@ from transformers.models.clip.modeling_clip import CLIPTextModel, CLIPTextModelW
 from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
 from trainers.errors import BaseModelError
+from trainers.families.expected import match_tensors
 from trainers.families.facts import ASSETS, BaseModelFacts
 from trainers.families.stored import Stored, stored_tensors
 from trainers.families.tensor_files import TensorFiles
 from trainers.tensors import all_finite
-from trainers.text import name_list
 
 TOKENS = 77
 CANARY = ("a photo of a cat", [49406, 320, 1125, 539, 320, 2368, 49407])
@@ -32,14 +32,14 @@ def load_parts(facts: BaseModelFacts, dtype: torch.dtype, device: torch.device) 
     All parts are checked by their tensors' names and shapes before any is read, and the small ones are read first, so that
     what is wrong is found before gigabytes are read. Raises BaseModelError.
     """
-    modules = {part: _build(facts, part) for part in ("vae", *facts.family.text_encoders, "unet")}
+    modules = {part: build_part(facts, part) for part in ("vae", *facts.family.text_encoders, "unet")}
     stored = {part: _find_tensors(module, facts, part) for part, module in modules.items()}
     for part, module in modules.items():
         _fill(module, part, stored[part], torch.float32 if part == "vae" else dtype, device)
     return modules
 
 
-def _build(facts: BaseModelFacts, part: str) -> Any:
+def build_part(facts: BaseModelFacts, part: str) -> Any:
     """A part without memory for its parameters. Raises BaseModelError for a configuration that builds none."""
     config = dict(facts.configs[part])
     try:
@@ -57,20 +57,10 @@ def _build(facts: BaseModelFacts, part: str) -> Any:
 
 def _find_tensors(module: nn.Module, facts: BaseModelFacts, part: str) -> dict[str, Stored]:
     """Where each of a module's tensors is stored. Raises BaseModelError for missing and misfitting ones."""
-    known = stored_tensors(facts, part)
-    where = str(next(iter(known.values())).file) if known else str(facts.source)
-    wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    found = {name: known.get(name.removeprefix("text_model.")) for name in wanted}
-    missing = [name for name, stored in found.items() if stored is None]
-    if missing:
-        what = f"The {part.replace('_', ' ')} lacks {len(missing)} of its {len(wanted)} tensors ({name_list(missing)})"
-        raise BaseModelError(what, where=where, hint="The file is incomplete, or of another kind; download it again.")
-    there = {name: stored for name, stored in found.items() if stored is not None}
-    for name, stored in there.items():
-        if _without_ones(stored.shape) != _without_ones(wanted[name]):
-            what = f"{part}: {name} is {stored.shape} in the file, and {wanted[name]} in {facts.family.title}"
-            raise BaseModelError(what, where=where, hint="This is a model of another kind.")
-    return there
+    plain = {name: name.removeprefix("text_model.") for name in module.state_dict()}
+    wanted = {plain[name]: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    found = match_tensors(facts, part, wanted, stored_tensors(facts, part))
+    return {name: found[plain[name]] for name in plain}
 
 
 def load_tokenizer(facts: BaseModelFacts, part: str) -> CLIPTokenizer:
@@ -116,8 +106,3 @@ def _fill(module: nn.Module, part: str, stored: dict[str, Stored], dtype: torch.
     module.requires_grad_(False)
     module.to(device)  # buffers
     module.eval()
-
-
-def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """A 1x1 convolution and a Linear layer of the same widths hold the same numbers."""
-    return shape[:2] if tuple(shape[2:]) == (1, 1) else shape
