@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,6 @@ from torch import nn
 
 from trainers.adapters import ADAPTERS
 from trainers.adapters.inject import find_layers, lay_out, restore_layers
-from trainers.adapters.plan import canonical_name
 from trainers.attach import attach_files
 from trainers.config import TrainConfig
 from trainers.container import open_file, read_header
@@ -30,18 +30,15 @@ from trainers.formats import ModuleWeights, read_adapter
 from trainers.formats.hashes import file_hashes
 from trainers.generate import Picture, RenderSettings, image_of, render_latents
 from trainers.layers import plan_layers
-from trainers.quantised import stand_in
+from trainers.read_back import STEPS, computes_in_float32, read_by_diffusers, side_of
 from trainers.run_folder import RunFolder
 from trainers.text import name_list
 from trainers.training_state import load_state
 
-LIMITS = {"F32": 1e-5, "F16": 1e-3, "BF16": 1e-2}
+LIMITS = {"F64": 1e-5, "F32": 1e-5, "F16": 1e-3, "BF16": 1e-2}
 """Largest relative error of a module that the file's number format explains."""
 PIXELS = 3
 """Largest difference of a pixel, of 255, between two readers in float32; sums in another order explain so much."""
-SIDE = 256
-"""Largest side in pixels of the picture that is drawn both ways."""
-STEPS = 4
 
 
 @dataclass(frozen=True)
@@ -122,7 +119,7 @@ def verify(model: DiffusionModel, path: Path, trained: Mapping[str, ModuleWeight
         problems.append(f"{len(unmatched)} of the file's modules are not in the base ({name_list(list(unmatched))})")
     expected = ours if trained is None else trained
     own_picture = _drawn(model, path, prompt) if ours else None
-    theirs, their_picture = _by_diffusers(model, path, prompt, problems)
+    theirs, their_picture = read_by_diffusers(model, path, prompt, problems)
     for reader, names in (("this program", ours.keys()), ("diffusers", theirs.keys())):
         missing = [name for name in expected if name not in names]
         if missing:
@@ -134,7 +131,7 @@ def verify(model: DiffusionModel, path: Path, trained: Mapping[str, ModuleWeight
             f"{worst_name} changes its layer otherwise than it was trained (relative error {worst:.1e}, at most {limit:g})"
         )
     pixels = _pixels_apart(own_picture, their_picture)
-    if pixels is not None and pixels > PIXELS and _computes_in_float32(model):
+    if pixels is not None and pixels > PIXELS and computes_in_float32(model):
         problems.append(f"diffusers draws another picture than this program: a pixel differs by {pixels} of 255")
     parts: dict[str, int] = {}
     for name in theirs:
@@ -211,82 +208,30 @@ def _worst_error(
     """(largest relative error of a module that is there, its name), over both readers. A module alone is formed at a time."""
     worst, worst_name = 0.0, "none differs"
     for name, module in expected.items():
-        weight: Any = layers[name].weight if name in layers else None
-        delta = module.delta(weight if module.needs_base else None).cpu()
+        weight: Any = layers[name].weight.detach().cpu() if module.needs_base and name in layers else None
+        delta = module.delta(weight)
         size = float(delta.norm())
         read = [theirs[name]] if name in theirs else []
         if name in ours and ours[name] is not module:
-            read.append(ours[name].delta(weight if ours[name].needs_base else None).cpu())
+            read.append(ours[name].delta(weight))
         for other in read:
             apart = float((other.reshape(delta.shape) - delta).norm()) if other.numel() == delta.numel() else float("inf")
             error = apart / size if size else float(apart > 0)
-            if not error <= worst:  # NaN too
+            error = error if math.isfinite(error) else math.inf  # NaN would be below every limit
+            if error > worst:
                 worst, worst_name = error, name
     return worst, worst_name
-
-
-def _by_diffusers(
-    model: DiffusionModel, path: Path, prompt: str, problems: list[str]
-) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
-    """(change of every layer that diffusers put a LoRA on, float64 by canonical name, its picture). Faults go to `problems`.
-
-    Layers kept in few bits are beyond peft: beside stand-ins without weights the LoRA is read all the same, but not drawn.
-    """
-    packed = stand_in(model.parts())
-    pipeline = model.pipeline()
-    try:
-        pipeline.load_lora_weights(str(path.parent), weight_name=path.name, local_files_only=True)
-        deltas = _peft_deltas(model)
-        return deltas, _drawn_by(pipeline, model, prompt) if deltas and not packed else None
-    except Exception as error:  # whatever it is, diffusers does not read the file
-        first = (str(error) or type(error).__name__).splitlines()[0][:300]
-        problems.append(f"diffusers does not load the file: {first}")
-        return {}, None
-    finally:
-        pipeline.unload_lora_weights()
-        for parent, leaf, layer in packed:
-            setattr(parent, leaf, layer)
-
-
-def _peft_deltas(model: DiffusionModel) -> dict[str, torch.Tensor]:
-    """scaling * B @ A of every layer that peft has put in, (out, in) or (out, in, kh, kw), float64 on the CPU."""
-    deltas = {}
-    for part, module in model.parts().items():
-        for path, layer in module.named_modules():
-            if not hasattr(layer, "lora_A") or not hasattr(layer, "base_layer"):
-                continue
-            for name in layer.lora_A:
-                down, up = (side[name].weight.detach().double().cpu() for side in (layer.lora_A, layer.lora_B))
-                delta = layer.scaling[name] * (up.flatten(1) @ down.flatten(1))
-                deltas[canonical_name(part, path)] = delta.reshape(up.shape[0], *down.shape[1:])
-    return deltas
 
 
 def _drawn(model: DiffusionModel, path: Path, prompt: str) -> torch.Tensor:
     """Our own picture with the file at strength 1, (3, H, W) in [-1, 1]."""
     try:
         (name,) = attach_files(model, [path])
-        side = _side(model)
+        side = side_of(model)
         settings = RenderSettings(side, side, STEPS, guidance=1.0, scheduler="ddim")
         return model.decode_latents(render_latents(model, [Picture(prompt, 0, {name: 1.0})], settings))[0]
     finally:
         restore_layers(model.parts())
-
-
-def _drawn_by(pipeline: Any, model: DiffusionModel, prompt: str) -> torch.Tensor:
-    """The same picture by diffusers' pipeline, whose text encoders have its adapters too."""
-    side, conditioning = _side(model), model.encode_captions([prompt])
-    pooled = {"pooled_prompt_embeds": conditioning.extras["pooled"]} if "pooled" in conditioning.extras else {}
-    latents = pipeline(
-        prompt_embeds=conditioning.hidden_states.to(pipeline.unet.dtype), **pooled, height=side, width=side,
-        num_inference_steps=STEPS, guidance_scale=1.0, generator=torch.Generator().manual_seed(0), output_type="latent",
-    ).images  # fmt: skip
-    return model.decode_latents(latents.float())[0]
-
-
-def _side(model: DiffusionModel) -> int:
-    step = model.facts.step
-    return max(step, min(model.facts.resolution, SIDE) // step * step)
 
 
 def _pixels_apart(one: torch.Tensor | None, other: torch.Tensor | None) -> int | None:
@@ -294,7 +239,3 @@ def _pixels_apart(one: torch.Tensor | None, other: torch.Tensor | None) -> int |
         return None
     pictures = [torch.frombuffer(bytearray(image_of(pixels).tobytes()), dtype=torch.uint8).int() for pixels in (one, other)]
     return int((pictures[0] - pictures[1]).abs().max())
-
-
-def _computes_in_float32(model: DiffusionModel) -> bool:
-    return next(model.parts()["unet"].parameters()).dtype == torch.float32
