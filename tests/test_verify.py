@@ -98,14 +98,18 @@ def test_a_base_in_half_precision_blames_no_file(half: torch.dtype, tiny_base: P
     path = tmp_path / "x.safetensors"
     export_adapter(path, training.flat, training.exported, training.plans, training.config, {}, "sd1")
     model = load_family(recognise_base(str(tiny_base)), half, torch.device("cpu"))
-    before = {part: {name: tensor.clone() for name, tensor in module.state_dict().items()} for part, module in model.parts().items()}
+    before = {
+        part: {name: tensor.clone() for name, tensor in module.state_dict().items()} for part, module in model.parts().items()
+    }
     proof = verify(model, path, modules, "a cat")
     assert proof.problems == () and proof.worst_error is not None and proof.worst_error < 1e-6
     assert proof.pixel_difference is not None
     for part, module in model.parts().items():
         after = module.state_dict()
         assert after.keys() == before[part].keys()
-        assert all(after[name].dtype == tensor.dtype and torch.equal(after[name], tensor) for name, tensor in before[part].items())
+        assert all(
+            after[name].dtype == tensor.dtype and torch.equal(after[name], tensor) for name, tensor in before[part].items()
+        )
 
 
 def test_apple_s_gpus_have_no_float64() -> None:

@@ -82,7 +82,8 @@ def parse_size(text: str) -> tuple[int, int]:
 def draw(request: DrawRequest, on_picture: Callable[[int, int], object] = lambda done, total: None) -> list[Path]:
     """Renders and writes; returns the files made. `on_picture` is told how many of how many pictures are drawn.
 
-    What of a LoRA does not fit the base, and what of the base was guessed, is told on stderr. Raises TrainingError, before any weight is read where it can.
+    What of a LoRA does not fit the base, and what of the base was guessed, is told on stderr. Raises TrainingError, before
+    any weight is read where it can.
     """
     check_sampler(request.scheduler)
     if request.as_folder and request.output.exists() and not request.output.is_dir():

@@ -208,7 +208,8 @@ def _worst_error(
     """(largest relative error of a module that is there, its name), over both readers. A module alone is formed at a time."""
     worst, worst_name = 0.0, "none differs"
     for name, module in expected.items():
-        weight: Any = layers[name].weight.detach().cpu() if module.needs_base and name in layers else None
+        layer: Any = layers.get(name)
+        weight = layer.weight.detach().cpu() if module.needs_base and layer is not None else None
         delta = module.delta(weight)
         size = float(delta.norm())
         read = [theirs[name]] if name in theirs else []

@@ -115,7 +115,8 @@ def _fill(module: nn.Module, facts: BaseModelFacts, part: str, dtype: torch.dtyp
     with TensorFiles() as files:
         for name in sorted(wanted, key=lambda name: (str(stored[plain[name]].file), stored[plain[name]].entry.start)):
             tensor = files.read(stored[plain[name]])
-            wide = tensor if tensor.element_size() > 1 or not tensor.is_floating_point() else tensor.half()  # float8 is only kept
+            # torch cannot look into float8.
+            wide = tensor.half() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor
             if not bool(wide.isfinite().all()):
                 what = f"{part}: {name} holds numbers that are NaN or infinite"
                 raise BaseModelError(what, where=where, hint="Such a model draws black pictures; download it again.")
