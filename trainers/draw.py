@@ -92,15 +92,19 @@ def draw(request: DrawRequest, on_picture: Callable[[int, int], object] = lambda
         raise SettingError("Two strengths would be drawn into one file", where="--strengths", hint="Let them differ by 0.01.")
     if not request.as_folder and request.output.suffix.lower() != ".png":
         raise SettingError("Pictures are written as .png", where=str(request.output), hint="End --output with .png or with /.")
-    from trainers.attach import attach_files
-    from trainers.device import choose_device
     from trainers.families import check_size, denoiser_bytes, load_family, recognise_base
+    from trainers.formats.recognise import check_family
 
     base = recognise_base(request.base, request.options)
     if base.guessed:
         typer.echo(base.guessed.replace("base.prediction_type=", "--prediction-type "), err=True)
     size = request.size or (base.resolution, base.resolution)
     check_size(base, height=size[1], width=size[0])
+    for path, _ in request.loras:
+        check_family(path, base.family.name)
+    from trainers.attach import attach_files
+    from trainers.device import choose_device
+
     device = choose_device("auto", denoiser_bytes(base))
     model = load_family(base, device.dtype, device.device)
     names = attach_files(model, [path for path, _ in request.loras], lambda remark: typer.echo(remark, err=True))

@@ -7,8 +7,7 @@ nf4   16 levels of a normal distribution over blocks of 64 weights (arXiv 2305.1
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -137,25 +136,15 @@ def quantise(part: nn.Module, kind: str, device: torch.device) -> tuple[int, int
     return before, _bytes_of(part)
 
 
-@contextmanager
-def standing_in(parts: Mapping[str, nn.Module]) -> Iterator[None]:
-    """While held, all weights of frozen parts are zeros in float32 that take no memory, and packed layers plain ones."""
-    replaced: list[tuple[nn.Module, str, nn.Module | nn.Parameter]] = []
+def stand_in(parts: Mapping[str, nn.Module]) -> list[tuple[nn.Module, str, PackedLayer]]:
+    """Puts a plain layer without memory in every packed one's place. Returns (its parent, its name there, the packed one)."""
+    packed = []
     for part in parts.values():
         for path, layer in [(path, layer) for path, layer in part.named_modules() if isinstance(layer, PackedLayer)]:
             parent, _, leaf = path.rpartition(".")
-            replaced.append((part.get_submodule(parent), leaf, layer))
+            packed.append((part.get_submodule(parent), leaf, layer))
             setattr(part.get_submodule(parent), leaf, layer.without_weight())
-        for module in part.modules():
-            for name, weight in list(module.named_parameters(recurse=False)):
-                replaced.append((module, name, weight))
-                zero = torch.zeros((), device=weight.device).expand(weight.shape)
-                setattr(module, name, nn.Parameter(zero, requires_grad=False))
-    try:
-        yield
-    finally:
-        for owner, name, own in replaced:
-            setattr(owner, name, own)
+    return packed
 
 
 def _bytes_of(part: nn.Module) -> int:

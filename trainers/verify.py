@@ -9,16 +9,17 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from trainers.adapters import ADAPTERS
 from trainers.adapters.inject import find_layers, lay_out, restore_layers
+from trainers.adapters.plan import canonical_name
 from trainers.attach import attach_files
 from trainers.config import TrainConfig
 from trainers.container import open_file, read_header
@@ -28,22 +29,27 @@ from trainers.families.base import DiffusionModel
 from trainers.files import write_atomically
 from trainers.formats import ModuleWeights, read_adapter
 from trainers.formats.hashes import file_hashes
+from trainers.formats.weights import relative_error
 from trainers.generate import Picture, RenderSettings, image_of, render_latents
 from trainers.layers import plan_layers
-from trainers.read_back import STEPS, computes_in_float32, read_by_diffusers, side_of
+from trainers.quantised import stand_in
 from trainers.run_folder import RunFolder
+from trainers.tensors import FLOATS
 from trainers.text import name_list
 from trainers.training_state import load_state
 
-LIMITS = {"F64": 1e-5, "F32": 1e-5, "F16": 1e-3, "BF16": 1e-2}
-"""Largest relative error of a module that the file's number format explains."""
+LIMITS = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
+"""Largest relative error of a module that a number format explains: the file's, or that in which a reader keeps it."""
 PIXELS = 3
 """Largest difference of a pixel, of 255, between two readers in float32; sums in another order explain so much."""
+SIDE = 256
+"""Largest side in pixels of the picture that is drawn both ways."""
+STEPS = 4
 
 
 @dataclass(frozen=True)
 class Proof:
-    """What a verification found. Counts are of modules; `worst_error` is relative, in Frobenius norm."""
+    """What a verification found. Counts are of modules. `worst_error` (relative, Frobenius norm) is nearest to its limit."""
 
     file: str
     modules: int
@@ -83,7 +89,7 @@ def describe(proof: Proof) -> list[str]:
     lines = [
         f"loaded      {proof.read_by_diffusers} of {proof.modules} modules in diffusers ({parts or 'none'}),"
         f" {proof.read_here} here",
-        f"error       {error}, the largest of a module against {proof.against}",
+        f"error       {error}, of a module against {proof.against}, the nearest to its limit",
         f"picture     largest difference of a pixel: {pixels}",
         f"zero        {zero or 'no module'}{' change nothing' if zero else ' changes nothing'}",
     ]
@@ -119,26 +125,23 @@ def verify(model: DiffusionModel, path: Path, trained: Mapping[str, ModuleWeight
         problems.append(f"{len(unmatched)} of the file's modules are not in the base ({name_list(list(unmatched))})")
     expected = ours if trained is None else trained
     own_picture = _drawn(model, path, prompt) if ours else None
-    theirs, their_picture = read_by_diffusers(model, path, prompt, problems)
+    theirs, their_picture = _by_diffusers(model, path, prompt, problems)
     for reader, names in (("this program", ours.keys()), ("diffusers", theirs.keys())):
         missing = [name for name in expected if name not in names]
         if missing:
             problems.append(f"{len(missing)} of {len(expected)} modules are not read by {reader} ({name_list(missing)})")
-    limit = _limit_of(path)
-    worst, worst_name = _worst_error(expected, ours, theirs, layers)
+    worst, worst_name, limit = _worst_error(expected, ours, theirs, layers, _limit_of(path))
     if worst > limit:
         problems.append(
             f"{worst_name} changes its layer otherwise than it was trained (relative error {worst:.1e}, at most {limit:g})"
         )
     pixels = _pixels_apart(own_picture, their_picture)
-    if pixels is not None and pixels > PIXELS and computes_in_float32(model):
+    if pixels is not None and pixels > PIXELS and _computes_in_float32(model):
         problems.append(f"diffusers draws another picture than this program: a pixel differs by {pixels} of 255")
-    parts: dict[str, int] = {}
-    for name in theirs:
-        parts[name.partition(".")[0]] = parts.get(name.partition(".")[0], 0) + 1
-    zero: dict[str, int] = dict.fromkeys(parts, 0)
-    for name, delta in theirs.items():
-        zero[name.partition(".")[0]] += not bool(delta.any())
+    parts = dict(Counter(name.partition(".")[0] for name in theirs))
+    zero = dict.fromkeys(parts, 0)
+    for name, module in theirs.items():
+        zero[name.partition(".")[0]] += module.delta_norm() == 0
     against = "what this program reads" if trained is None else "what was trained"
     return Proof(
         path.name,
@@ -147,7 +150,7 @@ def verify(model: DiffusionModel, path: Path, trained: Mapping[str, ModuleWeight
         len(theirs),
         parts,
         against,
-        worst if expected else None,
+        worst if expected and math.isfinite(worst) else None,
         worst_name,
         pixels,
         zero,
@@ -195,48 +198,102 @@ def _limit_of(path: Path) -> float:
         with open_file(path) as handle:
             entries = read_header(handle, path).entries
     except AdapterFileError:
-        return LIMITS["F32"]
-    return max((LIMITS.get(entry.dtype, 0.0) for name, entry in entries.items() if not name.endswith(".alpha")), default=1e-5)
+        return LIMITS[torch.float32]
+    known = (FLOATS.get(entry.dtype) for name, entry in entries.items() if not name.endswith(".alpha"))
+    return max((LIMITS.get(dtype, 0.0) for dtype in known if dtype), default=LIMITS[torch.float32])
 
 
 def _worst_error(
     expected: Mapping[str, ModuleWeights],
     ours: Mapping[str, ModuleWeights],
-    theirs: Mapping[str, torch.Tensor],
-    layers: Mapping[str, nn.Module],
-) -> tuple[float, str]:
-    """(largest relative error of a module that is there, its name), over both readers. A module alone is formed at a time."""
-    worst, worst_name = 0.0, "none differs"
+    theirs: Mapping[str, ModuleWeights],
+    layers: Mapping[str, Any],
+    limit: float,
+) -> tuple[float, str, float]:
+    """(relative error of the module nearest to or furthest over its limit, its name, that limit), over both readers.
+
+    diffusers keeps the factors in the base's number format: bf16 explains more than the file's fp16.
+    """
+    worst, worst_name, its_limit = 0.0, "none differs", limit
     for name, module in expected.items():
-        layer: Any = layers.get(name)
-        weight = layer.weight.detach().cpu() if module.needs_base and layer is not None else None
-        delta = module.delta(weight)
-        size = float(delta.norm())
-        read = [theirs[name]] if name in theirs else []
-        if name in ours and ours[name] is not module:
-            read.append(ours[name].delta(weight))
-        for other in read:
-            apart = float((other.reshape(delta.shape) - delta).norm()) if other.numel() == delta.numel() else float("inf")
-            error = apart / size if size else float(apart > 0)
-            error = error if math.isfinite(error) else math.inf  # NaN would be below every limit
-            if error > worst:
-                worst, worst_name = error, name
-    return worst, worst_name
+        weight = layers[name].weight.detach().cpu() if module.needs_base and name in layers else None
+        for other in (read[name] for read in (theirs, ours) if name in read and read[name] is not module):
+            allowed = max(limit, *(LIMITS.get(factor.dtype, 0.0) for factor in other.factors.values()))
+            error = relative_error(other, module, weight)
+            if error / allowed > worst / its_limit:
+                worst, worst_name, its_limit = error, name, allowed
+    return worst, worst_name, its_limit
+
+
+def _by_diffusers(
+    model: DiffusionModel, path: Path, prompt: str, problems: list[str]
+) -> tuple[dict[str, ModuleWeights], torch.Tensor | None]:
+    """(the LoRA of every layer that diffusers put one on, by canonical name, its picture). Faults go to `problems`.
+
+    Layers kept in few bits are beyond peft: beside stand-ins without weights the LoRA is read all the same, but not drawn.
+    """
+    packed = stand_in(model.parts())
+    pipeline = model.pipeline()
+    try:
+        pipeline.load_lora_weights(str(path.parent), weight_name=path.name, local_files_only=True)
+        modules = _peft_modules(model)
+        return modules, _drawn_by(pipeline, model, prompt) if modules and not packed else None
+    except Exception as error:  # whatever it is, diffusers does not read the file
+        first = (str(error) or type(error).__name__).splitlines()[0][:300]
+        problems.append(f"diffusers does not load the file: {first}")
+        return {}, None
+    finally:
+        pipeline.unload_lora_weights()
+        for parent, leaf, layer in packed:
+            setattr(parent, leaf, layer)
+
+
+def _peft_modules(model: DiffusionModel) -> dict[str, ModuleWeights]:
+    """The factors of every layer that peft has put in. Only those are kept: all deltas of an SD 1.5 would take 3 GB."""
+    modules = {}
+    for part, module in model.parts().items():
+        for path, layer in module.named_modules():
+            if not hasattr(layer, "lora_A") or not hasattr(layer, "base_layer"):
+                continue
+            for name in layer.lora_A:
+                down, up = (side[name].weight.detach().cpu() for side in (layer.lora_A, layer.lora_B))
+                factors = {"down": down, "up": up}
+                modules[canonical_name(part, path)] = ModuleWeights(factors, layer.scaling[name] * down.shape[0])
+    return modules
 
 
 def _drawn(model: DiffusionModel, path: Path, prompt: str) -> torch.Tensor:
     """Our own picture with the file at strength 1, (3, H, W) in [-1, 1]."""
     try:
         (name,) = attach_files(model, [path])
-        side = side_of(model)
+        side = _side(model)
         settings = RenderSettings(side, side, STEPS, guidance=1.0, scheduler="ddim")
         return model.decode_latents(render_latents(model, [Picture(prompt, 0, {name: 1.0})], settings))[0]
     finally:
         restore_layers(model.parts())
 
 
+def _drawn_by(pipeline: Any, model: DiffusionModel, prompt: str) -> torch.Tensor:
+    """The same picture by diffusers' pipeline, whose text encoders have its adapters too."""
+    side, conditioning = _side(model), model.encode_captions([prompt])
+    pooled = {"pooled_prompt_embeds": conditioning.extras["pooled"]} if "pooled" in conditioning.extras else {}
+    latents = pipeline(
+        prompt_embeds=conditioning.hidden_states.to(pipeline.unet.dtype), **pooled, height=side, width=side,
+        num_inference_steps=STEPS, guidance_scale=1.0, generator=torch.Generator().manual_seed(0), output_type="latent",
+    ).images  # fmt: skip
+    return model.decode_latents(latents.float())[0]
+
+
+def _side(model: DiffusionModel) -> int:
+    step = model.facts.step
+    return max(step, min(model.facts.resolution, SIDE) // step * step)
+
+
 def _pixels_apart(one: torch.Tensor | None, other: torch.Tensor | None) -> int | None:
     if one is None or other is None:
         return None
-    pictures = [torch.frombuffer(bytearray(image_of(pixels).tobytes()), dtype=torch.uint8).int() for pixels in (one, other)]
-    return int((pictures[0] - pictures[1]).abs().max())
+    return max(abs(a - b) for a, b in zip(image_of(one).tobytes(), image_of(other).tobytes(), strict=True))
+
+
+def _computes_in_float32(model: DiffusionModel) -> bool:
+    return next(model.parts()["unet"].parameters()).dtype == torch.float32

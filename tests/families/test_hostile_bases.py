@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 
 from trainers.errors import BaseModelError
 from trainers.families import BaseOptions, load_family, locate, recognise_base
-from trainers.families.parts import load_text_encoder
 from trainers.formats.base_file import write_base
 
 CPU = torch.device("cpu")
@@ -62,7 +61,7 @@ def test_settings_that_name_code_of_the_hub_are_not_handed_on(single: Path, tmp_
     """transformers would fetch and run a kernel for such an attention; torch's own is taken."""
     values = {"_attn_implementation": "somebody/kernel", "attn_implementation": "somebody/kernel", "auto_map": {"x": "y"}}
     facts = recognise_base(str(with_settings(single, tmp_path / "kernel.safetensors", "text_encoder", **values)))
-    encoder = load_text_encoder(facts, "text_encoder", torch.float32, CPU)
+    encoder: Any = load_family(facts, torch.float32, CPU).parts()["text_encoder"]
     assert encoder.config._attn_implementation in ("sdpa", "eager") and not hasattr(encoder.config, "auto_map")
 
 
@@ -70,7 +69,7 @@ def test_settings_that_name_code_of_the_hub_are_not_handed_on(single: Path, tmp_
 def test_settings_of_the_wrong_kind_are_told_in_words(values: dict[str, Any], single: Path, tmp_path: Path) -> None:
     facts = recognise_base(str(with_settings(single, tmp_path / "odd.safetensors", "text_encoder", **values)))
     with pytest.raises(BaseModelError, match="No text_encoder can be built"):
-        load_text_encoder(facts, "text_encoder", torch.float32, CPU)
+        load_family(facts, torch.float32, CPU)
 
 
 def test_a_layer_without_rows_tells_no_family(single: Path, tmp_path: Path) -> None:

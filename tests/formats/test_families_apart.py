@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from tests.command_line import impasto
 from tests.formats.examples import random_lora
 from trainers.errors import AdapterFileError
 from trainers.formats import read_adapter, write_adapter
@@ -114,3 +115,22 @@ def test_onetrainers_mixture_is_read(tmp_path: Path) -> None:
     file = read_adapter(tmp_path / "a.safetensors", shapes, shapes, "sdxl")
     assert file.modules.keys() == shapes.keys() and {module.kind for module in file.modules.values()} == {"dora"}
     assert file.unmatched == ("bundle_emb.mine.clip_l",)
+
+
+@pytest.mark.parametrize("command", ["generate", "inspect"])
+def test_a_file_of_another_family_is_refused_before_the_base_is_read(
+    command: str, tiny_sdxl_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A base of real size takes from seconds to minutes to read."""
+    path = tmp_path / "a.safetensors"
+    write_adapter(path, random_lora(layers_of("sd1")), {}, "fp32", "kohya", "sd1")
+
+    def load(*_: object) -> None:
+        raise AssertionError("the base was read")
+
+    monkeypatch.setattr("trainers.families.load_family", load)
+    monkeypatch.setattr("trainers.tools.verify_file.load_family", load)
+    words = {"generate": ("--lora", path, "-p", "x", "-o", tmp_path / "x.png"), "inspect": (path, "--verify")}[command]
+    assert impasto(command, *words, "--base", tiny_sdxl_base) != 0
+    said = capsys.readouterr().err
+    assert f"made for {TITLES['sd1']}" in said and f"the base model is {TITLES['sdxl']}" in said

@@ -11,7 +11,7 @@ from torch import nn
 
 from trainers.families.base import Conditioning
 from trainers.families.facts import BaseModelFacts
-from trainers.families.parts import TOKENS, load_text_encoder, load_tokenizer, load_unet, load_vae
+from trainers.families.parts import TOKENS, load_parts, load_tokenizer
 from trainers.families.targets import trainable_paths
 from trainers.objective import Objective
 
@@ -31,10 +31,11 @@ class LatentDiffusion:
         extras: Extras = lambda conditioning, framing: {},
     ) -> None:
         self.facts, self.scheduler_config = facts, facts.configs["scheduler"]
-        # The tokenizers first: a wrong one is found before gigabytes are read.
+        # The tokenizers first: what is wrong with them is found before gigabytes are read.
         self.tokenizers = {part: load_tokenizer(facts, part) for part in facts.family.text_encoders}
-        self.text_encoders = {part: load_text_encoder(facts, part, dtype, device) for part in facts.family.text_encoders}
-        self.unet, self.vae = load_unet(facts, dtype, device), load_vae(facts, device)
+        parts = load_parts(facts, dtype, device)
+        self.text_encoders: dict[str, Any] = {part: parts[part] for part in facts.family.text_encoders}
+        self.unet, self.vae = parts["unet"], parts["vae"]
         self.objective = Objective(_alphas_cumprod(self.scheduler_config), facts.prediction_type)  # type: ignore[arg-type]
         self._encode, self._extras = encode, extras
         vae_config: Any = self.vae.config

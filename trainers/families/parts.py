@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,8 +15,9 @@ from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
 from trainers.errors import BaseModelError
 from trainers.families.facts import ASSETS, BaseModelFacts
-from trainers.families.stored import stored_tensors
+from trainers.families.stored import Stored, stored_tensors
 from trainers.families.tensor_files import TensorFiles
+from trainers.tensors import all_finite
 from trainers.text import name_list
 
 TOKENS = 77
@@ -31,30 +30,52 @@ _TEXT_SETTINGS = {
 _VOCABULARY = ASSETS / "pocket" / "tokenizer"
 
 
-def load_unet(facts: BaseModelFacts, dtype: torch.dtype, device: torch.device) -> UNet2DConditionModel:
-    """The denoiser, frozen."""
-    with _building(facts, "unet"):
-        unet = UNet2DConditionModel.from_config(dict(facts.configs["unet"]))
-    _fill(unet, facts, "unet", dtype, device)
-    return unet
+def load_parts(facts: BaseModelFacts, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """vae, text_encoder, ... and unet, frozen, in `dtype` but for the VAE, which is float32: in half precision SDXL's
+    overflows, and others lose colours.
+
+    All parts are checked by their tensors' names and shapes before any is read, and the small ones are read first, so that
+    what is wrong is found before gigabytes are read. Raises BaseModelError.
+    """
+    modules = {part: _build(facts, part) for part in ("vae", *facts.family.text_encoders, "unet")}
+    stored = {part: _find_tensors(module, facts, part) for part, module in modules.items()}
+    for part, module in modules.items():
+        _fill(module, part, stored[part], torch.float32 if part == "vae" else dtype, device)
+    return modules
 
 
-def load_vae(facts: BaseModelFacts, device: torch.device) -> AutoencoderKL:
-    """The VAE, frozen, in float32: in half precision SDXL's overflows, and others lose colours."""
-    with _building(facts, "vae"):
-        vae = AutoencoderKL.from_config(dict(facts.configs["vae"]))
-    _fill(vae, facts, "vae", torch.float32, device)
-    return vae
+def _build(facts: BaseModelFacts, part: str) -> Any:
+    """A part without memory for its parameters. Raises BaseModelError for a configuration that builds none."""
+    config = dict(facts.configs[part])
+    try:
+        with init_empty_weights(include_buffers=False):
+            if part == "unet":
+                return UNet2DConditionModel.from_config(config)
+            if part == "vae":
+                return AutoencoderKL.from_config(config)
+            kind = CLIPTextModel if part == "text_encoder" else CLIPTextModelWithProjection
+            return kind(CLIPTextConfig.from_dict({name: config[name] for name in config if name in _TEXT_SETTINGS}))
+    except Exception as error:  # whatever a library makes of settings that it does not expect
+        what = f"No {part} can be built from the base's configuration: {(str(error) or repr(error)).splitlines()[0][:200]}"
+        raise BaseModelError(what, where=str(facts.source), hint="Is it a Stable Diffusion model?") from error
 
 
-def load_text_encoder(facts: BaseModelFacts, part: str, dtype: torch.dtype, device: torch.device) -> Any:
-    """A CLIP text encoder, frozen; the second one with the projection of its pooled state."""
-    kind = CLIPTextModel if part == "text_encoder" else CLIPTextModelWithProjection
-    with _building(facts, part):
-        given = {name: value for name, value in facts.configs[part].items() if name in _TEXT_SETTINGS}
-        encoder = kind(CLIPTextConfig.from_dict(given))
-    _fill(encoder, facts, part, dtype, device)
-    return encoder
+def _find_tensors(module: nn.Module, facts: BaseModelFacts, part: str) -> dict[str, Stored]:
+    """Where each of a module's tensors is stored. Raises BaseModelError for missing and misfitting ones."""
+    known = stored_tensors(facts, part)
+    where = str(next(iter(known.values())).file) if known else str(facts.source)
+    wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    found = {name: known.get(name.removeprefix("text_model.")) for name in wanted}
+    missing = [name for name, stored in found.items() if stored is None]
+    if missing:
+        what = f"The {part.replace('_', ' ')} lacks {len(missing)} of its {len(wanted)} tensors ({name_list(missing)})"
+        raise BaseModelError(what, where=where, hint="The file is incomplete, or of another kind; download it again.")
+    there = {name: stored for name, stored in found.items() if stored is not None}
+    for name, stored in there.items():
+        if _without_ones(stored.shape) != _without_ones(wanted[name]):
+            what = f"{part}: {name} is {stored.shape} in the file, and {wanted[name]} in {facts.family.title}"
+            raise BaseModelError(what, where=where, hint="This is a model of another kind.")
+    return there
 
 
 def load_tokenizer(facts: BaseModelFacts, part: str) -> CLIPTokenizer:
@@ -84,43 +105,18 @@ def _is_open_clip(facts: BaseModelFacts, part: str) -> bool:
     return facts.family.name == "sd2" or part == "text_encoder_2"
 
 
-@contextmanager
-def _building(facts: BaseModelFacts, part: str) -> Iterator[None]:
-    """Inside, modules are built without memory for their parameters; a configuration that builds none is told."""
-    try:
-        with init_empty_weights(include_buffers=False):
-            yield
-    except Exception as error:  # whatever a library makes of settings that it does not expect
-        first = (str(error) or type(error).__name__).splitlines()[0][:200]
-        what = f"No {part} can be built from the base's configuration: {first}"
-        raise BaseModelError(what, where=str(facts.source), hint="Is it a Stable Diffusion model?") from error
-
-
-def _fill(module: nn.Module, facts: BaseModelFacts, part: str, dtype: torch.dtype, device: torch.device) -> None:
-    """Reads a part's tensors into its module. Raises BaseModelError for missing, misfitting, or not finite ones."""
-    stored = stored_tensors(facts, part)
-    wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    where = str(next(iter(stored.values())).file) if stored else str(facts.source)
-    plain = {name: name.removeprefix("text_model.") for name in wanted}
-    missing = [name for name in wanted if plain[name] not in stored]
-    if missing:
-        what = f"The {part.replace('_', ' ')} lacks {len(missing)} of its {len(wanted)} tensors ({name_list(missing)})"
-        raise BaseModelError(what, where=where, hint="The file is incomplete, or of another kind; download it again.")
-    for name, shape in wanted.items():
-        given = stored[plain[name]].shape
-        if _without_ones(given) != _without_ones(shape):
-            what = f"{part}: {name} is {given} in the file, and {shape} in {facts.family.title}"
-            raise BaseModelError(what, where=where, hint="This is a model of another kind.")
+def _fill(module: nn.Module, part: str, stored: dict[str, Stored], dtype: torch.dtype, device: torch.device) -> None:
+    """Reads a part's tensors into its module. Raises BaseModelError for numbers that are not finite."""
+    shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
     tensors = {}
     with TensorFiles() as files:
-        for name in sorted(wanted, key=lambda name: (str(stored[plain[name]].file), stored[plain[name]].entry.start)):
-            tensor = files.read(stored[plain[name]])
-            # torch cannot look into float8.
-            wide = tensor.half() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor
-            if not bool(wide.isfinite().all()):
+        for name in sorted(stored, key=lambda name: (str(stored[name].file), stored[name].entry.start)):
+            tensor = files.read(stored[name])
+            if not all_finite(tensor):
                 what = f"{part}: {name} holds numbers that are NaN or infinite"
-                raise BaseModelError(what, where=where, hint="Such a model draws black pictures; download it again.")
-            tensors[name] = tensor.reshape(wanted[name]).to(device, dtype)
+                hint = "Such a model draws black pictures; download it again."
+                raise BaseModelError(what, where=str(stored[name].file), hint=hint)
+            tensors[name] = tensor.reshape(shapes[name]).to(device, dtype)
     module.load_state_dict(tensors, assign=True)
     module.requires_grad_(False)
     module.to(device)  # buffers

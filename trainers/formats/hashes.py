@@ -40,10 +40,11 @@ def file_hashes(path: Path, data_start: int = 0) -> FileHashes:
     with open_file(path) as handle:
         while chunk := handle.read(_CHUNK):
             whole.update(chunk)
-            data.update(chunk[max(data_start - position, 0) :])
+            if data_start:  # of a base all is asked for once: it is gigabytes
+                data.update(chunk[max(data_start - position, 0) :])
             window += _overlap(chunk, position)
             position += len(chunk)
-    return FileHashes(whole.hexdigest(), data.hexdigest(), hashlib.sha256(window).hexdigest()[:8])
+    return FileHashes(whole.hexdigest(), (data if data_start else whole).hexdigest(), hashlib.sha256(window).hexdigest()[:8])
 
 
 def legacy_hash(pieces: Iterable[bytes]) -> str:

@@ -6,10 +6,10 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from trainers.container import Entry
+from trainers.container import Entry, open_file, read_header
 from trainers.errors import AdapterFileError
 from trainers.families import FAMILIES
-from trainers.formats.keys import KeyGroup, family_by_name
+from trainers.formats.keys import KeyGroup, family_by_name, group_keys
 from trainers.formats.kohya import read_kohya_prefix
 from trainers.formats.peft import PARTS
 
@@ -84,6 +84,15 @@ def refuse_other_family(groups: Sequence[KeyGroup], entries: Mapping[str, Entry]
     what = f"This LoRA was made for {title_of(made_for)} ({reason}), and the base model is {title_of(family)}"
     hint = f"Choose a base model of {title_of(made_for)}, or a LoRA made for {title_of(family)}."
     raise AdapterFileError(what, str(path), hint)
+
+
+def check_family(path: Path, family: str) -> None:
+    """Raises AdapterFileError for a file of another family than the base's, or a damaged one: by its header, before gigabytes
+    of base are read.
+    """
+    with open_file(path) as handle:
+        header = read_header(handle, path)
+    refuse_other_family(group_keys(header.entries)[0], header.entries, family, path)
 
 
 def _may_be_first_encoder(prefixes: Iterable[str]) -> bool:

@@ -9,6 +9,7 @@ from trainers.config import TrainConfig, read_config
 from trainers.device import choose_device
 from trainers.errors import SettingError
 from trainers.families import BaseOptions, denoiser_bytes, load_family, recognise_base
+from trainers.formats.recognise import check_family
 from trainers.run_folder import RunFolder
 from trainers.verify import Proof, read_trained, verify
 
@@ -16,7 +17,8 @@ from trainers.verify import Proof, read_trained, verify
 def verify_file(path: Path, base: str | None, options: BaseOptions) -> Proof:
     """Reads `path` back on its base. `base`: None takes that of the run folder in which the file lies.
 
-    Raises SettingError where no base is known, BaseModelError for one that cannot be loaded.
+    Raises SettingError where no base is known, BaseModelError for one that cannot be loaded, AdapterFileError for a file
+    of another family.
     """
     run, config = _run_of(path)
     if base is None and config is None:
@@ -26,6 +28,7 @@ def verify_file(path: Path, base: str | None, options: BaseOptions) -> Proof:
         facts = recognise_base(config.base.model, config.base.options)
     else:
         facts = recognise_base(base or "", options)
+    check_family(path, facts.family.name)
     device = choose_device("auto", denoiser_bytes(facts))
     model = load_family(facts, device.dtype, device.device)
     trained = read_trained(run, config, model, _step_of(path)) if run is not None and config is not None else None
