@@ -65,6 +65,25 @@ def test_settings_that_name_code_of_the_hub_are_not_handed_on(single: Path, tmp_
     assert encoder.config._attn_implementation in ("sdpa", "eager") and not hasattr(encoder.config, "auto_map")
 
 
+@pytest.mark.parametrize(
+    ("part", "values", "words"),
+    [
+        ("scheduler", {"beta_schedule": "none such"}, "No noise schedule can be built"),
+        ("scheduler", {"beta_schedule": "linear", "beta_end": -3.0}, "does not go from 1 to 0"),
+        ("scheduler", {"num_train_timesteps": 10**9}, "num_train_timesteps is no size"),
+        ("vae", {"scaling_factor": 0}, "scaling_factor is no factor"),
+        ("vae", {"scaling_factor": "x"}, "scaling_factor is no factor"),
+    ],
+)
+def test_a_scale_or_noise_schedule_that_cannot_be_is_told_in_words(
+    part: str, values: dict[str, Any], words: str, single: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(BaseModelError, match=words):
+        load_family(
+            recognise_base(str(with_settings(single, tmp_path / "odd.safetensors", part, **values))), torch.float32, CPU
+        )
+
+
 @pytest.mark.parametrize("values", [{"hidden_act": 5}, {"hidden_act": "none such"}, {"num_attention_heads": "x"}])
 def test_settings_of_the_wrong_kind_are_told_in_words(values: dict[str, Any], single: Path, tmp_path: Path) -> None:
     facts = recognise_base(str(with_settings(single, tmp_path / "odd.safetensors", "text_encoder", **values)))

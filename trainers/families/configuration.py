@@ -108,10 +108,14 @@ def _check_depths(where: Path, unet: Mapping[str, Any]) -> None:
 
 def _refuse_other_scales(where: Path, configs: Configs) -> None:
     """Raises BaseModelError for SDXL's relatives with other latents or noise, such as Playground 2.5."""
-    vae, scheduler = configs["vae"], str(configs.get("scheduler", {}).get("_class_name", ""))
+    vae, scheduler = configs["vae"], str(configs["scheduler"].get("_class_name", ""))
     if vae.get("latents_mean") is not None or vae.get("latents_std") is not None or scheduler.startswith(("EDM", "FlowMatch")):
         what = "This model scales its latents or its noise in another way than Stable Diffusion, and cannot be trained here"
         raise BaseModelError(what, where=str(where), hint="Use a plain model of Stable Diffusion 1.x, 2.x or XL.")
+    factor = vae.get("scaling_factor", 1.0)
+    if type(factor) not in (int, float) or not 0 < factor < 1000:
+        raise wrong(where, FILES["vae"], "scaling_factor", "is no factor")
+    _whole(where, "scheduler", {"num_train_timesteps": 1000, **configs["scheduler"]}, "num_train_timesteps")
 
 
 def _family(configs: Configs, context: int) -> FamilyFacts:
