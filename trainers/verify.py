@@ -130,6 +130,8 @@ def verify(model: DiffusionModel, path: Path, trained: Mapping[str, ModuleWeight
         missing = [name for name in expected if name not in names]
         if missing:
             problems.append(f"{len(missing)} of {len(expected)} modules are not read by {reader} ({name_list(missing)})")
+    if extra := [name for name in ours if name not in expected]:
+        problems.append(f"{len(extra)} modules in it were not trained ({name_list(extra)})")
     worst, worst_name, limit = _worst_error(expected, ours, theirs, layers, _limit_of(path))
     if worst > limit:
         problems.append(
@@ -139,9 +141,8 @@ def verify(model: DiffusionModel, path: Path, trained: Mapping[str, ModuleWeight
     if pixels is not None and pixels > PIXELS and _computes_in_float32(model):
         problems.append(f"diffusers draws another picture than this program: a pixel differs by {pixels} of 255")
     parts = dict(Counter(name.partition(".")[0] for name in theirs))
-    zero = dict.fromkeys(parts, 0)
-    for name, module in theirs.items():
-        zero[name.partition(".")[0]] += module.delta_norm() == 0
+    still = Counter(name.partition(".")[0] for name, module in theirs.items() if module.delta_norm() == 0)
+    zero = {part: still[part] for part in parts}
     against = "what this program reads" if trained is None else "what was trained"
     return Proof(
         path.name,

@@ -71,11 +71,13 @@ def test_settings_that_name_code_of_the_hub_are_not_handed_on(single: Path, tmp_
         ("scheduler", {"beta_schedule": "none such"}, "No noise schedule can be built"),
         ("scheduler", {"beta_schedule": "linear", "beta_end": -3.0}, "does not go from 1 to 0"),
         ("scheduler", {"num_train_timesteps": 10**9}, "num_train_timesteps is no size"),
+        ("unet", {"out_channels": 8}, "inpainting or other special model"),
+        ("text_encoder", {"max_position_embeddings": 64}, "below the 77 tokens"),
         ("vae", {"scaling_factor": 0}, "scaling_factor is no factor"),
         ("vae", {"scaling_factor": "x"}, "scaling_factor is no factor"),
     ],
 )
-def test_a_scale_or_noise_schedule_that_cannot_be_is_told_in_words(
+def test_settings_that_cannot_be_are_told_in_words(
     part: str, values: dict[str, Any], words: str, single: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(BaseModelError, match=words):

@@ -58,7 +58,8 @@ def read_sizes(configs: Configs, where: Path) -> Sizes:
     """Checks the configurations against each other. Raises BaseModelError naming the setting that is wrong or unknown."""
     unet, vae = configs["unet"], configs["vae"]
     channels = _whole(where, "vae", vae, "latent_channels")
-    if _whole(where, "unet", unet, "in_channels") != channels:
+    out = _whole(where, "unet", {"out_channels": channels, **unet}, "out_channels")
+    if _whole(where, "unet", unet, "in_channels") != channels or out != channels:
         raise BaseModelError(
             "This is an inpainting or other special model", where=str(where), hint="Use a plain text-to-image model."
         )
@@ -75,7 +76,8 @@ def read_sizes(configs: Configs, where: Path) -> Sizes:
     for part in ("text_encoder", "text_encoder_2"):
         if part in configs:
             _whole(where, part, configs[part], "num_hidden_layers")
-            _whole(where, part, {"max_position_embeddings": 77, **configs[part]}, "max_position_embeddings")
+            if _whole(where, part, {"max_position_embeddings": 77, **configs[part]}, "max_position_embeddings") < 77:
+                raise wrong(where, FILES[part], "max_position_embeddings", "is below the 77 tokens of a caption")
     _whole(where, "vae", vae, "layers_per_block")
     _whole(where, "unet", unet, "layers_per_block")
     kinds = unet.get("up_block_types")
