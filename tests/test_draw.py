@@ -42,6 +42,34 @@ def test_modules_that_the_base_has_not_are_told_once_for_each_file_on_the_error_
     assert err.count("modules of") == 1 and "modules of" not in out
 
 
+def test_what_a_checkpoint_predicts_can_be_said_and_is_told_where_it_was_guessed(
+    tiny_sd2_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run may have been trained with it set; drawn with the other, all its pictures would be noise."""
+    from safetensors.torch import load_file, save_file
+
+    from tests.test_cli import impasto
+    from trainers import families
+    from trainers.formats.base_file import write_base
+
+    write_base(recognise_base(str(tiny_sd2_base)), tmp_path / "told.safetensors")
+    save_file(load_file(tmp_path / "told.safetensors"), tmp_path / "unsaid.safetensors")
+    seen = []
+
+    def stop(facts: families.BaseModelFacts, *more: object) -> object:
+        seen.append((facts.prediction_type, facts.zero_terminal_snr))
+        raise SettingError("seen")
+
+    monkeypatch.setattr(families, "load_family", stop)
+    command = ("generate", "-p", "x", "-o", tmp_path / "x.png", "--base", tmp_path / "unsaid.safetensors")
+    impasto(*command)
+    assert "--prediction-type epsilon" in capsys.readouterr().err
+    impasto(*command, "--prediction-type", "epsilon")
+    impasto(*command, "--prediction-type", "v_prediction", "--zero-terminal-snr")
+    assert "assumed" not in capsys.readouterr().err
+    assert seen == [("v_prediction", False), ("epsilon", False), ("v_prediction", True)]
+
+
 def test_a_file_that_fits_is_put_in_without_a_word(tiny_base: Path, tmp_path: Path) -> None:
     told: list[str] = []
     model = load_family(recognise_base(str(tiny_base)), torch.float32, torch.device("cpu"))

@@ -10,8 +10,9 @@ from tests.command_line import impasto
 from trainers.checks import check_settings
 from trainers.config import TrainConfig, write_config
 from trainers.errors import SettingError
-from trainers.families import recognise_base
+from trainers.families import BaseOptions, recognise_base
 from trainers.presets import default_preset, list_presets, preset_summary, preset_text, read_preset, resolve
+from trainers.settings import merge
 
 PURPOSES = ("character", "style", "object", "draft", "low_memory")
 GIVEN = {"base": {"model": "pocket"}, "dataset": {"images": "pictures"}}
@@ -100,6 +101,14 @@ def test_an_sdxl_preset_is_meant_for_sdxl_and_no_other_is(name: str) -> None:
 def test_a_preset_without_a_resolution_of_its_own_suits_pocket_too(name: str) -> None:
     problems = check_settings(config_of(name), recognise_base("pocket"))
     assert [problem for problem in problems if problem.severity in ("error", "advice")] == []
+
+
+def test_zero_terminal_snr_with_min_snr_is_told_to_learn_nothing_at_the_end(tiny_sd2_base: Path) -> None:
+    base = recognise_base(str(tiny_sd2_base), BaseOptions(zero_terminal_snr=True))
+    told = {
+        gamma: check_settings(resolve("style", merge(GIVEN, {"train": {"min_snr_gamma": gamma}})), base) for gamma in (5, 0)
+    }
+    assert [gamma for gamma in told if any(problem.where == "train.min_snr_gamma" for problem in told[gamma])] == [5]
 
 
 def test_pocket_starts_from_its_own_preset() -> None:

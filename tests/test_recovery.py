@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from tests.command_line import TINY, impasto, read_events, result_of, tensor_bytes
@@ -69,6 +70,8 @@ def test_a_nan_in_one_batch_is_rolled_back_and_the_run_finishes(
     first = {event["step"]: event["learning_rates"]["unet"] for event in of_type(run, "step")[:6]}
     assert rates[5] == pytest.approx(first[5] / 2)
     assert all(torch.isfinite(tensor).all() for tensor in load_file(result_of(run)).values())
+    with safe_open(result_of(run), framework="pt") as file:
+        assert len(file.metadata().get("ss_new_sd_model_hash", "")) == 64, "what is told of the base is told all the same"
 
 
 def test_a_nan_in_every_batch_ends_after_k_with_the_last_good_state_as_a_file(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +12,11 @@ from tests.command_line import TINY, impasto, read_events, result_of
 from tests.tiny_models import save_tiny_pipeline
 from trainers import events
 from trainers.config import read_config
+from trainers.dataset.prepare import scan_images
 from trainers.demo import _next_run
 from trainers.outputs import Outputs
-from trainers.run_folder import RunFolder
+from trainers.run_folder import RunFolder, differences
+from trainers.setup import make_manifest
 
 
 @pytest.fixture
@@ -56,6 +59,25 @@ def test_a_changed_caption_is_named_by_its_picture(stopped: Path, pictures: Path
     (pictures / "00.txt").write_text("something else", encoding="utf-8")
     assert impasto("resume", stopped) == 1
     assert "the caption of 00.png has changed" in capsys.readouterr().out
+
+
+def test_a_base_whose_settings_changed_is_named_though_its_weights_did_not() -> None:
+    """The noise schedule, or how many heads attend, decide as much as the weights; a run from before this was noted goes on."""
+    before = {"configuration": {"scheduler": "a", "unet": "b"}}
+    assert differences(before, {"configuration": {"scheduler": "c", "unet": "b"}}) == [
+        "the configuration of the base's scheduler has changed"
+    ]
+    assert differences({}, before) == []
+
+
+def test_the_settings_of_a_base_go_into_the_manifest(start: Any) -> None:
+    training = start()
+    scan = scan_images(training.config)
+    before = make_manifest(training.config, scan, training.model)
+    training.model.facts.configs["scheduler"]["beta_end"] = 0.013
+    assert differences(before, make_manifest(training.config, scan, training.model)) == [
+        "the configuration of the base's scheduler has changed"
+    ]
 
 
 def test_events_are_only_ever_added_so_a_reader_goes_on_where_it_was(stopped: Path) -> None:

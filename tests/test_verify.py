@@ -107,6 +107,14 @@ def test_a_base_in_16_bits_in_which_diffusers_rounds_the_factors_passes(
     assert "otherwise than it was trained (relative error 2.0e-02" in problem
 
 
+def test_a_file_in_double_precision_is_verified_as_one_in_single(run: RunFolder, tiny_base: Path, tmp_path: Path) -> None:
+    """Written by others; its numbers are read as float32."""
+    assert run.result is not None
+    wide = {key: tensor.double() for key, tensor in load_file(run.result).items()}
+    save_file(wide, tmp_path / "wide.safetensors")
+    assert verify_file(tmp_path / "wide.safetensors", str(tiny_base), BaseOptions()).ok
+
+
 Spoil = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
 
 
@@ -128,6 +136,11 @@ def up_and_down_swapped(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Ten
     return {".".join(other.get(piece, piece) for piece in key.split(".")): tensor for key, tensor in tensors.items()}
 
 
+def a_module_more(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    name = "lora_unet_mid_block_attentions_0_proj_in"
+    return tensors | {f"{name}.lora_down.weight": torch.ones(2, 64, 1, 1), f"{name}.lora_up.weight": torch.ones(64, 2, 1, 1)}
+
+
 def one_nan(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     key = next(key for key in tensors if key.endswith("lora_up.weight"))
     spoilt = tensors[key].clone()
@@ -141,6 +154,7 @@ WRONG: dict[str, tuple[Spoil, str]] = {
     "a module missing": (a_module_missing, "1 of 44 modules are not read by"),
     "up and down swapped": (up_and_down_swapped, ""),
     "one NaN": (one_nan, "NaN"),
+    "a module more": (a_module_more, "1 modules in it were not trained"),
 }
 
 

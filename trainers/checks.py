@@ -50,6 +50,9 @@ def check_settings(config: TrainConfig, base: BaseModelFacts) -> list[Problem]:
         problems.append(
             Problem("error", f"The base predicts {base.prediction_type!r}, which cannot be trained here", base.name)
         )
+    if base.zero_terminal_snr and base.prediction_type == "v_prediction" and config.train.min_snr_gamma:
+        what = "Min-SNR gives the last timestep, pure noise, a weight of 0: what zero-terminal SNR is for is not learnt"
+        problems.append(Problem("warning", what, "train.min_snr_gamma", "Set train.min_snr_gamma=0."))
     resolution = config.dataset.resolution or base.resolution
     if resolution < base.step:
         problems.append(

@@ -12,7 +12,7 @@ import typer
 
 from trainers.cli_files import convert, merge
 from trainers.errors import RunFolderError, TrainingError
-from trainers.families.facts import BaseOptions
+from trainers.families.facts import BaseOptions, Prediction
 
 cli = typer.Typer(
     name="impasto",
@@ -43,6 +43,8 @@ Trigger = Annotated[str | None, typer.Option(help="Trigger word put in front of 
 Force = Annotated[bool, typer.Option("--force", help="Pass advisory checks; broken input is refused all the same.")]
 Vae = Annotated[str, typer.Option(help="A VAE of your own, in place of the base's: a file or a folder.")]
 ClipSkip = Annotated[int, typer.Option(min=1, max=12, help="Layer of the text encoder: 1 as the family, 2 one earlier.")]
+PredictionType = Annotated[Prediction, typer.Option(help="What the denoiser predicts, where a checkpoint does not say it.")]
+ZeroTerminal = Annotated[bool, typer.Option("--zero-terminal-snr", help="Draw from pure noise, as the LoRA was trained.")]
 Json = Annotated[bool, typer.Option("--json", help="Print events as JSON lines instead of a progress bar.")]
 
 
@@ -129,6 +131,8 @@ def generate(
     size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels. Default: the base's own.")] = None,
     vae: Vae = "",
     clip_skip: ClipSkip = 1,
+    prediction_type: PredictionType = "auto",
+    zero_terminal_snr: ZeroTerminal = False,
 ) -> None:
     """Draw prompts, at one or several strengths of any number of LoRAs."""
     from trainers.draw import DrawRequest, draw, parse_lora, parse_size, parse_strengths
@@ -148,7 +152,7 @@ def generate(
         guidance=guidance,
         scheduler=scheduler,
         size=parse_size(size) if size else None,
-        options=BaseOptions(vae, clip_skip),
+        options=BaseOptions(vae, clip_skip, prediction_type, zero_terminal_snr),
     )
     for drawn in draw(request):
         typer.echo(drawn)
@@ -206,6 +210,8 @@ def inspect_command(
     ] = None,
     vae: Vae = "",
     clip_skip: ClipSkip = 1,
+    prediction_type: PredictionType = "auto",
+    zero_terminal_snr: ZeroTerminal = False,
 ) -> None:
     """Tell what is in a LoRA file: family, type, modules, rank, alpha, norms, metadata, problems."""
     from trainers.tools.inspect_file import describe, inspect_file
@@ -217,7 +223,7 @@ def inspect_command(
         from trainers.tools.verify_file import verify_file
         from trainers.verify import describe as describe_proof
 
-        proof = verify_file(file, base, BaseOptions(vae, clip_skip))
+        proof = verify_file(file, base, BaseOptions(vae, clip_skip, prediction_type, zero_terminal_snr))
         typer.echo("\n".join(describe_proof(proof)))
         wrong = wrong or not proof.ok
     if wrong:

@@ -82,7 +82,8 @@ def parse_size(text: str) -> tuple[int, int]:
 def draw(request: DrawRequest, on_picture: Callable[[int, int], object] = lambda done, total: None) -> list[Path]:
     """Renders and writes; returns the files made. `on_picture` is told how many of how many pictures are drawn.
 
-    What of a LoRA does not fit the base is told on stderr. Raises TrainingError, before any weight is read where it can.
+    What of a LoRA does not fit the base, and what of the base was guessed, is told on stderr. Raises TrainingError, before
+    any weight is read where it can.
     """
     check_sampler(request.scheduler)
     if request.as_folder and request.output.exists() and not request.output.is_dir():
@@ -95,6 +96,8 @@ def draw(request: DrawRequest, on_picture: Callable[[int, int], object] = lambda
     from trainers.formats.recognise import check_family
 
     base = recognise_base(request.base, request.options)
+    if base.guessed:
+        typer.echo(base.guessed.replace("base.prediction_type=", "--prediction-type "), err=True)
     size = request.size or (base.resolution, base.resolution)
     check_size(base, height=size[1], width=size[0])
     for path, _ in request.loras:

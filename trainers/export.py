@@ -34,7 +34,7 @@ def export_adapter(
     metadata: dict[str, str],
     family: str = "sd1",
 ) -> None:
-    """Writes `weights` (N,), the masters or their running mean, in kohya form. Raises AdapterFileError if not finite."""
+    """Writes `weights` (N,), the masters or their running mean, as the settings say. Raises AdapterFileError if not finite."""
     modules = trained_modules(flat, weights, plans, config)
     write_adapter(path, modules, metadata, config.output.dtype, config.output.form, family)
 

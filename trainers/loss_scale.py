@@ -50,5 +50,5 @@ class LossScale:
         return replace(self, factor=min(scale["factor"], self.largest), good=scale["good"])
 
     def facts(self) -> dict[str, Any]:
-        """What `as_in` reads, for a training state."""
-        return {"loss_scale": {"factor": self.factor, "good": self.good}}
+        """What `as_in` reads, for a training state; nothing where it stays 1, so that a resume in fp16 begins as a run does."""
+        return {} if self.largest == 1 else {"loss_scale": {"factor": self.factor, "good": self.good}}

@@ -69,8 +69,6 @@ class Outputs:
         """The run went back to where it stands now, as the batch after `broke` steps gave no finite number."""
         training, recovery = self._training, self._training.recovery
         self._exported_at = -1
-        self._base_hashes = ("", "")
-        """Of the base's file, taken while it is still there."""
         times = f"{recovery.attempts} of {training.config.train.recoveries} times"
         message = f"{what} at step {broke + 1}: back to step {training.step}, at {recovery.rate:g} of the rate ({times})."
         self._emit(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import statistics
 from collections import deque
 from collections.abc import Callable
@@ -208,9 +209,14 @@ def make_manifest(config: TrainConfig, scan: Scan, model: DiffusionModel, start:
         "captions": {example.name: hashlib.sha256(example.caption.encode()).hexdigest() for example in scan.examples},
         "repeats": {example.name: example.repeats for example in scan.examples},
         "base": {part: model.fingerprint(part) for part in (*model.parts(), "vae")},
+        "configuration": {part: _digest(config) for part, config in model.facts.configs.items()},
         "settings": settings,
         "versions": {name: _version(name) for name in ("impasto", "torch", "diffusers", "transformers", "safetensors")},
     }
+
+
+def _digest(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _version(name: str) -> str:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from trainers.adapters import ADAPTERS
 from trainers.adapters.inject import find_layers, lay_out, restore_layers
@@ -39,7 +38,7 @@ from trainers.tensors import FLOATS
 from trainers.text import name_list
 from trainers.training_state import load_state
 
-LIMITS = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
+LIMITS = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 """Largest relative error of a module that a number format explains: the file's, or that in which a reader keeps it."""
 PIXELS = 3
 """Largest difference of a pixel, of 255, between two readers in float32; sums in another order explain so much."""
@@ -131,6 +130,8 @@ def verify(model: DiffusionModel, path: Path, trained: Mapping[str, ModuleWeight
         missing = [name for name in expected if name not in names]
         if missing:
             problems.append(f"{len(missing)} of {len(expected)} modules are not read by {reader} ({name_list(missing)})")
+    if extra := [name for name in ours if name not in expected]:
+        problems.append(f"{len(extra)} modules in it were not trained ({name_list(extra)})")
     worst, worst_name, limit = _worst_error(expected, ours, theirs, layers, _limit_of(path))
     if worst > limit:
         problems.append(
@@ -140,9 +141,8 @@ def verify(model: DiffusionModel, path: Path, trained: Mapping[str, ModuleWeight
     if pixels is not None and pixels > PIXELS and _computes_in_float32(model):
         problems.append(f"diffusers draws another picture than this program: a pixel differs by {pixels} of 255")
     parts = dict(Counter(name.partition(".")[0] for name in theirs))
-    zero = dict.fromkeys(parts, 0)
-    for name, module in theirs.items():
-        zero[name.partition(".")[0]] += module.delta_norm() == 0
+    still = Counter(name.partition(".")[0] for name, module in theirs.items() if module.delta_norm() == 0)
+    zero = {part: still[part] for part in parts}
     against = "what this program reads" if trained is None else "what was trained"
     return Proof(
         path.name,
@@ -208,7 +208,7 @@ def _worst_error(
     expected: Mapping[str, ModuleWeights],
     ours: Mapping[str, ModuleWeights],
     theirs: Mapping[str, ModuleWeights],
-    layers: Mapping[str, nn.Module],
+    layers: Mapping[str, Any],
     limit: float,
 ) -> tuple[float, str, float]:
     """(relative error of the module nearest to or furthest over its limit, its name, that limit), over both readers.
@@ -217,7 +217,7 @@ def _worst_error(
     """
     worst, worst_name, its_limit = 0.0, "none differs", limit
     for name, module in expected.items():
-        weight: Any = layers[name].weight if name in layers else None
+        weight = layers[name].weight.detach().cpu() if module.needs_base and name in layers else None
         for other in (read[name] for read in (theirs, ours) if name in read and read[name] is not module):
             allowed = max(limit, *(LIMITS.get(factor.dtype, 0.0) for factor in other.factors.values()))
             error = relative_error(other, module, weight)

@@ -240,6 +240,25 @@ WRONG: dict[str, tuple[dict[str, torch.Tensor], str]] = {
         factors() | {f"{KEY}.dora_scale": torch.ones(31, 1)},
         r"dora_scale \(31, 1\) that does not",
     ),
+    "a LoHa of terabytes": (
+        {
+            f"{KEY}.hada_{part}": torch.ones((60_000, 1) if part.endswith("a") else (1, 60_000))
+            for part in ("w1_a", "w1_b", "w2_a", "w2_b")
+        },
+        "more than any model has",
+    ),
+    "a core of terabytes": (
+        {
+            f"{KEY}.lora_down.weight": torch.ones(1, 60_000),
+            f"{KEY}.lora_up.weight": torch.ones(2, 60_000),
+            f"{KEY}.lora_mid.weight": torch.ones(60_000, 1, 1, 1),
+        },
+        "more than any model has",
+    ),
+    "a LoKr of terabytes": (
+        {f"{KEY}.lokr_w1": torch.ones(300, 300), f"{KEY}.lokr_w2": torch.ones(300, 300)},
+        "more than any model has",
+    ),
     "half a LoHa": ({f"{KEY}.hada_w1_a": torch.ones(32, 2)}, "has no w1_b and no w2_a and no w2_b factor"),
     "half a LoKr": ({f"{KEY}.lokr_w1": torch.ones(2, 2)}, "has no w2 factor"),
     "a base model": ({"model.diffusion_model.out.2.weight": torch.ones(2)}, "base model, not a LoRA"),

@@ -61,7 +61,8 @@ class Dora:
         """Adds the gains, float32, and takes alpha / r into the inner factors, as W' - W is not linear in it."""
         first = _linear_part(factors)
         prepared = {**factors, first: factors[first] * scale}
-        prepared[GAIN] = self._gain(prepared, weight).float()
+        on_cpu = {name: factor.cpu() for name, factor in prepared.items()}  # Apple's GPUs have no float64
+        prepared[GAIN] = self._gain(on_cpu, weight.cpu()).float().to(weight.device)
         return prepared, 1.0
 
     def forward(self, frozen: Any, x: torch.Tensor, factors: Factors, scale: float | torch.Tensor) -> torch.Tensor:

@@ -9,8 +9,8 @@ from trainers.errors import BaseModelError, SettingError
 from trainers.families.configuration import prediction_type_of, read_configs, read_json, read_sizes
 from trainers.families.expected import check_tensors
 from trainers.families.facts import ASSETS, FAMILIES, BaseModelFacts, BaseOptions, FamilyFacts
-from trainers.families.locate import locate_base, name_of
-from trainers.families.single_file import recognise_file, set_epsilon
+from trainers.families.locate import find_path, locate_base, name_of
+from trainers.families.single_file import ZERO_TERMINAL, recognise_file, set_epsilon
 from trainers.families.stored import denoiser_bytes, stored_tensors, weight_files
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def recognise_base(model: str, options: BaseOptions | None = None) -> BaseModelF
         if prediction_type != "v_prediction":
             what = "Zero-terminal SNR needs a base with v-prediction: at pure noise the noise itself says nothing"
             raise SettingError(what, "base.zero_terminal_snr", "Switch it off, or choose such a base.")
-        configs["scheduler"] |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+        configs["scheduler"] |= ZERO_TERMINAL
     base = BaseModelFacts(
         name="pocket" if model == "pocket" else name_of(source),
         folder=ASSETS / "families" / sizes.family.name if single else source,
@@ -81,12 +81,12 @@ def recognise_base(model: str, options: BaseOptions | None = None) -> BaseModelF
 def _own_vae(path: str) -> Path | None:
     if not path:
         return None
-    vae = Path(path).expanduser()
-    if not vae.exists():
+    vae = find_path(path)
+    if vae is None:
         raise BaseModelError(
             "There is no such VAE", where=path, hint="Give a .safetensors file or a folder, or unset base.vae."
         )
-    return vae.resolve()
+    return vae
 
 
 def _check_tokenizers(base: BaseModelFacts) -> None:

@@ -17,6 +17,7 @@ from trainers.errors import BaseModelError
 
 _SPELLED = {
     "float64": ("F64", 8), "float32": ("F32", 4), "float16": ("F16", 2), "bfloat16": ("BF16", 2),
+    "float8_e4m3fn": ("F8_E4M3", 1), "float8_e5m2": ("F8_E5M2", 1),
     "int64": ("I64", 8), "int32": ("I32", 4), "int16": ("I16", 2), "int8": ("I8", 1), "uint8": ("U8", 1), "bool": ("BOOL", 1),
 }  # fmt: skip
 _UNSAFE = "The file holds more than weights, and such a file can run programs: it was not opened"
@@ -34,10 +35,10 @@ def read_ckpt_entries(path: Path) -> dict[str, Entry]:
         found = _look(load_ckpt(path))
     else:
         command = [sys.executable, "-P", "-m", "trainers.families.ckpt", str(path)]
-        done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=300)
         try:
+            done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=300)
             answer = json.loads(done.stdout)
-        except ValueError as error:
+        except (ValueError, subprocess.TimeoutExpired) as error:
             raise BaseModelError("The checkpoint could not be read", where=str(path), hint=_HINT) from error
         if "what" in answer:
             raise BaseModelError(answer["what"], answer["where"], answer["hint"])
@@ -64,6 +65,8 @@ def load_ckpt(path: Path) -> dict[str, Any]:
     tensors = {str(name): value for name, value in values.items() if torch.is_tensor(value)} if isinstance(values, dict) else {}
     if not tensors:
         raise BaseModelError("The checkpoint holds no tensors", where=str(path), hint=_HINT)
+    if any(tensor.layout != torch.strided or tensor.device.type != "cpu" for tensor in tensors.values()):
+        raise BaseModelError("The checkpoint holds tensors without plain numbers", where=str(path), hint=_HINT)
     return tensors
 
 

@@ -17,6 +17,9 @@ FILES = {
     "text_encoder_2": "text_encoder_2/config.json", "scheduler": "scheduler/scheduler_config.json",
 }  # fmt: skip
 
+MOST = 256
+"""Layers in one place, more than any model has: a few bytes of a configuration must not keep a machine busy for hours."""
+
 
 def read_configs(folder: Path) -> dict[str, dict[str, Any]]:
     """The configuration of every part in a folder. Raises BaseModelError naming the file that is missing or unreadable."""
@@ -55,7 +58,8 @@ def read_sizes(configs: Configs, where: Path) -> Sizes:
     """Checks the configurations against each other. Raises BaseModelError naming the setting that is wrong or unknown."""
     unet, vae = configs["unet"], configs["vae"]
     channels = _whole(where, "vae", vae, "latent_channels")
-    if _whole(where, "unet", unet, "in_channels") != channels:
+    out = _whole(where, "unet", {"out_channels": channels, **unet}, "out_channels")
+    if _whole(where, "unet", unet, "in_channels") != channels or out != channels:
         raise BaseModelError(
             "This is an inpainting or other special model", where=str(where), hint="Use a plain text-to-image model."
         )
@@ -72,11 +76,15 @@ def read_sizes(configs: Configs, where: Path) -> Sizes:
     for part in ("text_encoder", "text_encoder_2"):
         if part in configs:
             _whole(where, part, configs[part], "num_hidden_layers")
+            if _whole(where, part, {"max_position_embeddings": 77, **configs[part]}, "max_position_embeddings") < 77:
+                raise wrong(where, FILES[part], "max_position_embeddings", "is below the 77 tokens of a caption")
     _whole(where, "vae", vae, "layers_per_block")
     _whole(where, "unet", unet, "layers_per_block")
     kinds = unet.get("up_block_types")
     if not isinstance(kinds, list) or len(kinds) != _levels(where, "unet", unet) or not all(isinstance(k, str) for k in kinds):
         raise wrong(where, FILES["unet"], "up_block_types", "does not name a block for each width")
+    _check_depths(where, unet)
+    _refuse_other_scales(where, configs)
     pixels_per_latent = 2 ** (_levels(where, "vae", vae) - 1)
     return Sizes(
         family=_family(configs, context),
@@ -86,6 +94,30 @@ def read_sizes(configs: Configs, where: Path) -> Sizes:
         # The denoiser halves its input once for each block but the last. It pads odd sides, but learns best without.
         step=pixels_per_latent * 2 ** (_levels(where, "unet", unet) - 1),
     )
+
+
+def _check_depths(where: Path, unet: Mapping[str, Any]) -> None:
+    """Transformer blocks in one place: a number, or one or several for each level."""
+    for name in ("transformer_layers_per_block", "reverse_transformer_layers_per_block"):
+        left = [unet.get(name)]
+        while left:
+            value = left.pop()
+            if isinstance(value, list):
+                left += value
+            elif value is not None:
+                _whole(where, "unet", {name: value}, name)
+
+
+def _refuse_other_scales(where: Path, configs: Configs) -> None:
+    """Raises BaseModelError for SDXL's relatives with other latents or noise, such as Playground 2.5."""
+    vae, scheduler = configs["vae"], str(configs["scheduler"].get("_class_name", ""))
+    if vae.get("latents_mean") is not None or vae.get("latents_std") is not None or scheduler.startswith(("EDM", "FlowMatch")):
+        what = "This model scales its latents or its noise in another way than Stable Diffusion, and cannot be trained here"
+        raise BaseModelError(what, where=str(where), hint="Use a plain model of Stable Diffusion 1.x, 2.x or XL.")
+    factor = vae.get("scaling_factor", 1.0)
+    if type(factor) not in (int, float) or not 0 < factor < 1000:
+        raise wrong(where, FILES["vae"], "scaling_factor", "is no factor")
+    _whole(where, "scheduler", {"num_train_timesteps": 1000, **configs["scheduler"]}, "num_train_timesteps")
 
 
 def _family(configs: Configs, context: int) -> FamilyFacts:
@@ -105,9 +137,9 @@ def prediction_type_of(configs: Configs, where: Path) -> str:
 
 
 def _whole(where: Path, part: str, config: Mapping[str, Any], name: str) -> int:
-    """A setting that is a whole number from 1 to 65536."""
+    """A setting that is a whole number from 1 to 65536, or to MOST where it counts layers."""
     value = config.get(name)
-    if type(value) is not int or not 1 <= value <= 65536:
+    if type(value) is not int or not 1 <= value <= (MOST if "layers" in name else 65536):
         raise wrong(where, FILES[part], name, "is missing" if value is None else "is no size")
     return value
 

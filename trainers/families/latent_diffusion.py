@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from trainers.errors import BaseModelError
 from trainers.families.base import Conditioning
 from trainers.families.facts import BaseModelFacts
 from trainers.families.parts import TOKENS, load_parts, load_tokenizer
@@ -31,12 +32,13 @@ class LatentDiffusion:
         extras: Extras = lambda conditioning, framing: {},
     ) -> None:
         self.facts, self.scheduler_config = facts, facts.configs["scheduler"]
-        # The tokenizers first: what is wrong with them is found before gigabytes are read.
+        # Tokenizers and noise schedule first: what is wrong with them is found before gigabytes are read.
         self.tokenizers = {part: load_tokenizer(facts, part) for part in facts.family.text_encoders}
+        alphas = _alphas_cumprod(facts)
         parts = load_parts(facts, dtype, device)
         self.text_encoders: dict[str, Any] = {part: parts[part] for part in facts.family.text_encoders}
         self.unet, self.vae = parts["unet"], parts["vae"]
-        self.objective = Objective(_alphas_cumprod(self.scheduler_config), facts.prediction_type)  # type: ignore[arg-type]
+        self.objective = Objective(alphas, facts.prediction_type)  # type: ignore[arg-type]
         self._encode, self._extras = encode, extras
         vae_config: Any = self.vae.config
         self._factor, self._shift = float(vae_config.scaling_factor), float(vae_config.shift_factor or 0.0)
@@ -143,9 +145,19 @@ def encode_with_one_encoder(model: LatentDiffusion, captions: Sequence[str]) -> 
     return Conditioning(encoder.final_layer_norm(states))
 
 
-def _alphas_cumprod(config: dict[str, Any]) -> torch.Tensor:
-    """The noise schedule's cumulative alphas (T,), by diffusers' own scheduler so that every schedule it knows works."""
+def _alphas_cumprod(facts: BaseModelFacts) -> torch.Tensor:
+    """The noise schedule's cumulative alphas (T,), by diffusers' own scheduler so that every schedule it knows works.
+
+    Raises BaseModelError for settings of which it makes none.
+    """
     from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
-    alphas: torch.Tensor = DDPMScheduler.from_config(config).alphas_cumprod
-    return alphas.float()
+    try:
+        alphas: torch.Tensor = DDPMScheduler.from_config(facts.configs["scheduler"]).alphas_cumprod.float()
+    except Exception as error:  # whatever a library makes of settings that it does not expect
+        first = (str(error) or type(error).__name__).splitlines()[0][:200]
+        what = f"No noise schedule can be built from the base's configuration: {first}"
+        raise BaseModelError(what, where=str(facts.source), hint="Download scheduler_config.json again.") from error
+    if not bool(((alphas >= 0) & (alphas <= 1)).all()):
+        raise BaseModelError("The base's noise schedule does not go from 1 to 0", str(facts.source), "Download it again.")
+    return alphas

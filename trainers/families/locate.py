@@ -17,6 +17,8 @@ WEIGHTS = {
     "text_encoder_2": "model",
 }
 
+_ENDINGS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+
 
 def locate_base(model: str) -> Path:
     """Folder or file of a base model: `pocket`, a path, or an id on the model hub (fetched only when a person names one).
@@ -25,16 +27,23 @@ def locate_base(model: str) -> Path:
     """
     if model == "pocket":
         return ASSETS / "pocket"
-    path = Path(os.path.expanduser(model))
-    try:
-        if path.is_dir() or path.is_file():
-            return path.resolve()
-    except (OSError, ValueError) as error:  # a name too long, a zero byte
-        raise BaseModelError(f"This is no path: {error}", where=model[:200]) from error
-    if model.count("/") == 1 and not model.startswith((".", "~", "/")) and "\\" not in model:
+    path = find_path(model)
+    if path is not None:
+        return path
+    is_file = model.lower().endswith(_ENDINGS)  # mistyped: the hub is asked for what may be an id only
+    if model.count("/") == 1 and not model.startswith((".", "~", "/")) and "\\" not in model and not is_file:
         return _fetch_from_hub(model)
     hint = "Give `pocket`, a folder, a .safetensors file, or a hub id (owner/name)."
     raise BaseModelError("There is no such base model", where=model, hint=hint)
+
+
+def find_path(text: str) -> Path | None:
+    """The file or folder that a person names, resolved; None where there is none. Raises BaseModelError for no path at all."""
+    path = Path(os.path.expanduser(text))
+    try:
+        return path.resolve() if path.is_dir() or path.is_file() else None
+    except (OSError, ValueError) as error:  # a name too long, a zero byte
+        raise BaseModelError(f"This is no path: {error}", where=text[:200]) from error
 
 
 @functools.cache  # a run asks for its base several times, and each answer of the hub takes a second

@@ -16,6 +16,8 @@ from trainers.families.stored import entries_of, metadata_of
 
 CONFIGURATION = "impasto.configuration"
 """Metadata in which a file that this program wrote carries its parts' configurations, so that any size can be read."""
+ZERO_TERMINAL = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+"""Of a schedule that ends in pure noise; it has to be drawn from that end too (arXiv 2305.08891, section 3.3)."""
 _UNET = "model.diffusion_model."
 _PLAIN = "Use a plain text-to-image model of Stable Diffusion 1.x, 2.x or XL."
 # Names that only other architectures have -> what they are.
@@ -25,6 +27,8 @@ _OTHERS = {
     ".lora_down.": "a LoRA, not a base model", "control_model.": "a ControlNet, not a base model",
     "emb_params": "a textual inversion, not a base model", "string_to_param": "a textual inversion, not a base model",
 }  # fmt: skip
+# Marks of models with another noise schedule (Playground 2.5, CosXL), which look like SDXL otherwise.
+_EDM = {"edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min"}
 _INPUTS = {9: "an inpainting model", 5: "a depth model", 8: "a model that edits pictures", 7: "an upscaler"}
 
 
@@ -55,6 +59,8 @@ def _family(entries: Mapping[str, Entry], path: Path) -> str:
     channels = first.shape[1] if len(first.shape) == 4 else 0
     if channels in _INPUTS:
         raise BaseModelError(f"This is {_INPUTS[channels]}: its denoiser reads {channels} channels", str(path), _PLAIN)
+    if _EDM & entries.keys():
+        raise BaseModelError("This is a model with the EDM noise schedule, which cannot be trained here", str(path), _PLAIN)
     if f"{_UNET}label_emb.0.0.weight" in entries:
         if any(name.startswith("conditioner.embedders.0.model.") for name in entries):
             what = "This is SDXL's refiner, which only finishes the pictures of another model"
@@ -62,7 +68,8 @@ def _family(entries: Mapping[str, Entry], path: Path) -> str:
         return "sdxl"
     if any(name.startswith("cond_stage_model.model.") for name in entries):
         return "sd2"
-    width = next((entry.shape[1] for name, entry in entries.items() if name.endswith("attn2.to_k.weight")), 0)
+    matrices = (entry.shape for name, entry in entries.items() if name.endswith("attn2.to_k.weight") and len(entry.shape) == 2)
+    width = next((shape[1] for shape in matrices), 0)
     return "sd2" if width == FAMILIES["sd2"].context else "sd1"
 
 
@@ -109,7 +116,7 @@ def _predicts(
     if "v_pred" in entries or said.startswith("v"):
         scheduler["prediction_type"] = "v_prediction"
         if "ztsnr" in entries:
-            scheduler["rescale_betas_zero_snr"] = True
+            scheduler |= ZERO_TERMINAL
         return ""
     if said == "epsilon":
         set_epsilon(configs, family)

@@ -57,29 +57,30 @@ def stored_tensors(base: BaseModelFacts, part: str) -> dict[str, Stored]:
 
 def entries_of(path: Path) -> Mapping[str, Entry]:
     """The tensors in a checkpoint file by name. Raises BaseModelError for what is damaged or no checkpoint."""
+    return _header_of(path)[0]
+
+
+def _header_of(path: Path) -> tuple[Mapping[str, Entry], Mapping[str, str]]:
     with as_base_error():
         try:
             facts = path.stat()
         except OSError as error:
             raise BaseModelError(f"The file cannot be read: {error.strerror}", where=str(path)) from error
-        return _entries_of(path, facts.st_mtime_ns, facts.st_size)
+        return _read_header_of(path, facts.st_mtime_ns, facts.st_size)
 
 
 @functools.lru_cache(maxsize=16)  # a run asks several times; the key changes with the file
-def _entries_of(path: Path, changed: int, size: int) -> Mapping[str, Entry]:
+def _read_header_of(path: Path, changed: int, size: int) -> tuple[Mapping[str, Entry], Mapping[str, str]]:
     if is_ckpt(path):
-        return read_ckpt_entries(path)
+        return read_ckpt_entries(path), {}
     with open_file(path) as handle:
-        return read_header(handle, path).entries
+        header = read_header(handle, path)
+    return header.entries, header.metadata
 
 
-@functools.lru_cache(maxsize=4)
 def metadata_of(path: Path) -> Mapping[str, str]:
-    """What a single file says about itself; nothing for a .ckpt."""
-    if is_ckpt(path):
-        return {}
-    with as_base_error(), open_file(path) as handle:
-        return read_header(handle, path).metadata
+    """What a single file says about itself; nothing for a .ckpt. Raises BaseModelError as `entries_of`."""
+    return _header_of(path)[1]
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import BinaryIO
@@ -21,6 +22,8 @@ from trainers.formats.weights import AdapterFile, ModuleWeights, check_module
 from trainers.tensors import FLOATS, NUMBERS, read_tensor
 from trainers.text import printable
 
+LARGEST = 2**28
+"""Numbers in one weight; the largest of a Stable Diffusion has 2**24."""
 KIND_NAMES = {"oft": "an OFT"}
 
 
@@ -66,16 +69,29 @@ def read_module(handle: BinaryIO, header: Header, group: KeyGroup, scaling: Mapp
         raise AdapterFileError(f"Module {shown} has a factor of size zero", where, "Export it again.")
     if MAGNITUDE in parts and "lora_magnitude_vector" in parts[MAGNITUDE]:
         tensors[MAGNITUDE] = tensors[MAGNITUDE].reshape(-1, 1)  # peft: always one for each output, in several shapes
+    if len(tensors) > 1:
+        _refuse_giant(math.prod(sorted(max(tensor.shape, default=1) for tensor in tensors.values())[-2:]), shown, where)
     factors = factors_of(tensors)
     fault = kind.fault(factors)
     if fault:
         raise AdapterFileError(f"Module {shown} {fault}", where, "Export the file again.")
+    _refuse_giant(math.prod(kind.shape(factors)), shown, where)
     rank = kind.rank(factors)
     alpha = read_alpha(handle, header, group, scaling, rank or 1)
     if "scale" in group.parts and not rank and alpha is not None:  # no alpha / rank into which it would go
         first = next(iter(factors))
         factors, alpha = {**factors, first: factors[first] * alpha}, None
     return ModuleWeights(factors, float(rank or 1) if alpha is None else alpha, group.kind)
+
+
+def _refuse_giant(numbers: int, shown: str, where: str) -> None:
+    """Raises AdapterFileError where factors may multiply to more numbers than any layer has.
+
+    Two vectors of a few MB would make a matrix of terabytes, long before it is held against its layer.
+    """
+    if numbers > LARGEST:
+        what = f"Module {shown} would change a layer of {numbers:,} numbers, more than any model has"
+        raise AdapterFileError(what, where, "Export the file again.")
 
 
 def read_alpha(
