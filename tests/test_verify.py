@@ -228,3 +228,17 @@ def test_layers_that_were_left_at_zero_are_told(tiny_base: Path, pictures: Path,
     restore_layers(training.model.parts())
     proof: Proof = verify(training.model, path, modules)
     assert proof.ok and proof.zero["text_encoder"] == proof.parts["text_encoder"] and proof.zero["unet"] == 0
+
+
+def test_a_picture_that_the_memory_does_not_hold_is_no_fault_of_the_file(
+    run: RunFolder, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trainers import read_back
+
+    def too_large(*_: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    assert run.result is not None
+    monkeypatch.setattr(read_back, "_drawn_by", too_large)
+    proof = verify_file(run.result, None, BaseOptions())
+    assert proof.ok and proof.pixel_difference is None and proof.read_by_diffusers == proof.modules

@@ -199,6 +199,7 @@ class Outputs:
         self._emit(events.Stage(name="verify", detail="as diffusers and as this program reads it"))
         trained = trained_modules(training.flat, training.exported, training.plans, training.config)
         restore_layers(training.model.parts())
+        training.optimizer.state.clear()  # saved, and room for the picture
         proof = verify(training.model, path, trained, next(iter(self._prompts), ""))
         write_proof(proof, self._run.proof)
         if not proof.ok:

@@ -18,9 +18,7 @@ from typing import Any
 import torch
 
 from trainers.adapters import ADAPTERS
-from trainers.adapters.inject import find_layers, lay_out, restore_layers
-from trainers.adapters.plan import canonical_name
-from trainers.attach import attach_files
+from trainers.adapters.inject import find_layers, lay_out
 from trainers.config import TrainConfig
 from trainers.container import open_file, read_header
 from trainers.errors import AdapterFileError, TrainingError
@@ -30,9 +28,9 @@ from trainers.files import write_atomically
 from trainers.formats import ModuleWeights, read_adapter
 from trainers.formats.hashes import file_hashes
 from trainers.formats.weights import relative_error
-from trainers.generate import Picture, RenderSettings, image_of, render_latents
+from trainers.generate import image_of
 from trainers.layers import plan_layers
-from trainers.quantised import stand_in
+from trainers.read_back import drawn_here, read_by_diffusers
 from trainers.run_folder import RunFolder
 from trainers.tensors import FLOATS
 from trainers.text import name_list
@@ -42,9 +40,6 @@ LIMITS = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 1e-3, torch.b
 """Largest relative error of a module that a number format explains: the file's, or that in which a reader keeps it."""
 PIXELS = 3
 """Largest difference of a pixel, of 255, between two readers in float32; sums in another order explain so much."""
-SIDE = 256
-"""Largest side in pixels of the picture that is drawn both ways."""
-STEPS = 4
 
 
 @dataclass(frozen=True)
@@ -124,8 +119,8 @@ def verify(model: DiffusionModel, path: Path, trained: Mapping[str, ModuleWeight
     if unmatched:
         problems.append(f"{len(unmatched)} of the file's modules are not in the base ({name_list(list(unmatched))})")
     expected = ours if trained is None else trained
-    own_picture = _drawn(model, path, prompt) if ours else None
-    theirs, their_picture = _by_diffusers(model, path, prompt, problems)
+    own_picture = drawn_here(model, path, prompt) if ours else None
+    theirs, their_picture = read_by_diffusers(model, path, prompt, problems)
     for reader, names in (("this program", ours.keys()), ("diffusers", theirs.keys())):
         missing = [name for name in expected if name not in names]
         if missing:
@@ -224,70 +219,6 @@ def _worst_error(
             if error / allowed > worst / its_limit:
                 worst, worst_name, its_limit = error, name, allowed
     return worst, worst_name, its_limit
-
-
-def _by_diffusers(
-    model: DiffusionModel, path: Path, prompt: str, problems: list[str]
-) -> tuple[dict[str, ModuleWeights], torch.Tensor | None]:
-    """(the LoRA of every layer that diffusers put one on, by canonical name, its picture). Faults go to `problems`.
-
-    Layers kept in few bits are beyond peft: beside stand-ins without weights the LoRA is read all the same, but not drawn.
-    """
-    packed = stand_in(model.parts())
-    pipeline = model.pipeline()
-    try:
-        pipeline.load_lora_weights(str(path.parent), weight_name=path.name, local_files_only=True)
-        modules = _peft_modules(model)
-        return modules, _drawn_by(pipeline, model, prompt) if modules and not packed else None
-    except Exception as error:  # whatever it is, diffusers does not read the file
-        first = (str(error) or type(error).__name__).splitlines()[0][:300]
-        problems.append(f"diffusers does not load the file: {first}")
-        return {}, None
-    finally:
-        pipeline.unload_lora_weights()
-        for parent, leaf, layer in packed:
-            setattr(parent, leaf, layer)
-
-
-def _peft_modules(model: DiffusionModel) -> dict[str, ModuleWeights]:
-    """The factors of every layer that peft has put in. Only those are kept: all deltas of an SD 1.5 would take 3 GB."""
-    modules = {}
-    for part, module in model.parts().items():
-        for path, layer in module.named_modules():
-            if not hasattr(layer, "lora_A") or not hasattr(layer, "base_layer"):
-                continue
-            for name in layer.lora_A:
-                down, up = (side[name].weight.detach().cpu() for side in (layer.lora_A, layer.lora_B))
-                factors = {"down": down, "up": up}
-                modules[canonical_name(part, path)] = ModuleWeights(factors, layer.scaling[name] * down.shape[0])
-    return modules
-
-
-def _drawn(model: DiffusionModel, path: Path, prompt: str) -> torch.Tensor:
-    """Our own picture with the file at strength 1, (3, H, W) in [-1, 1]."""
-    try:
-        (name,) = attach_files(model, [path])
-        side = _side(model)
-        settings = RenderSettings(side, side, STEPS, guidance=1.0, scheduler="ddim")
-        return model.decode_latents(render_latents(model, [Picture(prompt, 0, {name: 1.0})], settings))[0]
-    finally:
-        restore_layers(model.parts())
-
-
-def _drawn_by(pipeline: Any, model: DiffusionModel, prompt: str) -> torch.Tensor:
-    """The same picture by diffusers' pipeline, whose text encoders have its adapters too."""
-    side, conditioning = _side(model), model.encode_captions([prompt])
-    pooled = {"pooled_prompt_embeds": conditioning.extras["pooled"]} if "pooled" in conditioning.extras else {}
-    latents = pipeline(
-        prompt_embeds=conditioning.hidden_states.to(pipeline.unet.dtype), **pooled, height=side, width=side,
-        num_inference_steps=STEPS, guidance_scale=1.0, generator=torch.Generator().manual_seed(0), output_type="latent",
-    ).images  # fmt: skip
-    return model.decode_latents(latents.float())[0]
-
-
-def _side(model: DiffusionModel) -> int:
-    step = model.facts.step
-    return max(step, min(model.facts.resolution, SIDE) // step * step)
 
 
 def _pixels_apart(one: torch.Tensor | None, other: torch.Tensor | None) -> int | None:

@@ -125,7 +125,7 @@ def test_a_file_put_in_the_place_of_another_is_looked_at_anew(single: Path, tmp_
     assert recognise_base(str(path)).prediction_type == "v_prediction"
 
 
-def test_a_schedule_that_ends_in_pure_noise_is_drawn_from_there(tiny_sdxl_base: Path, tmp_path: Path) -> None:
+def test_a_schedule_that_ends_in_pure_noise_is_drawn_from_there(any_size: None, tiny_sdxl_base: Path, tmp_path: Path) -> None:
     """Also where the file's own mark says so, and not the person."""
     write_base(recognise_base(str(tiny_sdxl_base)), tmp_path / "plain.safetensors")
     marks = {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}
@@ -136,7 +136,9 @@ def test_a_schedule_that_ends_in_pure_noise_is_drawn_from_there(tiny_sdxl_base: 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
 @pytest.mark.parametrize("ending", ["safetensors", "ckpt"])
-def test_weights_in_eight_bit_floats_are_read(dtype: torch.dtype, ending: str, single: Path, tmp_path: Path) -> None:
+def test_weights_in_eight_bit_floats_are_read(
+    any_size: None, dtype: torch.dtype, ending: str, single: Path, tmp_path: Path
+) -> None:
     tensors = {key: tensor.to(dtype) if key.startswith("model.") else tensor for key, tensor in load_file(single).items()}
     path, again = tmp_path / f"small.{ending}", tmp_path / "again.safetensors"
     if ending == "ckpt":

@@ -183,12 +183,6 @@ def _header(path: Path) -> bytes:
     return raw[8 : 8 + struct.unpack("<Q", raw[:8])[0]]
 
 
-@pytest.fixture
-def any_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small files that carry no configuration pass for ones of real size, until they are loaded."""
-    monkeypatch.setattr("trainers.families.check_tensors", lambda base: None)
-
-
 def test_a_pickled_checkpoint_is_read_by_weights_only(any_size: None, files: dict[str, Path], tmp_path: Path) -> None:
     """Its configuration cannot be carried inside, so one of real size would be wanted: the widths are told."""
     torch.save({"state_dict": load_file(files["sd1"]), "global_step": 5}, tmp_path / "old.ckpt")
@@ -306,7 +300,7 @@ def test_a_tensor_that_is_missing_misfitting_or_not_finite_is_named(
     assert {"missing": "lacks 1 of its", "nan": "NaN", "width": "(63,)"}[fault] in str(caught.value)
 
 
-@pytest.mark.parametrize("fault", ["cut short", "a header bomb", "a pickle inside", "a payload"])
+@pytest.mark.parametrize("fault", ["cut short", "a header bomb", "a pickle inside", "a payload", "a safetensors called .ckpt"])
 def test_a_damaged_or_dangerous_file_is_refused(fault: str, files: dict[str, Path], tmp_path: Path) -> None:
     path, mark = tmp_path / "bad.safetensors", tmp_path / "was run"
 
@@ -320,12 +314,26 @@ def test_a_damaged_or_dangerous_file_is_refused(fault: str, files: dict[str, Pat
         path.write_bytes(struct.pack("<Q", 2**62) + b"{}" * 100)
     elif fault == "a pickle inside":
         torch.save({"state_dict": {"a": torch.ones(1)}}, path)
+    elif fault == "a safetensors called .ckpt":
+        path = tmp_path / "bad.ckpt"
+        path.write_bytes(files["sd1"].read_bytes())
     else:
         path = tmp_path / "bad.ckpt"
         torch.save({"state_dict": {"a": torch.ones(1)}, "callbacks": Payload()}, path)
-    with pytest.raises(BaseModelError):
+    with pytest.raises(BaseModelError, match="called .ckpt" if "called" in fault else None):
         recognise_base(str(path))
     assert not mark.exists()
+
+
+def test_a_base_without_one_of_q_k_and_v_is_not_written_on(tiny_sd2_base: Path, tmp_path: Path) -> None:
+    write_base(recognise_base(str(tiny_sd2_base)), tmp_path / "folder")
+    path = tmp_path / "folder" / "text_encoder" / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["text_model.encoder.layers.0.self_attn.k_proj.weight"]
+    save_file(tensors, path)
+    with pytest.raises(BaseModelError, match="One of q, k and v is missing"):
+        write_base(recognise_base(str(tmp_path / "folder")), tmp_path / "one.safetensors")
+    assert not (tmp_path / "one.safetensors").exists()
 
 
 def test_the_window_s_process_looks_into_a_ckpt_without_torch(files: dict[str, Path], tmp_path: Path) -> None:

@@ -54,6 +54,15 @@ def load_ckpt(path: Path) -> dict[str, Any]:
     import torch
 
     try:
+        with path.open("rb") as file:
+            start = file.read(16)
+    except OSError as error:
+        raise BaseModelError(f"The file cannot be read: {error.strerror}", where=str(path)) from error
+    if not start.startswith((b"PK", b"\x80")):
+        safe = start[8:9] == b"{"
+        what = "This is a safetensors file that is called .ckpt" if safe else "This is no checkpoint, whatever its name says"
+        raise BaseModelError(what, where=str(path), hint="Call it .safetensors." if safe else _HINT)
+    try:
         values = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise BaseModelError(_UNSAFE, where=str(path), hint=_HINT) from error

@@ -122,6 +122,9 @@ def _single_file(base: BaseModelFacts, dtype: str | None) -> list[_Out]:
         shape = members[0][2].shape
         if key.startswith("first_stage_model.") and ".mid.attn_1." in key and len(shape) == 2:
             shape = (*shape, 1, 1)  # the original autoencoder's attention is made of 1x1 convolutions
+        if members[0][0] >= 0 and [third for third, _, _ in members] != [0, 1, 2]:
+            hint = "The base is incomplete; download it again."
+            raise BaseModelError(f"One of q, k and v is missing beside {members[0][1]}", where=str(base.source), hint=hint)
         if len(members) == 3:
             shape = (3 * shape[0], *shape[1:])
         spelled = _spelled(members[0][2], dtype)
