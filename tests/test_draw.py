@@ -43,7 +43,7 @@ def test_modules_that_the_base_has_not_are_told_once_for_each_file_on_the_error_
 
 
 def test_what_a_checkpoint_predicts_can_be_said_and_is_told_where_it_was_guessed(
-    tiny_sd2_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    any_size: None, tiny_sd2_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A run may have been trained with it set; drawn with the other, all its pictures would be noise."""
     from safetensors.torch import load_file, save_file
