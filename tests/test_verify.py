@@ -242,3 +242,32 @@ def test_a_picture_that_the_memory_does_not_hold_is_no_fault_of_the_file(
     monkeypatch.setattr(read_back, "_drawn_by", too_large)
     proof = verify_file(run.result, None, BaseOptions())
     assert proof.ok and proof.pixel_difference is None and proof.read_by_diffusers == proof.modules
+
+
+def test_a_run_s_file_is_drawn_on_the_run_s_base(
+    run: RunFolder, tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run.result is not None
+    words = ("--prompt", "a cat", "--steps", 2, "--lora", run.result)
+    assert impasto("generate", *words, "--output", tmp_path / "own.png") == 0
+    assert f"Base: {tiny_base}" in capsys.readouterr().err
+    assert impasto("generate", *words, "--base", tiny_base, "--output", tmp_path / "said.png") == 0
+    assert (tmp_path / "own.png").read_bytes() == (tmp_path / "said.png").read_bytes()
+
+
+def test_a_base_that_is_read_otherwise_than_in_training_is_told(
+    tiny_base: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, _ = full_run(tiny_base, pictures, tmp_path / "run", "base.clip_skip=2", "base.prediction_type=v_prediction")
+    words = ("--prompt", "a cat", "--steps", 1, "--lora", run.result, "--output", tmp_path / "x.png")
+    assert impasto("generate", *words, "--base", tiny_base) == 0
+    said = capsys.readouterr().err
+    assert "with clip skip 2" in said and "predicts v_prediction" in said
+    assert impasto("generate", *words) == 0
+    assert "was trained with" not in capsys.readouterr().err
+
+
+def test_a_file_in_peft_form_is_proven_and_its_readers_are_told(tiny_base: Path, pictures: Path, tmp_path: Path) -> None:
+    run, told = full_run(tiny_base, pictures, tmp_path / "run", "output.form=peft")
+    assert json.loads(run.proof.read_text(encoding="utf-8"))["ok"]
+    assert any("A1111" in event.message for event in told if event.type == "warning")

@@ -37,6 +37,9 @@ def check_settings(config: TrainConfig, base: BaseModelFacts) -> list[Problem]:
         other = "with sdxl_ in its name, as sdxl_style" if base.family.name == "sdxl" else "without sdxl_ in its name, as style"
         hint = f"Switch to a preset {other}; or to another base."
         problems.append(Problem("error", what, "base.family", hint))
+    if config.output.form == "peft":
+        what = "A file in peft form is for diffusers: A1111, Forge and kohya's scripts load nothing of it, ComfyUI a part"
+        problems.append(Problem("warning", what, "output.form", "Set output.form=kohya for a file that every program reads."))
     if base.guessed:
         problems.append(
             Problem("warning", base.guessed.partition(". ")[0], "base.prediction_type", base.guessed.partition(". ")[2])

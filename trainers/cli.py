@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from trainers.cli_files import convert, merge
+from trainers.cli_files import base_of_run, convert, merge
 from trainers.errors import RunFolderError, TrainingError
 from trainers.families.facts import BaseOptions, Prediction
 
@@ -117,8 +117,12 @@ def generate(
     ],
     prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="What to draw. May be repeated.", show_default=False)],
     base: Annotated[
-        str, typer.Option(help="Base model: pocket, a checkpoint file, a diffusers folder, or a hub id.")
-    ] = "pocket",
+        str | None,
+        typer.Option(
+            help="Base model: pocket, a checkpoint file, a diffusers folder, or a hub id. Default: that of the run in which"
+            " the first LoRA lies, read as the run reads it; else pocket."
+        ),
+    ] = None,
     lora: Annotated[
         list[str] | None, typer.Option(help="A LoRA file, with its strength after a colon. May be repeated.")
     ] = None,
@@ -139,9 +143,13 @@ def generate(
     from trainers.run_folder import absolute
 
     path = absolute(Path(output))
+    loras = tuple(parse_lora(text) for text in lora or [])
+    options = BaseOptions(vae, clip_skip, prediction_type, zero_terminal_snr)
+    if base is None:
+        base, options = base_of_run(loras[0][0] if loras else None, options)
     request = DrawRequest(
         base=base,
-        loras=tuple(parse_lora(text) for text in lora or []),
+        loras=loras,
         prompts=tuple(prompt),
         strengths=parse_strengths(strengths),
         output=path,
@@ -152,7 +160,7 @@ def generate(
         guidance=guidance,
         scheduler=scheduler,
         size=parse_size(size) if size else None,
-        options=BaseOptions(vae, clip_skip, prediction_type, zero_terminal_snr),
+        options=options,
     )
     for drawn in draw(request):
         typer.echo(drawn)

@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from trainers.families.facts import BaseOptions
+
 Adapter = Annotated[Path, typer.Argument(metavar="FILE", help="A LoRA file (.safetensors).", show_default=False)]
 Form = Annotated[
     Literal["kohya", "peft"],
@@ -21,6 +23,19 @@ PlainRank = Annotated[
 Family = Annotated[
     Literal["sd1", "sd2", "sdxl"] | None, typer.Option(help="The base's family, where the file does not tell it.")
 ]
+
+
+def base_of_run(file: Path | None, options: BaseOptions) -> tuple[str, BaseOptions]:
+    """(base, how it is read) of the run in which a LoRA file lies, unless `options` say how; else pocket."""
+    from trainers.config import read_config
+    from trainers.run_folder import run_of
+
+    run = run_of(file) if file else None
+    if run is None:
+        return "pocket", options
+    base = read_config(run.config).base
+    typer.echo(f"Base: {base.model}, on which this LoRA was trained.", err=True)
+    return base.model, base.options if options == BaseOptions() else options
 
 
 def convert(

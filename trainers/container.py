@@ -111,6 +111,8 @@ def _refuse_other_kinds(start: bytes, size: int, path: Path) -> None:
         )
     elif start.startswith(b"version https:/"):
         what = "This is a Git LFS pointer of a few lines, not the file itself"
+    elif start.startswith((b"\x89PNG", b"\xff\xd8\xff", b"RIFF", b"GIF8")):
+        what = "This is a picture, not a safetensors file"
     elif start.lstrip()[:1] == b"<":
         what = "This is a web page, not a safetensors file"
     elif size < 10:

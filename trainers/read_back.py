@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +33,9 @@ def read_by_diffusers(
     """
     packed = stand_in(model.parts())
     pipeline = model.pipeline()
+    import diffusers
+
+    diffusers.utils.logging.set_verbosity(logging.CRITICAL)  # what it says before it raises is told below
     try:
         pipeline.load_lora_weights(str(path.parent), weight_name=path.name, local_files_only=True)
         modules = _peft_modules(model)
@@ -40,10 +44,11 @@ def read_by_diffusers(
             picture = _unless_too_large(lambda: _drawn_by(pipeline, model, prompt))
         return modules, picture
     except Exception as error:  # whatever it is, diffusers does not read the file
-        first = (str(error) or type(error).__name__).splitlines()[0][:300]
+        first = " ".join((str(error) or type(error).__name__).split())[:300]
         problems.append(f"diffusers does not load the file: {first}")
         return {}, None
     finally:
+        diffusers.utils.logging.set_verbosity_error()
         pipeline.unload_lora_weights()
         for parent, leaf, layer in packed:
             setattr(parent, leaf, layer)

@@ -15,6 +15,15 @@ from trainers.errors import ChangedError, RunFolderError
 from trainers.files import write_atomically
 
 
+def run_of(file: Path) -> RunFolder | None:
+    """The run whose result or checkpoint a LoRA file is, by where it lies; None where that is no run folder."""
+    for folder in (file.absolute().parent, file.absolute().parent.parent):
+        run = RunFolder(folder)
+        if run.config.is_file() and run.state.is_dir():
+            return run
+    return None
+
+
 def home_folder() -> Path:
     """Where runs and caches live when nobody says otherwise: $IMPASTO_HOME, else the user's data folder."""
     from platformdirs import user_data_path

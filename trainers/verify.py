@@ -71,7 +71,8 @@ class Proof:
     @property
     def sentence(self) -> str:
         """What a person should know of a proof that holds."""
-        pixels = "" if self.pixel_difference is None else f", and draws the same picture to {self.pixel_difference} of 255"
+        largest = self.pixel_difference
+        pixels = "" if largest is None else f", and draws the same picture (a pixel differs by {largest} of 255 at the most)"
         return f"Read back: diffusers loads all {self.modules} modules as they were trained{pixels}."
 
 
@@ -86,7 +87,7 @@ def describe(proof: Proof) -> list[str]:
         f" {proof.read_here} here",
         f"error       {error}, of a module against {proof.against}, the nearest to its limit",
         f"picture     largest difference of a pixel: {pixels}",
-        f"zero        {zero or 'no module'}{' change nothing' if zero else ' changes nothing'}",
+        f"zero        {f'{zero} change nothing' if zero else 'none: every module changes its layer'}",
     ]
     return (
         lines
@@ -146,7 +147,7 @@ def verify(model: DiffusionModel, path: Path, trained: Mapping[str, ModuleWeight
         len(theirs),
         parts,
         against,
-        worst if expected and math.isfinite(worst) else None,
+        worst if expected and (ours or theirs) and math.isfinite(worst) else None,
         worst_name,
         pixels,
         zero,

@@ -87,7 +87,8 @@ export function makeSlider(setting, changed, moved, { label, least, most, step =
   const show = (number, whenUnset) => {
     const place = number ?? whenUnset;
     field.show(number);
-    if (place && document.activeElement !== slider) slider.value = scale(place);
+    const known = place !== null && place !== undefined && document.activeElement !== slider;
+    if (known) slider.value = logarithmic && !(place > 0) ? scale(least) : scale(place);  // 0 has no logarithm: it is off
     slider.setAttribute("aria-valuetext", text(number));
   };
   return { ...field, show };

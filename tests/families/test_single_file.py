@@ -371,3 +371,27 @@ def test_no_network_is_asked_for_a_single_file(files: dict[str, Path], monkeypat
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     for family in FAMILIES:
         assert load(files[family]).facts.family.name == family
+
+
+def test_what_is_no_vae_or_another_family_s_is_refused_at_its_setting(
+    files: dict[str, Path], folders: dict[str, Path], tmp_path: Path
+) -> None:
+    save_file({"lora_unet_x.lora_down.weight": torch.zeros(2, 2)}, tmp_path / "lora.safetensors")
+    (tmp_path / "picture.safetensors").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(99))
+    wrong = {
+        tmp_path / "nowhere.safetensors": "no such VAE",
+        tmp_path / "lora.safetensors": "no VAE in",
+        tmp_path / "picture.safetensors": "This is a picture",
+        folders["sdxl"] / "vae": "that of Stable Diffusion XL",
+    }
+    for path, words in wrong.items():
+        with pytest.raises(SettingError, match=words) as caught:
+            recognise_base(str(files["sd1"]), BaseOptions(vae=str(path)))
+        assert caught.value.where == "base.vae"
+
+
+def test_a_path_may_stand_in_quotes(files: dict[str, Path]) -> None:
+    from trainers.families.settings import BaseSettings
+
+    quoted = BaseSettings(model=f' "{files["sd1"]}" ')
+    assert recognise_base(quoted.model, quoted.options).family.name == "sd1"

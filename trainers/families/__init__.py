@@ -74,6 +74,8 @@ def recognise_base(model: str, options: BaseOptions | None = None) -> BaseModelF
         weight_files(base, part)
     if not single:
         _check_tokenizers(base)
+    if vae is not None:
+        _check_own_vae(base)
     check_tensors(base)
     return base
 
@@ -83,10 +85,28 @@ def _own_vae(path: str) -> Path | None:
         return None
     vae = find_path(path)
     if vae is None:
-        raise BaseModelError(
-            "There is no such VAE", where=path, hint="Give a .safetensors file or a folder, or unset base.vae."
-        )
+        raise SettingError(f"There is no such VAE ({path})", "base.vae", "Give a .safetensors file or a folder, or unset it.")
     return vae
+
+
+def _check_own_vae(base: BaseModelFacts) -> None:
+    """Raises SettingError for a file that is no VAE, and for a VAE that is surely another family's."""
+    usual = read_configs(ASSETS / "families" / base.family.name)["vae"].get("scaling_factor")
+    scale = base.configs["vae"].get("scaling_factor", usual)
+    try:
+        holds = any(name.startswith("decoder.") for name in stored_tensors(base, "vae"))
+    except BaseModelError as error:
+        raise SettingError(f"{error.what} ({error.where})", "base.vae", error.hint) from error
+    if not holds:
+        raise SettingError(f"There is no VAE in {base.vae}", "base.vae", "Give a VAE's file or folder, or unset it.")
+    others = [family.title for family in FAMILIES.values() if _vae_scale(family.name) == scale != usual]
+    if others:
+        what = f"This VAE is that of {' or '.join(others)}: its scale is {scale}, and {base.family.title} has {usual}"
+        raise SettingError(what, "base.vae", f"Give a VAE for {base.family.title}, or unset it.")
+
+
+def _vae_scale(family: str) -> object:
+    return read_configs(ASSETS / "families" / family)["vae"].get("scaling_factor")
 
 
 def _check_tokenizers(base: BaseModelFacts) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from trainers.families.facts import BaseOptions, Prediction
 from trainers.settings import Settings
@@ -25,6 +25,13 @@ class BaseSettings(Settings):
     """What the denoiser predicts, where a checkpoint file does not say it. `auto`: by the file."""
     zero_terminal_snr: bool = False
     """Train the last timestep on pure noise (arXiv 2305.08891), for bases with v-prediction that were made so."""
+
+    @field_validator("model", "vae")
+    @classmethod
+    def _without_quotes(cls, value: str) -> str:
+        """As file managers copy a path."""
+        value = value.strip()
+        return value[1:-1] if len(value) > 2 and value[0] == value[-1] and value[0] in "\"'" else value
 
     @property
     def options(self) -> BaseOptions:

@@ -71,6 +71,8 @@ def convert(
     metadata = dict(file.metadata)
     if converted and "ss_network_module" in metadata:  # LyCORIS' own would send readers to the wrong code
         metadata |= {"ss_network_module": "networks.lora", "ss_network_dim": "Dynamic", "ss_network_alpha": "Dynamic"}
+    if form == "peft" and "ss_network_alpha" in metadata:  # that form moves alpha / rank into the factors
+        metadata["ss_network_alpha"] = metadata.get("ss_network_dim", "Dynamic")
     write_adapter(output, modules, metadata, chosen, form, file.family)
     counts = Counter(name.partition(".")[0] for name in modules)
     parts = {part: counts[part] for part in PARTS if part in counts}

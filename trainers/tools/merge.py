@@ -215,7 +215,7 @@ def _describe(
     titles = [title_of(path, files[path]) for path, _ in inputs]
     with_strengths = [f"{title} at {strength:g}" for title, (_, strength) in zip(titles, inputs, strict=True)]
     ranks = {weights.rank for weights in modules.values()}
-    triggers = [metadata.get("modelspec.trigger_phrase", "") for metadata in told]
+    triggers = ", ".join(dict.fromkeys(filter(None, (metadata.get("modelspec.trigger_phrase") for metadata in told))))
     alphas = {weights.alpha for weights in modules.values()}
     made, date = FAMILIES[files[inputs[0][0]].family], source_date()
     known = {"ss_v2": str(made.name == "sd2"), "ss_base_model_version": made.base_version}
@@ -235,7 +235,7 @@ def _describe(
             "modelspec.date": stamp.strftime("%Y-%m-%dT%H:%M:%SZ"),
             "modelspec.description": f"Merged from {', '.join(with_strengths)}.",
             "modelspec.merged_from": ", ".join(titles),
-            "modelspec.trigger_phrase": ", ".join(dict.fromkeys(trigger for trigger in triggers if trigger)),
+            **({"modelspec.trigger_phrase": triggers} if triggers else {}),
         }
     )
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from trainers.config import TrainConfig, read_config
+from trainers.config import read_config
 from trainers.device import choose_device
 from trainers.errors import SettingError
 from trainers.families import BaseOptions, denoiser_bytes, load_family, recognise_base
 from trainers.formats.recognise import check_family
-from trainers.run_folder import RunFolder
+from trainers.run_folder import run_of
 from trainers.verify import Proof, read_trained, verify
 
 
@@ -20,7 +20,8 @@ def verify_file(path: Path, base: str | None, options: BaseOptions) -> Proof:
     Raises SettingError where no base is known, BaseModelError for one that cannot be loaded, AdapterFileError for a file
     of another family.
     """
-    run, config = _run_of(path)
+    run = run_of(path)
+    config = read_config(run.config) if run else None
     if base is None and config is None:
         what = "Which base model the LoRA is for is not known, as it lies in no run folder"
         raise SettingError(what, str(path), "Name it with --base.")
@@ -34,15 +35,6 @@ def verify_file(path: Path, base: str | None, options: BaseOptions) -> Proof:
     trained = read_trained(run, config, model, _step_of(path)) if run is not None and config is not None else None
     prompt = config.dataset.trigger if config is not None else ""
     return verify(model, path, trained, prompt)
-
-
-def _run_of(path: Path) -> tuple[RunFolder | None, TrainConfig | None]:
-    """The run whose result or checkpoint the file is, by where it lies."""
-    for folder in (path.absolute().parent, path.absolute().parent.parent):
-        run = RunFolder(folder)
-        if run.config.is_file() and run.state.is_dir():
-            return run, read_config(run.config)
-    return None, None
 
 
 def _step_of(path: Path) -> int | None:
