@@ -42,7 +42,7 @@ async function describe(run, file, room, uses, trouble) {
     const found = await get(`/runs/${encodeURIComponent(run.id)}/metadata${file.step === null ? "" : `?step=${file.step}`}`);
     const fields = Object.entries(found.metadata);
     const trigger = found.metadata["modelspec.trigger_phrase"] || "";
-    uses.replaceChildren(...howTo(found.name, trigger));
+    uses.replaceChildren(...howTo(found.name, trigger, "lora_adapter_metadata" in found.metadata));
     room.replaceChildren(
       ...(trigger ? [el("p", { class: "row" }, el("span", {}, "Trigger word: ", el("b", {}, trigger)), copyButton("Copy", () => trigger))] : []),
       el("p", { class: "file-name" }, found.name),
@@ -56,16 +56,18 @@ async function describe(run, file, room, uses, trouble) {
   }
 }
 
-function howTo(name, trigger) {
+function howTo(name, trigger, inPeftForm) {
   const stem = name.replace(/\.safetensors$/, "");
   const prompt = `${trigger ? `${trigger}, ` : ""}a castle <lora:${stem}:0.8>`;
   const code = `pipe.load_lora_weights(".", weight_name="${name}")`;
   const part = (title, ...lines) => el("details", {}, el("summary", {}, title), lines);
   const copied = (text) => el("p", { class: "row" }, el("code", {}, text), copyButton("Copy", () => text));
+  const inDiffusers = part("diffusers", copied(code), el("p", {}, "The strength is set by pipe.set_adapters."));
+  if (inPeftForm) return [el("p", {}, "This file is in peft form, which diffusers alone reads whole. For other programs: ", el("code", {}, `impasto convert ${name} --to kohya --output NEW.safetensors`)), inDiffusers];
   return [
     part("A1111 and Forge", el("p", {}, "Put the file into models/Lora, press Refresh on the Lora tab, and write in the prompt:"), copied(prompt)),
     part("ComfyUI", el("p", {}, "Put the file into models/loras, press R, and place a Load LoRA node between the checkpoint and the rest. strength_model and strength_clip are the strength.")),
     part("InvokeAI", el("p", {}, "Models, Add Model, give the file's path, Install. Then add it under LoRAs beside the prompt and set its weight.")),
-    part("diffusers", copied(code), el("p", {}, "The strength is set by pipe.set_adapters.")),
+    inDiffusers,
   ];
 }
