@@ -67,9 +67,15 @@ def tiny_sdxl_unet(seed: int = 0) -> Any:
 
 
 def tiny_text_encoder(
-    seed: int = 1, *, width: int = WIDTH, activation: str = "quick_gelu", kind: str = "CLIPTextModel", pad: int = 49407
+    seed: int = 1,
+    *,
+    width: int = WIDTH,
+    activation: str = "quick_gelu",
+    kind: str = "CLIPTextModel",
+    pad: int = 49407,
+    layers: int = 2,
 ) -> Any:
-    """A CLIP text model of two layers over CLIP's own 49408 tokens: ids (B, n <= 77) -> (B, n, width).
+    """A CLIP text model of few layers over CLIP's own 49408 tokens: ids (B, n <= 77) -> (B, n, width).
 
     `kind` CLIPTextModelWithProjection gives `text_embeds` (B, width) as well; `pad` is the token that fills a prompt.
     """
@@ -78,7 +84,7 @@ def tiny_text_encoder(
         vocab_size=49408,
         hidden_size=width,
         intermediate_size=2 * width,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         max_position_embeddings=77,
         hidden_act=activation,
@@ -97,9 +103,9 @@ def tiny_text_encoder(
     return model.eval()
 
 
-def tiny_text_encoder_2(seed: int = 3) -> Any:
+def tiny_text_encoder_2(seed: int = 3, layers: int = 2) -> Any:
     """SDXL's second text encoder, OpenCLIP's form: width 48, gelu, a projection; filled up with token 0."""
-    return tiny_text_encoder(seed, width=WIDTH_2, activation="gelu", kind="CLIPTextModelWithProjection", pad=0)
+    return tiny_text_encoder(seed, width=WIDTH_2, activation="gelu", kind="CLIPTextModelWithProjection", pad=0, layers=layers)
 
 
 def tiny_vae(seed: int = 2, scaling_factor: float = 0.18215) -> Any:
@@ -142,13 +148,13 @@ def save_tiny_sd2(folder: Path, *, prediction_type: str = "v_prediction", seed: 
     )
 
 
-def save_tiny_sdxl(folder: Path, *, prediction_type: str = "epsilon", seed: int = 0) -> Path:
+def save_tiny_sdxl(folder: Path, *, prediction_type: str = "epsilon", seed: int = 0, text_layers: int = 2) -> Path:
     """Writes a complete tiny SDXL in diffusers layout, fp32, with both text encoders and tokenizers; returns `folder`."""
     parts = {
         "unet": tiny_sdxl_unet(seed),
-        "text_encoder": tiny_text_encoder(seed + 1),
+        "text_encoder": tiny_text_encoder(seed + 1, layers=text_layers),
         "vae": tiny_vae(seed + 2, scaling_factor=0.13025),
-        "text_encoder_2": tiny_text_encoder_2(seed + 3),
+        "text_encoder_2": tiny_text_encoder_2(seed + 3, text_layers),
     }
     scheduler = _SCHEDULER | {"_class_name": "EulerDiscreteScheduler", "prediction_type": prediction_type}
     return _save(folder, parts, scheduler, _SDXL_INDEX, filled_with_zero=("tokenizer_2",))

@@ -13,6 +13,7 @@ import torch
 
 from trainers.adapters import ADAPTERS
 from trainers.container import Entry, serialise_header
+from trainers.device import DTYPES
 from trainers.errors import AdapterFileError
 from trainers.files import write_atomically
 from trainers.formats.hashes import legacy_hash
@@ -20,7 +21,6 @@ from trainers.formats.kohya import module_tensors
 from trainers.formats.peft import METADATA_KEY, peft_metadata, peft_tensors
 from trainers.formats.weights import ModuleWeights, check_module
 
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 _SPELLED = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
 
 

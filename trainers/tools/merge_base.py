@@ -104,7 +104,7 @@ class _Merging:
 
     def change(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         """The tensor `name` as it is to be written. Raises BaseModelError for what is not finite."""
-        from trainers.formats.writing import DTYPES
+        from trainers.device import DTYPES
 
         layer = name.removesuffix(".weight")
         if layer == name or layer not in self.sums:
