@@ -117,6 +117,8 @@ def _refuse_other_kinds(start: bytes, size: int, path: Path) -> None:
         what = "This is a web page, not a safetensors file"
     elif size < 10:
         what = f"Not a safetensors file: {size} bytes are too few for a header"
+    elif int.from_bytes(start[:8], "little") > HEADER_LIMIT:  # no "{" either: a text, a picture of another kind
+        what = "Not a safetensors file: it does not begin with a header"
     if what:
         raise AdapterFileError(what, str(path), _AGAIN)
 

@@ -390,6 +390,12 @@ def test_what_is_no_vae_or_another_family_s_is_refused_at_its_setting(
         assert caught.value.where == "base.vae"
 
 
+def test_a_text_is_called_no_safetensors_file_in_plain_words(tmp_path: Path) -> None:
+    (tmp_path / "notes.safetensors").write_text("# What I tried\n\nRank 16 was enough.\n", encoding="utf-8")
+    with pytest.raises(BaseModelError, match="does not begin with a header"):
+        recognise_base(str(tmp_path / "notes.safetensors"))
+
+
 def test_a_path_may_stand_in_quotes(files: dict[str, Path]) -> None:
     from trainers.families.settings import BaseSettings
 
