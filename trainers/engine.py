@@ -17,6 +17,7 @@ from trainers.frozen import FrozenLayer, KeptLayer, plain_layer
 from trainers.fused import Attend, Gated, NormSilu, SiluOfVectors
 from trainers.kernels import Kernels
 from trainers.quantised import PackedLayer
+from trainers.upsampled import Upsampled, can_be_upsampled
 
 Undo = list[Callable[[], None]]
 
@@ -31,7 +32,8 @@ def make_fast(parts: Mapping[str, nn.Module], kernels: Kernels) -> Undo:
             if _attends_plainly(module):
                 _set_processor(module, Attend(kernels.products), undo)
         for parent, leaf, layer in list(_frozen_leaves(part)):
-            setattr(parent, leaf, BlockedLayer(layer) if kernels.blocked and can_be_blocked(layer) else KeptLayer(layer))
+            wanted = kernels.matrices if isinstance(layer, nn.Linear) else kernels.blocked
+            setattr(parent, leaf, BlockedLayer(layer) if wanted and can_be_blocked(layer) else KeptLayer(layer))
     return undo
 
 
@@ -79,13 +81,29 @@ def _fuse(module: Any, undo: Undo) -> None:
         _replace(module, "conv_norm_out", NormSilu(module.conv_norm_out), undo)
         _replace(module, "conv_act", nn.Identity(), undo)
     elif name == "FeedForward" and type(module.net[0]).__name__ == "GEGLU":
-        gated, plain = Gated(module.net[0].proj), module.net[0]
-        module.net[0] = gated
+        _stand_in(module.net, "0", Gated(module.net[0].proj), "proj", undo)
+    elif name == "UpBlock2D" or name == "CrossAttnUpBlock2D":
+        for number, upsampler in enumerate(module.upsamplers or ()):
+            if _repeats_pixels(upsampler):
+                _stand_in(module.upsamplers, str(number), Upsampled(upsampler.conv), "conv", undo)
 
-        def put_back() -> None:
-            plain.proj, module.net[0] = gated.proj, plain
 
-        undo.append(put_back)
+def _stand_in(parent: nn.Module, leaf: str, new: nn.Module, inner: str, undo: Undo) -> None:
+    """Replaces a module that holds the layer `inner`; what has become of that layer meanwhile goes back with it."""
+    old = getattr(parent, leaf)
+    setattr(parent, leaf, new)
+
+    def put_back() -> None:
+        setattr(old, inner, getattr(new, inner))
+        setattr(parent, leaf, old)
+
+    undo.append(put_back)
+
+
+def _repeats_pixels(upsampler: Any) -> bool:
+    """Whether it is diffusers' Upsample2D that repeats pixels and then convolves."""
+    plain = upsampler.use_conv and not upsampler.use_conv_transpose and upsampler.norm is None and upsampler.interpolate
+    return bool(plain) and upsampler.name == "conv" and can_be_upsampled(upsampler.conv)
 
 
 def _attends_plainly(module: Any) -> bool:

@@ -27,13 +27,17 @@ LARGEST = 1 << 22
 """Scores of one head above which products are never tried: they would take the memory that the kernel saves."""
 CLEARLY = 0.97
 """Share of the usual kernel's time below which another is taken."""
+WORTH_A_COPY = 0.92
+"""The same for Linear layers, whose blocks cost a second copy of every weight: plain, one serves both directions."""
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """`blocked`: frozen weights in oneDNN's blocks. `products`: attention by plain products up to so many scores of a head."""
+    """`blocked`: frozen convolutions in oneDNN's blocks; `matrices`: Linear layers too. `products`: attention by plain products
+    up to so many scores of a head."""
 
     blocked: bool = False
+    matrices: bool = False
     products: int = 0
 
 
@@ -71,7 +75,11 @@ def measure_kernels(shapes: Shapes, dtype: torch.dtype) -> Kernels:
         if tokens * tokens > LARGEST or not _products_win(tokens, channels, heads, dtype):
             break
         products = tokens * tokens
-    return Kernels(_blocks_win(*shapes.convolution, dtype), products)
+    channels, side = shapes.convolution
+    kernel, matrix = nn.Conv2d(channels, channels, 3, padding=1), nn.Linear(channels, channels)
+    pixels = (1, channels, side, side)
+    blocked = _blocks_win(kernel, pixels, dtype, CLEARLY)
+    return Kernels(blocked, blocked and _blocks_win(matrix, (side * side, channels), dtype, WORTH_A_COPY), products)
 
 
 def _products_win(tokens: int, channels: int, heads: int, dtype: torch.dtype) -> bool:
@@ -83,20 +91,20 @@ def _products_win(tokens: int, channels: int, heads: int, dtype: torch.dtype) ->
     return _wins(work(True), work(False))
 
 
-def _blocks_win(channels: int, side: int, dtype: torch.dtype) -> bool:
-    plain = nn.Conv2d(channels, channels, 3, padding=1).to(dtype).requires_grad_(False)
+def _blocks_win(plain: nn.Linear | nn.Conv2d, shape: tuple[int, ...], dtype: torch.dtype, below: float) -> bool:
+    plain = plain.to(dtype).requires_grad_(False)
     if not can_be_blocked(plain):
         return False
-    pixels = torch.randn(1, channels, side, side).to(dtype).requires_grad_()
+    x = torch.randn(shape).to(dtype).requires_grad_()
     blocked = BlockedLayer(plain)
-    return _wins(lambda: _backward(blocked(pixels)), lambda: _backward(plain(pixels)))
+    return _wins(lambda: _backward(blocked(x)), lambda: _backward(plain(x)), below)
 
 
 def _backward(answer: torch.Tensor) -> None:
     answer.backward(torch.ones_like(answer))  # type: ignore[no-untyped-call]
 
 
-def _wins(other: Callable[[], object], usual: Callable[[], object], rounds: int = 5) -> bool:
+def _wins(other: Callable[[], object], usual: Callable[[], object], below: float = CLEARLY, rounds: int = 5) -> bool:
     ratios = []
     for _ in range(rounds + 1):  # the first one warms up
         took = []
@@ -105,7 +113,7 @@ def _wins(other: Callable[[], object], usual: Callable[[], object], rounds: int 
             work()
             took.append(time.perf_counter() - tick)
         ratios.append(took[0] / took[1])
-    return statistics.median(ratios[1:]) < CLEARLY
+    return statistics.median(ratios[1:]) < below
 
 
 def _processor_name() -> str:
