@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+KEPT = 1 << 20
+"""Numbers of attention's probabilities up to which they are kept; above they are made anew, for a fifth of its time."""
 _GROUP_NORM_BACKWARD = torch.ops.aten.native_group_norm_backward
 
 
@@ -137,13 +139,10 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, heads: i
 class _Products(torch.autograd.Function):
     """Attention of (B heads, n, d) by plain products; keeps the probabilities where few tokens make them small."""
 
-    KEPT = 1 << 20
-    """Numbers of the probabilities up to which they are kept; above they are made anew, which costs a fifth of the time."""
-
     @staticmethod
     def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         probabilities = _probabilities(query, key)
-        kept = (probabilities,) if probabilities.numel() <= _Products.KEPT else ()
+        kept = (probabilities,) if probabilities.numel() <= KEPT else ()
         ctx.save_for_backward(query, key, value, *kept)
         return torch.bmm(probabilities, value)
 

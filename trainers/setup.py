@@ -101,11 +101,14 @@ def set_up(
     emit(events.Stage(name="load", detail=f"base model {base.name}"))
     computed = before.facts.get("kernels") if before else None
     device = _device_as_before(config, denoiser_bytes(base), computed, emit)
+    if computed is None:
+        device = _with_kernels(config, base, device)
     model = _load(config, base, device, emit)
     if device.is_main:
-        for change in run.check_manifest(make_manifest(config, scan, model, start), force):
+        for change in run.check_manifest(make_manifest(config, scan, model, start) | {"kernels": device.kernels()}, force):
             emit(events.Warned(message=f"Since this run began, {change}; it goes on all the same."))
-    device, undo = _make_fast(config, model, device, computed)
+    learning = {name: part for name, part in model.parts().items() if name == "unet" or config.text_encoder_rate > 0}
+    undo = make_fast(learning, device.fast)
     prior = prior_examples(model, config, run.prior, device, emit, interrupted)
     data = prepare(config, base, scan.examples, prior)
     checked = [*check_device(device), *check_settings(config, base), *(start.problems if start else ())]
@@ -158,17 +161,16 @@ def _device_as_before(config: TrainConfig, size: int, computed: dict[str, Any] |
     return device
 
 
-def _make_fast(
-    config: TrainConfig, model: DiffusionModel, device: Device, computed: dict[str, Any] | None
-) -> tuple[Device, Undo]:
-    """Chooses the kernels, or takes those that the run began with, and puts them in place of the plain layers."""
-    fast = device.fast
-    if computed is None:
-        side = render_side(config, model.facts) // model.facts.pixels_per_latent
-        shapes = shapes_of(model.facts.configs["unet"], side)
-        fast = choose_kernels(shapes, device.dtype, device.device, home_folder() / "cache" / "kernels")
-    parts = {name: part for name, part in model.parts().items() if name == "unet" or config.text_encoder_rate > 0}
-    return replace(device, fast=fast), make_fast(parts, fast)
+def _with_kernels(config: TrainConfig, base: BaseModelFacts, device: Device) -> Device:
+    """The device with the kernels that compute this base fastest on it; the first of several processes measures."""
+    shapes = shapes_of(base.configs["unet"], render_side(config, base) // base.pixels_per_latent)
+    folder = home_folder() / "cache" / "kernels"
+    if not device.is_main:
+        device.wait_for_all()
+    chosen = choose_kernels(shapes, device.dtype, device.device, folder)
+    if device.is_main:
+        device.wait_for_all()
+    return replace(device, fast=chosen)
 
 
 def _load(config: TrainConfig, base: BaseModelFacts, device: Device, emit: events.Emit) -> DiffusionModel:
