@@ -99,10 +99,7 @@ def set_up(
     scan = scan_images(config)
     start = read_start(config, base) if before is None else None  # a state has the weights, and the file may be gone
     emit(events.Stage(name="load", detail=f"base model {base.name}"))
-    computed = before.facts.get("kernels") if before else None
-    device = _device_as_before(config, denoiser_bytes(base), computed, emit)
-    if computed is None:
-        device = _with_kernels(config, base, device)
+    device = _device_for(config, base, before, emit)
     model = _load(config, base, device, emit)
     if device.is_main:
         for change in run.check_manifest(make_manifest(config, scan, model, start) | {"kernels": device.kernels()}, force):
@@ -152,10 +149,13 @@ def _parameter_groups(config: TrainConfig, flat: FlatParameters) -> list[dict[st
     ]
 
 
-def _device_as_before(config: TrainConfig, size: int, computed: dict[str, Any] | None, emit: events.Emit) -> Device:
-    """The device, computing as the run did before; what cannot be as it was is told."""
-    device = choose_device(config.train.precision, size, computed)
-    if computed and (others := other_kernels(computed, device.kernels())):
+def _device_for(config: TrainConfig, base: BaseModelFacts, before: TrainingState | None, emit: events.Emit) -> Device:
+    """The device and its kernels, computing as the run did before; what cannot be as it was is told."""
+    computed = before.facts.get("kernels") if before else None
+    device = choose_device(config.train.precision, denoiser_bytes(base), computed)
+    if computed is None:
+        return _with_kernels(config, base, device)
+    if others := other_kernels(computed, device.kernels()):
         what = f"This run goes on under other conditions ({'; '.join(others)})"
         emit(events.Warned(message=f"{what}: its result may differ in the last digits from an unbroken run's."))
     return device
