@@ -57,6 +57,10 @@ class Training:
     loss_scale: LossScale = field(default_factory=LossScale)
     good: TrainingState | None = None
     """What to go back to when the numbers break."""
+    wish: Callable[[], int] = lambda: 0
+    """What this process is asked for while it trains, as in train.wish_of."""
+    asked: int = 0
+    """The sum of all processes' wishes at the last step."""
     durations: deque[float] = field(default_factory=lambda: deque(maxlen=30))
 
     @property
