@@ -22,7 +22,7 @@ from trainers.errors import LostProcessError
 from trainers.files import write_atomically
 from trainers.process_id import is_same, made_at
 
-GRACE = 5.0
+GRACE = 3.0
 """Seconds in which a process may end by itself once another one is lost, before it is ended in the midst of its work."""
 _LOOK = 1.0  # seconds from one look at the others to the next
 _GOES_ON = "What was saved until now is kept; `impasto resume` goes on."
