@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import socket
@@ -15,6 +16,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from tests.command_line import TINY, environment, impasto, read_events, result_of
@@ -104,16 +106,16 @@ def train_with_fault(words: list[str], variables: dict[str, str], said: Path, fa
 
 
 @pytest.fixture
-def two(words: list[str], tmp_path: Path) -> Iterator[Callable[[Fault], list[BaseProcess]]]:
-    """two(fault) -> the processes of a training without a launcher, of which this one is a copy. They say what `said` has."""
+def two(words: list[str], tmp_path: Path) -> Iterator[Callable[..., list[BaseProcess]]]:
+    """two(fault, *words) -> the processes of a training without a launcher, of which this one is a copy. They say what `said` has."""
     if os.name == "nt":
         pytest.skip("a process cannot be copied")
     started: list[BaseProcess] = []
 
-    def begin(fault: Fault) -> list[BaseProcess]:
+    def begin(fault: Fault, *more: str) -> list[BaseProcess]:
         shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         for index in "01":
-            given = [*words, "--output", str(tmp_path / "run")], shared | {"RANK": index, "LOCAL_RANK": index}
+            given = [*words, *more, "--output", str(tmp_path / "run")], shared | {"RANK": index, "LOCAL_RANK": index}
             process = get_context("fork").Process(target=train_with_fault, args=(*given, tmp_path / f"said-{index}", fault))
             process.start()
             started.append(process)
@@ -171,7 +173,7 @@ def test_a_killed_process_ends_all_in_words_and_another_number_goes_on(words: li
     assert_same_but_for_rounding(run, alone)
 
 
-def test_what_fails_in_another_process_is_told_by_the_first(two: Callable[[Fault], list[BaseProcess]], tmp_path: Path) -> None:
+def test_what_fails_in_another_process_is_told_by_the_first(two: Callable[..., list[BaseProcess]], tmp_path: Path) -> None:
     """While the first one is at long work, from which nothing wakes it."""
 
     def fault(training: Training) -> None:
@@ -186,7 +188,7 @@ def test_what_fails_in_another_process_is_told_by_the_first(two: Callable[[Fault
     assert list((tmp_path / "run" / "state").glob("step-*"))
 
 
-def test_a_process_that_hangs_ends_when_the_first_is_killed(two: Callable[[Fault], list[BaseProcess]], tmp_path: Path) -> None:
+def test_a_process_that_hangs_ends_when_the_first_is_killed(two: Callable[..., list[BaseProcess]], tmp_path: Path) -> None:
     """The second one sleeps where nothing wakes it. The first one leaves no word: so the run is shown as lost."""
 
     def fault(training: Training) -> None:
@@ -199,6 +201,19 @@ def test_a_process_that_hangs_ends_when_the_first_is_killed(two: Callable[[Fault
     said = (tmp_path / "said-1").read_text(encoding="utf-8")
     assert f"impasto: Process 1 of 2 (id {processes[0].pid}) has died without a word" in said
     assert read_events(tmp_path / "run")[-1]["type"] not in ("failed", "stopped", "paused", "finished")
+
+
+def test_a_loss_that_breaks_in_another_process_breaks_for_all(two: Callable[..., list[BaseProcess]], tmp_path: Path) -> None:
+    def fault(training: Training) -> None:
+        if not training.device.is_main:
+            with torch.no_grad():
+                training.flat.weights.fill_(math.nan)
+
+    assert ends(two(fault, "--set", "train.recoveries=0")) == [1, 1]
+    last = read_events(tmp_path / "run")[-1]
+    assert last["type"] == "failed" and "The loss is no longer a finite number" in last["message"]
+    assert "The adapter of step 0, the last good one, is kept as checkpoints/" in last["message"]
+    assert "The loss is no longer a finite number" in (tmp_path / "said-1").read_text(encoding="utf-8")
 
 
 def ends(processes: list[BaseProcess]) -> list[int | None]:

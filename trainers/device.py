@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -65,14 +65,14 @@ class Device:
                 raise LostProcessError(what, hint=hint) from error
         return tensor
 
-    def sum_step(self, gradient: torch.Tensor, loss: torch.Tensor, wish: int) -> tuple[torch.Tensor, int]:
-        """Sums a step's flat gradient over all processes, in place; returns the sums of `loss` (a scalar) and of `wish`.
+    def sum_step(self, gradient: torch.Tensor, loss: torch.Tensor, wish: Callable[[], int]) -> tuple[torch.Tensor, int]:
+        """Sums a step's flat gradient over all processes, in place; returns the sums of `loss` (a scalar) and of the wishes.
 
-        One message for all three: a second one would cost its latency in every step.
+        One message for all three: a second one would cost its latency in every step. One process has no need of the last.
         """
         if self.count == 1:
-            return loss, wish
-        numbers = gradient.new_tensor([0.0, wish])
+            return loss, 0
+        numbers = gradient.new_tensor([0.0, wish()])
         numbers[0] = loss
         total = self.sum_over_processes(torch.cat([gradient, numbers]))
         gradient.copy_(total[:-2])

@@ -58,9 +58,9 @@ class Training:
     good: TrainingState | None = None
     """What to go back to when the numbers break."""
     wish: Callable[[], int] = lambda: 0
-    """What this process is asked for while it trains, as in train.wish_of."""
+    """What this process is asked for while it trains, as train.listen has it."""
     asked: int = 0
-    """The sum of all processes' wishes at the last step."""
+    """The sum of all processes' wishes at the last step, where there are several."""
     durations: deque[float] = field(default_factory=lambda: deque(maxlen=30))
 
     @property

@@ -74,7 +74,7 @@ def fill_gradient(training: Training) -> tuple[float, float]:
         part = training_step(training.model, batch, training.condition, training.config.train.min_snr_gamma or None)
         (part * factor).backward()  # type: ignore[no-untyped-call]
         loss += part.detach()
-    loss, training.asked = training.device.sum_step(gradient, loss, training.wish())
+    loss, training.asked = training.device.sum_step(gradient, loss, training.wish)
     gradient.div_(factor)
     return float(loss), float(gradient.norm())
 
@@ -121,10 +121,6 @@ def train(run: RunFolder, emit: events.Emit, interrupted: Callable[[], bool] = l
     outputs.start()
     fill_cache(training, emit, unwanted)
     outputs.begin_training()
-    training.wish = lambda: wish_of(run, training.device.is_main, interrupted)
-    training.asked = int(
-        training.device.sum_over_processes(torch.tensor(float(training.wish()), device=training.device.device))
-    )
     steps = training.data.steps
     loss_due = training.config.samples.every or max(1, steps // 20)
 
@@ -132,11 +128,10 @@ def train(run: RunFolder, emit: events.Emit, interrupted: Callable[[], bool] = l
         return training.device.is_main and run.take_flag(name)
 
     outputs.make_up()
-    training.asked = int(training.device.sum_numbers(training.wish())[0])
+    listen(training, run, interrupted)
     with Watchdog(warn).watching() as watchdog:
         while training.step < steps:
-            asked = stop_asked(training)
-            if asked:
+            if asked := stop_asked(training):
                 keeper.save()
                 outputs.stop(asked)
                 return False
@@ -166,11 +161,18 @@ def train(run: RunFolder, emit: events.Emit, interrupted: Callable[[], bool] = l
     return True
 
 
-def wish_of(run: RunFolder, main: bool, interrupted: Callable[[], bool]) -> int:
-    """What this process is asked for: 0 to go on, 1 to pause, 2 to stop. So in a sum over processes, 1 is a pause alone."""
-    # The first process alone reads the flags, so that none of the others takes them away from it.
-    asked = "stop" if interrupted() else run.stop_asked() if main else None
-    return {None: 0, "pause": 1, "stop": 2}[asked]
+def listen(training: Training, run: RunFolder, interrupted: Callable[[], bool]) -> None:
+    """From now on every process hears its own signals, and the first one the file `stop`, so that no other takes it away.
+
+    A wish is 0 to go on, 1 to pause, 2 to stop: in a sum over processes 1 is a pause, and more a stop.
+    """
+
+    def wish() -> int:
+        asked = "stop" if interrupted() else run.stop_asked() if training.device.is_main else None
+        return {None: 0, "pause": 1, "stop": 2}[asked]
+
+    training.wish = wish
+    training.asked = int(training.device.sum_numbers(wish())[0])
 
 
 def stop_asked(training: Training) -> str | None:
