@@ -107,7 +107,7 @@ def train_with_fault(words: list[str], variables: dict[str, str], said: Path, fa
 
 @pytest.fixture
 def two(words: list[str], tmp_path: Path) -> Iterator[Callable[..., list[BaseProcess]]]:
-    """two(fault, *words) -> the processes of a training without a launcher, of which this one is a copy. They say what `said` has."""
+    """two(fault, *words) -> the processes of a training without a launcher, copies of this one."""
     if os.name == "nt":
         pytest.skip("a process cannot be copied")
     started: list[BaseProcess] = []
