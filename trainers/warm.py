@@ -67,21 +67,19 @@ class Warm:
         if self._layers is None or self._layers.model is not model:
             self._loras.clear()
             self._layers = find(model)
+        name = str(lora)
         if lora not in self._loras:
             tell({"event": "loading"})
             told = functools.partial(print, file=sys.stderr)
-            self._loras[lora] = attach_file(self._layers, Path(lora[0]), _name(lora), told)
+            self._loras[lora] = attach_file(self._layers, Path(lora[0]), name, told)
         self._loras[lora] = self._loras.pop(lora)
         # Of a file that a training has just written again, only the new state is of use.
         stale = [mark for mark in self._loras if mark[0] == lora[0] and mark != lora]
         for old in stale or list(self._loras)[:-KEPT_LORAS]:
+            gone = str(old)
             for layer in self._loras.pop(old):
-                del layer.adapters[_name(old)], layer.strengths[_name(old)]
-        return _name(lora)
-
-
-def _name(lora: Mark) -> str:
-    return str(lora)
+                del layer.adapters[gone], layer.strengths[gone]
+        return name
 
 
 def adapted_layers(model: DiffusionModel) -> list[AdaptedLayer]:
