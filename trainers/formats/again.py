@@ -43,7 +43,10 @@ class _Place:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a file was read for one base: by canonical name, where the factors stand, and alpha where it has a key."""
+    """How a file was read for one base: by canonical name, where the factors stand, and alpha where it has a key.
+
+    `scratch` has room for the bytes of such a file: new memory costs as much as reading into it.
+    """
 
     header: Header
     runs: tuple[_Run, ...]
@@ -52,6 +55,7 @@ class Layout:
     alphas: Mapping[str, float]
     unmatched: tuple[str, ...]
     family: str
+    scratch: torch.Tensor
 
 
 def layout_of(header: Header, matched: Mapping[str, KeyGroup], file: AdapterFile) -> Layout | None:
@@ -79,7 +83,8 @@ def layout_of(header: Header, matched: Mapping[str, KeyGroup], file: AdapterFile
     }
     keyed = {name: place(group.parts["alpha"], ()) for name, group in matched.items() if "alpha" in group.parts}
     alphas = {name: weights.alpha for name, weights in file.modules.items()}
-    return Layout(header, tuple(runs), factors, keyed, alphas, file.unmatched, file.family)
+    scratch = torch.empty(header.size - header.data_start, dtype=torch.uint8)
+    return Layout(header, tuple(runs), factors, keyed, alphas, file.unmatched, file.family, scratch)
 
 
 def read_again(handle: BinaryIO, header: Header, layout: Layout, device: torch.device) -> AdapterFile | None:
@@ -87,11 +92,12 @@ def read_again(handle: BinaryIO, header: Header, layout: Layout, device: torch.d
     same_scaling = layout.header.metadata.get(METADATA_KEY) == header.metadata.get(METADATA_KEY)
     if header.entries is not layout.header.entries or not same_scaling:
         return None
-    data = torch.empty(header.size - header.data_start, dtype=torch.uint8)
+    data = layout.scratch
     handle.seek(header.data_start)
     if handle.readinto(memoryview(data.numpy())) != data.numel():  # type: ignore[attr-defined]
         return None
-    runs = [data[run.start : run.end].view(run.dtype).float() for run in layout.runs]
+    # Copied even where nothing is to be widened, as the next file is read into the same memory.
+    runs = [data[run.start : run.end].view(run.dtype).to(torch.float32, copy=True) for run in layout.runs]
     # A sum is finite only if all of it is. Float32 may overflow without a fault: then all is looked at one by one.
     if not all(math.isfinite(float(run.sum())) for run in runs):
         return None
