@@ -200,9 +200,7 @@ class Outputs:
         self._run.take_flag("stop")
         drawn = [event for event in events.read_since(self._run.events)[0] if event.get("type") == "sample"]
         drawing = sum(float(event.get("seconds") or 0.0) for event in drawn)
-        self._emit(
-            events.Finished(step=self._training.step, path=name, seconds=seconds, sample_seconds=drawing, proof=proof)
-        )
+        self._emit(events.Finished(step=self._training.step, path=name, seconds=seconds, sample_seconds=drawing, proof=proof))
 
     def _verify(self, path: Path) -> str:
         """Reads the finished file back; the training's own adapters are taken out for it. Raises AdapterFileError."""

@@ -94,7 +94,7 @@ def read_again(handle: BinaryIO, header: Header, layout: Layout, device: torch.d
         return None
     data = layout.scratch
     handle.seek(header.data_start)
-    if handle.readinto(memoryview(data.numpy())) != data.numel():  # type: ignore[attr-defined]
+    if handle.readinto(data.numpy()) != data.numel():  # type: ignore[attr-defined]
         return None
     # Copied even where nothing is to be widened, as the next file is read into the same memory.
     runs = [data[run.start : run.end].view(run.dtype).to(torch.float32, copy=True) for run in layout.runs]

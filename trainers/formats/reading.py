@@ -41,15 +41,15 @@ class LoadedBase:
     family: str
     table: Mapping[tuple[str, str], str]
     shapes: Mapping[str, tuple[int, ...]] | None
-    device: torch.device = torch.device("cpu")
+    device: torch.device
     last: Layout | None = None
 
 
 def read(path: Path, base: LoadedBase | None, family: str | None) -> AdapterFile:
     """See trainers.formats.read_adapter and read_without_base."""
     with open_file(path) as handle:
-        last = base.last if base is not None else None
-        header = read_header(handle, path, last and last.header)
+        last = None if base is None else base.last
+        header = read_header(handle, path, None if last is None else last.header)
         if base is not None and last is not None:
             again = read_again(handle, header, last, base.device)
             if again is not None:
@@ -62,7 +62,7 @@ def read(path: Path, base: LoadedBase | None, family: str | None) -> AdapterFile
             refuse_other_family(groups, header.entries, family, path)
         elif family is None:
             family = sure_family(header, groups)
-        matched, unmatched = match_groups(groups, base and base.table, family, path)
+        matched, unmatched = match_groups(groups, None if base is None else base.table, family, path)
         scaling = read_scaling(header.metadata, str(path))
         modules: dict[str, ModuleWeights] = {}
         for name, group in matched.items():
