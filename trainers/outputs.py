@@ -26,6 +26,9 @@ from trainers.run_folder import RunFolder
 from trainers.setup import Training
 from trainers.verify import verify, write_proof
 
+BATCH_PIXELS = 4 * 512 * 512
+"""Samples of at most so many pixels are drawn at once: as much memory as a single one of SDXL takes."""
+
 
 class Outputs:
     """Writes into one run folder for one `Training`; silent in all processes but the first."""
@@ -102,17 +105,20 @@ class Outputs:
         return config.optimizer.learning_rate if group == "unet" else config.text_encoder_rate
 
     def sample(self) -> None:
-        """Draws each sample prompt alone, so that a picture does not depend on the others."""
+        """Draws the sample prompts, some in a batch, which the settings alone decide: the same again after a resume."""
         training, settings = self._training, self._training.config.samples
         if not training.device.is_main:
             return
         begun = time.monotonic()
         side = render_side(training.config, training.model.facts)
         how = RenderSettings(side, side, settings.steps, settings.guidance, settings.negative, settings.scheduler)
-        with exported_weights(training):
-            for number, prompt in enumerate(self._prompts):
-                picture = Picture(prompt, settings.seed, {TRAINED: settings.strength})
-                image = render(training.model, [picture], how)[0]
+        pictures = [Picture(prompt, settings.seed, {TRAINED: settings.strength}) for prompt in self._prompts]
+        at_once = max(1, BATCH_PIXELS // (side * side))
+        for first in range(0, len(pictures), at_once):
+            batch, tick = pictures[first : first + at_once], time.monotonic()
+            with exported_weights(training):
+                images = render(training.model, batch, how)
+            for number, (picture, image) in enumerate(zip(batch, images, strict=True), first):
                 path = self._sample_path(number)
                 data = io.BytesIO()
                 image.save(data, "PNG")
@@ -121,9 +127,10 @@ class Outputs:
                     events.Sample(
                         step=training.step,
                         path=path.relative_to(self._run.path).as_posix(),
-                        prompt=prompt,
+                        prompt=picture.prompt,
                         seed=settings.seed,
                         strength=settings.strength,
+                        seconds=(time.monotonic() - tick) / len(batch),
                     )
                 )
         self.sample_seconds = time.monotonic() - begun
@@ -192,7 +199,9 @@ class Outputs:
             if self._training.config.output.verify:
                 proof = self._verify(self._run.path / name)
         self._run.take_flag("stop")
-        self._emit(events.Finished(step=self._training.step, path=name, seconds=seconds, proof=proof))
+        drawn = [event for event in events.read_since(self._run.events)[0] if event.get("type") == "sample"]
+        drawing = sum(float(event.get("seconds") or 0.0) for event in drawn)
+        self._emit(events.Finished(step=self._training.step, path=name, seconds=seconds, sample_seconds=drawing, proof=proof))
 
     def _verify(self, path: Path) -> str:
         """Reads the finished file back; the training's own adapters are taken out for it. Raises AdapterFileError."""
