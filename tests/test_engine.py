@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from tests.tiny_models import WIDTH, WIDTH_2, tiny_sd2_unet, tiny_sdxl_unet, tiny_text_encoder, tiny_unet
+from trainers.attention import Attend
 from trainers.blocked import BlockedLayer, can_be_blocked, spread, turned
 from trainers.engine import make_fast, make_plain
 from trainers.frozen import FrozenLayer, KeptLayer
-from trainers.fused import Attend, Gated, NormSilu, attend
+from trainers.fused import Gated, NormSilu, attend
 from trainers.kernels import Kernels
 from trainers.upsampled import Upsampled, quarters_of
 

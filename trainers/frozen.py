@@ -61,6 +61,22 @@ class KeptLayer(FrozenLayer):
         return self.kept
 
 
+class SharedRows(FrozenLayer):
+    """A matrix that lies in `whole` among others that read the same x, from row `start` on."""
+
+    def __init__(self, layer: nn.Linear, whole: FrozenLayer, start: int) -> None:
+        super().__init__(layer)
+        # Not as a sub-module: the first of them has it as one.
+        self.start, self.__dict__["whole"] = start, whole
+
+    whole: FrozenLayer
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """Its rows."""
+        return self.whole.weight[self.start : self.start + self.shape[0]]
+
+
 class _Frozen(torch.autograd.Function):
     """y = W x + b of a frozen layer; dx = W^T dy is all that goes back."""
 

@@ -98,27 +98,6 @@ class _Gated(torch.autograd.Function):
         return to_both
 
 
-class Attend:
-    """A diffusers attention processor for plain attention: softmax(q k^T / sqrt(d)) v.
-
-    By plain products where a head has at most `products` scores, else by PyTorch's kernel.
-    """
-
-    def __init__(self, products: int) -> None:
-        self._products = products
-
-    def __call__(
-        self, attention: Any, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor | None = None, **_: Any
-    ) -> torch.Tensor:
-        """hidden_states (B, n, C), encoder_hidden_states (B, m, W) -> (B, n, C)."""
-        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        query, key, value = attention.to_q(hidden_states), attention.to_k(context), attention.to_v(context)
-        answer = attend(query, key, value, attention.heads, query.shape[1] * key.shape[1] <= self._products)
-        for layer in attention.to_out:
-            answer = layer(answer)
-        return answer
-
-
 def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, heads: int, by_products: bool) -> torch.Tensor:
     """(B, n, C), (B, m, C), (B, m, C) -> (B, n, C)."""
     batch, tokens, channels = query.shape
