@@ -23,11 +23,11 @@ class Attend:
     ) -> torch.Tensor:
         """hidden_states (B, n, C), encoder_hidden_states (B, m, W) -> (B, n, C)."""
         if encoder_hidden_states is None:
-            query, key, value = answer_together((attention.to_q, attention.to_k, attention.to_v), hidden_states)
+            parts = answer_together((attention.to_q, attention.to_k, attention.to_v), hidden_states)
         else:
-            query = attention.to_q(hidden_states)
-            key, value = answer_together((attention.to_k, attention.to_v), encoder_hidden_states)
-        answer = attend(query, key, value, attention.heads, query.shape[1] * key.shape[1] <= self._products)
+            parts = [attention.to_q(hidden_states)]
+            parts += answer_together((attention.to_k, attention.to_v), encoder_hidden_states)
+        answer = attend(parts, attention.heads, parts[0].shape[1] * parts[-1].shape[1] <= self._products)
         for layer in attention.to_out:
             answer = layer(answer)
         return answer

@@ -32,9 +32,10 @@ def make_fast(parts: Mapping[str, nn.Module], kernels: Kernels) -> Undo:
         wanted = kernels.matrices if isinstance(layer, nn.Linear) else kernels.blocked
         return BlockedLayer(layer) if wanted and can_be_blocked(layer) else KeptLayer(layer)
 
+    silu = SiluOfVectors()
     for part in parts.values():
         for module in list(part.modules()):
-            _fuse(module, undo)
+            _fuse(module, silu, undo)
             if attends_plainly(module):
                 _set_processor(module, Attend(kernels.products), undo)
                 if names := side_by_side(module):
@@ -73,13 +74,13 @@ def _replace(parent: nn.Module, leaf: str, new: nn.Module, undo: Undo) -> None:
     undo.append(lambda: setattr(parent, leaf, old))
 
 
-def _fuse(module: Any, undo: Undo) -> None:
+def _fuse(module: Any, silu: SiluOfVectors, undo: Undo) -> None:
     """A GroupNorm with the SiLU after it, a gated unit: by diffusers' names."""
     name = type(module).__name__
     if name == "ResnetBlock2D" and isinstance(module.nonlinearity, nn.SiLU) and module.time_embedding_norm == "default":
         for norm in ("norm1", "norm2"):
             _replace(module, norm, NormSilu(getattr(module, norm)), undo)
-        _replace(module, "nonlinearity", SiluOfVectors(), undo)
+        _replace(module, "nonlinearity", silu, undo)
     elif (
         name == "UNet2DConditionModel"
         and isinstance(module.conv_norm_out, nn.GroupNorm)

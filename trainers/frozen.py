@@ -60,6 +60,10 @@ class KeptLayer(FrozenLayer):
         """The layer's own."""
         return self.kept
 
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """As `answer`, with a graph. Of a frozen matrix PyTorch's own node keeps no input either, and costs less."""
+        return apply_plain(self, x, self.kept) if self.kept.dim() == 2 else super().forward(x)
+
 
 class SharedRows(FrozenLayer):
     """A matrix that lies in `whole` among others that read the same x, from row `start` on."""

@@ -101,8 +101,11 @@ class AdaptedLayer(nn.Module):
             self._kept = None
 
 
-def answer_together(layers: Sequence[nn.Module], x: torch.Tensor) -> Sequence[torch.Tensor]:
-    """What several layers answer to the same x, read once where their frozen weights lie one above the other."""
+def answer_together(layers: Sequence[nn.Module], x: torch.Tensor) -> list[torch.Tensor]:
+    """What several layers answer to the same x, one by one, or one behind the other in a single (B, ..., sum of out).
+
+    The latter where their frozen weights lie one above the other, so that x is read once.
+    """
     frozen = [layer.frozen if isinstance(layer, AdaptedLayer) else layer for layer in layers]
     whole = frozen[0].whole if isinstance(frozen[0], SharedRows) else None
     if whole is None or any(not isinstance(layer, SharedRows) or layer.whole is not whole for layer in frozen):
@@ -112,9 +115,7 @@ def answer_together(layers: Sequence[nn.Module], x: torch.Tensor) -> Sequence[to
         answer = whole(x)
     elif all(isinstance(layer, AdaptedLayer) for layer in layers):
         answer = _joined(whole, x, [layer.active() for layer in layers])  # type: ignore[operator]
-    if answer is None:
-        return [layer(x) for layer in layers]
-    return answer.split([layer.shape[0] for layer in frozen], dim=-1)  # type: ignore[no-any-return, index]
+    return [layer(x) for layer in layers] if answer is None else [answer]
 
 
 def _joined(frozen: nn.Module, x: torch.Tensor, layers: Sequence[list[tuple[Adapter, Strength]]]) -> torch.Tensor | None:
