@@ -14,7 +14,7 @@ from trainers.bench.cases import LEARNING_RATE, Case, recipe
 from trainers.bench.counts import Counts, count
 from trainers.bench.limit import Floor, Full, Limit
 from trainers.bench.reference import Inputs, Parts, Reference, load_parts, read_recipe
-from trainers.bench.rounds import Step
+from trainers.bench.rounds import Step, Took
 from trainers.dataset.batches import Batch
 from trainers.device import DTYPES
 from trainers.families import locate_base
@@ -58,11 +58,7 @@ def start_project(plan: Plan, precision: str, name: str, changes: Mapping[str, A
 
 def project_step(training: Training) -> Step:
     """One optimizer update of the real engine."""
-
-    def step(number: int) -> None:
-        update(training)
-
-    return step
+    return lambda number: update(training)
 
 
 def reference_for(plan: Plan, parts: Parts, cached: bool = False) -> Reference:
@@ -118,10 +114,10 @@ def build_group(plan: Plan, precision: str, say: Say) -> Group:
     steps: dict[str, Step] = {f"project {precision}": project_step(project)}
     steps |= {name: one.step for name, one in references.items()}
     steps[f"reference-cached {precision}"] = cached.step
-    steps[f"limit {precision}"] = _returns_nothing(limit.step)
+    steps[f"limit {precision}"] = limit.step
     steps[f"floor {precision}"] = _floor_step(floor, device)
     if plan.full:
-        steps[f"full {precision}"] = _returns_nothing(Full(parts, inputs).step)
+        steps[f"full {precision}"] = Full(parts, inputs).step
     counts |= count_project(project, precision) | count_reference(reference, inputs, precision)
     return Group(precision, project, references | {f"reference-cached {precision}": cached}, limit, floor, counts, steps)
 
@@ -154,21 +150,14 @@ def synchroniser(device: torch.device) -> Callable[[], None]:
     return torch.cuda.synchronize if device.type == "cuda" else lambda: None
 
 
-def _returns_nothing(step: Callable[[int], object]) -> Step:
-    def run(number: int) -> None:
-        step(number)
-
-    return run
-
-
 def _floor_step(floor: Floor, device: torch.device) -> Step:
     wait = synchroniser(device)
 
-    def run(number: int) -> float:
+    def run(number: int) -> Took:
         wait()
         begun = time.perf_counter()
         floor.multiply()
         wait()
-        return floor.seconds(time.perf_counter() - begun)
+        return Took(floor.seconds(time.perf_counter() - begun))
 
     return run

@@ -74,7 +74,8 @@ def _only_describes(func: Any) -> bool:
 
 class _Saved:
     def __init__(self) -> None:
-        before = (tensor for tensor in gc.get_objects() if isinstance(tensor, torch.Tensor))
+        # By type(): isinstance would ask objects that pretend for their class, some of which then load what they stand for.
+        before = (found for found in gc.get_objects() if issubclass(type(found), torch.Tensor))
         self.before = {key for tensor in before if (key := _storage(tensor)) is not None}
         self.sizes: dict[int, int] = {}
 

@@ -17,8 +17,16 @@ SPREAD = 0.25
 OWN_LOAD = 0.5
 """How far the load may lie above the number of cores while the bench itself keeps them all busy."""
 
-Step = Callable[[int], float | None]
-"""Runs the step of a round. Returns seconds where these are not simply how long it ran."""
+
+@dataclass(frozen=True)
+class Took:
+    """What a step answers whose seconds are not simply how long it ran."""
+
+    seconds: float
+
+
+Step = Callable[[int], object]
+"""Runs the step of a round. Its answer is ignored unless it is a `Took`."""
 
 
 @dataclass(frozen=True)
@@ -94,11 +102,11 @@ def run_rounds(
         for name, step in contestants.items():
             synchronise()
             begun = clock()
-            own = step(number)
+            answer = step(number)
             synchronise()
             taken = clock() - begun
             if number >= WARM_UP:
-                seconds[name].append(taken if own is None else own)
+                seconds[name].append(answer.seconds if isinstance(answer, Took) else taken)
         loads.append(load())
         told(number + 1, WARM_UP + rounds)
     return Rounds({name: Spread(tuple(values)) for name, values in seconds.items()}, tuple(loads))
