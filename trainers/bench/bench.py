@@ -10,15 +10,20 @@ from pathlib import Path
 from typing import Any
 
 from trainers.bench.agreement import agree
+from trainers.bench.apart import Start, middle, script_command, start, train_command
 from trainers.bench.cases import FROZEN_RATIO, PICTURES, Case
 from trainers.bench.contestants import Group, Plan, build_group, synchroniser
+from trainers.bench.growth import measure_growth
+from trainers.bench.preview import FUSES, measure_preview
 from trainers.bench.progress import Progress
 from trainers.bench.report import cores, hardware, judge, versions
-from trainers.bench.rounds import Rounds, run_rounds
+from trainers.bench.rounds import Rounds, Spread, run_rounds
 from trainers.bench.synthetic import synthetic_base, synthetic_pictures
 from trainers.run_folder import home_folder
 
 PARTS = ("rounds", "start", "preview")
+STARTS = 2
+"""How often each process of its own is started, after one that does not count."""
 
 
 def run_bench(
@@ -45,10 +50,20 @@ def run_bench(
     }  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="impasto-bench-", ignore_cleanup_errors=True) as work:
         plan = Plan(case, base, images, Path(work), batch, rank, full)
+        if "start" in parts:  # first: while this process is small
+            _measure_starts(plan, precisions or case.precisions, facts, progress)
         if "rounds" in parts:
             for precision in precisions or case.precisions:
                 _measure_group(plan, precision, rounds, facts, progress)
                 gc.collect()
+        if "preview" in parts:
+            _measure_preview(plan, rounds, facts, progress)
+            gc.collect()
+        if "growth" in parts:
+            growing = (precisions or case.precisions)[0]
+            facts["growth"] = measure_growth(
+                plan, growing, rounds, lambda name, spread: _add(facts, case, name, spread), progress
+            )
     _conclude(facts)
     return facts
 
@@ -71,6 +86,57 @@ def _measure_group(plan: Plan, precision: str, rounds: int, facts: dict[str, Any
     _add_ratios(plan.case, group, found, facts)
 
 
+def _measure_starts(plan: Plan, precisions: Sequence[str], facts: dict[str, Any], progress: Progress) -> None:
+    """The trainer and the script in turn; a first start of each only warms the disk's cache up."""
+    commands = {}
+    for name, make, formats in (
+        ("project", train_command, precisions), ("reference", script_command, dict.fromkeys(("fp32", *precisions))),
+    ):  # fmt: skip
+        for precision in formats:
+            if plan.case.against_fp32 or precision in precisions:
+                made = make(plan.case, plan.base, plan.images, plan.work, precision, plan.batch, plan.rank)
+                commands[f"{name} {precision}"] = made
+    told = progress.counter("starts in processes of their own")
+    found: dict[str, list[Start]] = {name: [] for name in commands}
+    for number in range(1 + STARTS):
+        for place, (name, command) in enumerate(commands.items()):
+            begun = start(command)
+            found[name] += [begun] if number else []
+            told(number * len(commands) + place + 1, (1 + STARTS) * len(commands))
+    facts["starts"] = {name: middle(starts) for name, starts in found.items()}
+    for project in (name for name in found if name.startswith("project")):
+        for reference in (name for name in found if name.startswith("reference")):
+            pairs = list(zip(found[project], found[reference], strict=True))
+            name = f"start to end of first step, {project} / {reference}"
+            _add(facts, plan.case, name, Spread(tuple(a.seconds / b.seconds for a, b in pairs)))
+            name = f"peak memory, {project} / {reference}"
+            _add(facts, plan.case, name, Spread(tuple(a.peak_bytes / b.peak_bytes for a, b in pairs)))
+
+
+def _measure_preview(plan: Plan, rounds: int, facts: dict[str, Any], progress: Progress) -> None:
+    progress.say("preview: the studio's model and diffusers' load")
+    found = measure_preview(plan, rounds, progress.counter("preview: rounds"))
+    facts["preview"] = {
+        "seconds": {name: seconds.facts() for name, seconds in found.rounds.seconds.items()},
+        "exact_at_zero": found.exact_at_zero, "drift": found.drift,
+    }  # fmt: skip
+    _add(facts, plan.case, "strength, project / fuse + unfuse", found.rounds.ratio("strength, project", "strength, fuse + unfuse"))
+    _add(facts, plan.case, "swap, project / load_lora_adapter", found.rounds.ratio("swap, project", "swap, load_lora_adapter"))
+    _add(facts, plan.case, "drawing, LoRA / base", found.rounds.ratio("drawing, LoRA", "drawing, base"))
+    word = "is the base bit for bit" if found.exact_at_zero else "IS NOT THE BASE"
+    facts["remarks"].append(
+        f"strength 0 {word}; after {FUSES} rounds of fuse and unfuse {found.drift:.2%} of the adapted weights differ"
+    )
+
+
+def _add(facts: dict[str, Any], case: Case, name: str, spread: Spread) -> None:
+    """A ratio of several rounds. One whose spread holds its goal within it can say nothing about it."""
+    facts["ratios"][name] = judge(name, spread.median, case) | spread.facts()
+    must = facts["ratios"][name].get("must")
+    if must is not None and min(spread.values) < must < max(spread.values):
+        facts["doubts"].append(f"{name} lies on both sides of its goal")
+
+
 def _add_ratios(case: Case, group: Group, rounds: Rounds, facts: dict[str, Any]) -> None:
     precision, project = group.precision, f"project {group.precision}"
     pairs = [(name, project) for name in group.references]
@@ -78,8 +144,7 @@ def _add_ratios(case: Case, group: Group, rounds: Rounds, facts: dict[str, Any])
     pairs += [(f"reference {precision}", f"limit {precision}")]
     pairs += [(f"full {precision}", f"limit {precision}")] if f"full {precision}" in rounds.seconds else []
     for over, under in pairs:
-        spread = rounds.ratio(over, under)
-        facts["ratios"][f"{over} / {under}"] = judge(f"{over} / {under}", spread.median, case) | spread.facts()
+        _add(facts, case, f"{over} / {under}", rounds.ratio(over, under))
     ours, theirs = group.counts[project], group.counts[f"reference {precision}"]
     for name, ratio in (
         (f"saved activations {precision}, project / reference", ours.saved_bytes / theirs.saved_bytes),

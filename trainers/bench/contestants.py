@@ -98,11 +98,13 @@ def build_group(plan: Plan, precision: str, say: Say) -> Group:
     project = start_project(plan, precision, f"project-{precision}")
     device = project.device.device
     references: dict[str, Reference] = {}
-    for dtype in dict.fromkeys(("fp32", precision)):
+    for dtype in dict.fromkeys(("fp32", precision) if plan.case.against_fp32 else (precision,)):
         say(f"{precision}: the reference in {dtype} loads")
         parts = load_parts(plan.folder, DTYPES[dtype], device)
         references[f"reference {dtype}"] = reference_for(plan, parts)
     cached = reference_for(plan, parts, cached=True)
+    for index in range(len(cached.recipe.pictures)):
+        cached.encode(index)
     reference = references[f"reference {precision}"]
     (batch,) = project.batches.step(0)
     inputs = inputs_of(batch, reference)
