@@ -64,7 +64,7 @@ def run_bench(
             facts["growth"] = measure_growth(
                 plan, growing, rounds, lambda name, spread: _add(facts, case, name, spread), progress
             )
-    _conclude(facts)
+    conclude(facts)
     return facts
 
 
@@ -120,7 +120,12 @@ def _measure_preview(plan: Plan, rounds: int, facts: dict[str, Any], progress: P
         "seconds": {name: seconds.facts() for name, seconds in found.rounds.seconds.items()},
         "exact_at_zero": found.exact_at_zero, "drift": found.drift,
     }  # fmt: skip
-    _add(facts, plan.case, "strength, project / fuse + unfuse", found.rounds.ratio("strength, project", "strength, fuse + unfuse"))
+    _add(
+        facts,
+        plan.case,
+        "strength, project / fuse + unfuse",
+        found.rounds.ratio("strength, project", "strength, fuse + unfuse"),
+    )
     _add(facts, plan.case, "swap, project / load_lora_adapter", found.rounds.ratio("swap, project", "swap, load_lora_adapter"))
     _add(facts, plan.case, "drawing, LoRA / base", found.rounds.ratio("drawing, LoRA", "drawing, base"))
     word = "is the base bit for bit" if found.exact_at_zero else "IS NOT THE BASE"
@@ -154,7 +159,7 @@ def _add_ratios(case: Case, group: Group, rounds: Rounds, facts: dict[str, Any])
         facts["ratios"][name] = judge(name, ratio, case)
 
 
-def _conclude(facts: dict[str, Any]) -> None:
+def conclude(facts: dict[str, Any]) -> None:
     """Remarks in words, and the verdict: None where the machine was too restless, else whether all that must be is."""
     for precision, found in facts["agreement"].items():
         word = "agree" if found["holds"] else "DO NOT AGREE"

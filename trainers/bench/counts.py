@@ -38,9 +38,9 @@ def count(step: Callable[[], object]) -> Counts:
     return Counts(sum(counter.calls.values()), counter.flops, sum(saved.sizes.values()), dict(counter.calls.most_common()))
 
 
-class _Calls(TorchDispatchMode):
+class _Calls(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.calls: Counter[str] = Counter()
         self.flops = 0
 

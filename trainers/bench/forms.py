@@ -45,8 +45,12 @@ class Adapted:
             setattr(self.unet.get_submodule(parent), leaf, layer)
         self.unet.train()
 
+    def loss(self) -> torch.Tensor:
+        """Forward alone."""
+        return denoising_loss(self.unet, self.scheduler, self.inputs)
+
     def step(self, number: int = 0) -> None:
         """Forward and backward."""
-        denoising_loss(self.unet, self.scheduler, self.inputs).backward()  # type: ignore[no-untyped-call]
+        self.loss().backward()  # type: ignore[no-untyped-call]
         for parameter in self.unet.parameters():
             parameter.grad = None

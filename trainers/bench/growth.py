@@ -9,7 +9,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-
 from trainers.adapters.inject import TRAINED, set_strength
 from trainers.bench.contestants import Plan, first_layer, inputs_of, project_step, reference_for, start_project, synchroniser
 from trainers.bench.counts import count
@@ -140,5 +139,3 @@ def _pictures(add: Add, progress: Progress) -> dict[str, Any]:
     add("memory, 10000 pictures / 100", Spread((most["peak_bytes"] / least["peak_bytes"],)))
     add("pictures scanned a second, 10000", Spread((PICTURES[-1] / most["scan_seconds"],)))
     return found
-
-

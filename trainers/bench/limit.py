@@ -17,9 +17,13 @@ class Limit:
         self.unet.train()
         begin_at(self.unet.get_submodule(first.rpartition(".")[0]))
 
+    def loss(self) -> torch.Tensor:
+        """Forward alone."""
+        return denoising_loss(self.unet, self.scheduler, self.inputs)
+
     def step(self, number: int = 0) -> None:
         """Forward and backward."""
-        denoising_loss(self.unet, self.scheduler, self.inputs).backward()  # type: ignore[no-untyped-call]
+        self.loss().backward()  # type: ignore[no-untyped-call]
 
 
 class Full:

@@ -119,9 +119,9 @@ def _write_lora(plan: Plan, shapes: dict[str, tuple[int, ...]], number: int, fam
         up = torch.randn(out, plan.rank, generator=generator) * 0.01
         layer = LayerPlan(f"unet.{path}", plan.rank, 1.0, "unet")
         modules[layer.name] = ModuleWeights({"down": down, "up": up}, float(plan.rank))
-    path = plan.work / f"preview-{number}.safetensors"
-    write_adapter(path, modules, {}, "fp16", "peft", family)
-    return path
+    file = plan.work / f"preview-{number}.safetensors"
+    write_adapter(file, modules, {}, "fp16", "peft", family)
+    return file
 
 
 def _load(unet: Any, path: Path, name: str) -> None:

@@ -62,8 +62,11 @@ class Inputs:
 
 
 def load_parts(base: Path, dtype: torch.dtype, device: torch.device) -> Parts:
-    """Reads a folder in diffusers layout, as scripts do."""
+    """Reads a folder in diffusers layout, as scripts do, but without bars and remarks."""
     diffusers, transformers = importlib.import_module("diffusers"), importlib.import_module("transformers")
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
     texts, tokenizers = [], []
     for number, kind in (("", "CLIPTextModel"), ("_2", "CLIPTextModelWithProjection")):
         if (base / f"text_encoder{number}").is_dir():
@@ -103,9 +106,7 @@ class Reference:
         )
         self.unet.train()
         self.parameters = [parameter for parameter in self.unet.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=recipe.rate, betas=(0.9, 0.999), weight_decay=1e-2, eps=1e-8
-        )
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=recipe.rate, betas=(0.9, 0.999), weight_decay=1e-2, eps=1e-8)
         self.schedule = optimization.get_scheduler("constant", self.optimizer)
         self.generator = torch.Generator().manual_seed(recipe.seed)
         self.kept: dict[int, tuple[Any, torch.Tensor, dict[str, Any]]] = {}

@@ -15,8 +15,13 @@ PACKAGES = ("impasto", "torch", "diffusers", "transformers", "peft", "accelerate
 
 
 def cores() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Processor cores of the machine, to which its load belongs."""
+    return os.cpu_count() or 1
+
+
+def own_cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores()
 
 
 def processor() -> str:
@@ -35,7 +40,7 @@ def hardware() -> dict[str, Any]:
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
-        "processor": processor(), "cores": cores(), "threads": torch.get_num_threads(), "gpu": gpu,
+        "processor": processor(), "cores": cores(), "own_cores": own_cores(), "threads": torch.get_num_threads(), "gpu": gpu,
         "capability": torch.backends.cpu.get_cpu_capability(), "memory_bytes": psutil.virtual_memory().total,
         "system": platform.system(), "python": platform.python_version(),
     }  # fmt: skip
@@ -65,17 +70,22 @@ def format_report(facts: Mapping[str, Any]) -> str:
     """The whole report as lines."""
     machine = facts["hardware"]
     lines = [
-        f"case {facts['case']}: {facts['resolution']} px, batch {facts['batch']}, rank {facts['rank']}, {facts['rounds']} rounds",
-        f"{machine['processor']}, {machine['cores']} cores, {machine['threads']} threads"
+        f"case {facts['case']}: {facts['resolution']} px, batch {facts['batch']}, rank {facts['rank']},"
+        f" {facts['rounds']} rounds",
+        f"{machine['processor']}, {machine['own_cores']} of {machine['cores']} cores, {machine['threads']} threads"
         + (f", {machine['gpu']}" if machine["gpu"] else ""),
         ", ".join(f"{name} {number}" for name, number in facts["versions"].items()),
     ]
+    for name, found in facts.get("starts", {}).items():
+        parts = ", ".join(f"{part} {seconds:.2f}" for part, seconds in found["parts"].items())
+        peaks = f"{found['peak_bytes'] / 1e9:.2f} GB, {found['whole_peak_bytes'] / 1e9:.2f} to the end"
+        lines.append(f"start of {name}: {found['seconds']:.2f} s ({parts}); {peaks}")
     for group in facts.get("groups", {}).values():
         lines += ["", f"{'seconds a step':28}   median      min      max  spread"]
-        for name, found in group["seconds"].items():
-            lines.append(
-                f"{name:28} {found['median']:8.4f} {found['min']:8.4f} {found['max']:8.4f} {found['spread']:7.0%}"
-            )
+        lines += [_times_line(name, found) for name, found in group["seconds"].items()]
+    if "preview" in facts:
+        lines += ["", f"{'seconds of a preview':28}   median      min      max  spread"]
+        lines += [_times_line(name, found) for name, found in facts["preview"]["seconds"].items()]
     if facts["ratios"]:
         lines += ["", f"{'ratio':56}    value  (min - max)        goal"]
         lines += [_ratio_line(name, found) for name, found in facts["ratios"].items()]
@@ -88,6 +98,10 @@ def format_report(facts: Mapping[str, Any]) -> str:
     verdict = {None: "none: the machine was too restless", True: "all that must be is", False: "not all that must be is"}
     lines.append(f"verdict: {verdict[facts['verdict']]}")
     return "\n".join(lines)
+
+
+def _times_line(name: str, found: Mapping[str, Any]) -> str:
+    return f"{name:28} {found['median']:8.4f} {found['min']:8.4f} {found['max']:8.4f} {found['spread']:7.0%}"
 
 
 def _ratio_line(name: str, found: Mapping[str, Any]) -> str:

@@ -7,11 +7,14 @@ each part was done.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+
+LIBRARIES = ("accelerate", "diffusers", "diffusers.optimization", "peft", "transformers")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -23,13 +26,11 @@ def main(arguments: Sequence[str]) -> int:
     for name, kind in (("resolution", int), ("batch", int), ("rank", int), ("rate", float), ("steps", int)):
         parser.add_argument(f"--{name}", type=kind, required=True)
     options = parser.parse_args(arguments)
-    import accelerate  # noqa: F401
-    import diffusers  # noqa: F401
-    import diffusers.optimization
-    import peft  # noqa: F401
+    for name in LIBRARIES:
+        importlib.import_module(name)
+    # Scripts name it, to draw with at the end; diffusers loads a name only then.
+    getattr(importlib.import_module("diffusers"), "StableDiffusionPipeline")  # noqa: B009
     import torch
-    import transformers  # noqa: F401
-    from diffusers import StableDiffusionPipeline  # noqa: F401 - scripts name it, to draw with at the end
 
     from trainers.bench.reference import Reference, load_parts, read_recipe
 
