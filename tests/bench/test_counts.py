@@ -1,4 +1,4 @@
-"""Counts are exact: operations without views, FLOPs by formula, also of oneDNN's own operators, and bytes that autograd keeps."""
+"""Counts are exact: operations without views, FLOPs by formula, also of oneDNN's operators, and bytes that autograd keeps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The protocol: interleaved rounds, ratios round by round, and no verdict where the machine was restless. Times are injected."""
+"""The protocol: interleaved rounds, ratios round by round, no verdict from a restless machine. Times are injected."""
 
 from __future__ import annotations
 

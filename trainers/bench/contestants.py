@@ -70,9 +70,8 @@ def reference_for(plan: Plan, parts: Parts, cached: bool = False) -> Reference:
 
 def inputs_of(batch: Batch, reference: Reference) -> Inputs:
     """The very numbers of one of the project's batches, with the reference's own text states for its captions."""
-    rows = [reference.encode_caption(caption) for caption in batch.captions]
-    extras = {key: torch.cat([extra[key] for _, extra in rows]) for key in rows[0][1]}
-    return Inputs(batch.latents, batch.noise, batch.timesteps, torch.cat([states for states, _ in rows]), extras)
+    text, extras = reference.encode_captions(batch.captions)
+    return Inputs(batch.latents, batch.noise, batch.timesteps, text, extras)
 
 
 def first_layer(training: Training) -> str:
@@ -105,7 +104,7 @@ def build_group(plan: Plan, precision: str, say: Say) -> Group:
         references[f"reference {dtype}"] = reference_for(plan, parts)
     cached = reference_for(plan, parts, cached=True)
     for index in range(len(cached.recipe.pictures)):
-        cached.encode(index)
+        cached.keep(index)
     reference = references[f"reference {precision}"]
     (batch,) = project.batches.step(0)
     inputs = inputs_of(batch, reference)

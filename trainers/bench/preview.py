@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,7 +93,9 @@ def measure_preview(plan: Plan, rounds: int, told: Callable[[int, int], None]) -
         "swap, project": swap, "swap, load_lora_adapter": load,
         "drawing, LoRA": draw(1.0), "drawing, base": draw(0.0),
     }  # fmt: skip
-    found = run_rounds(steps, rounds, told, synchroniser(_device(model)))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # there are two LoRA files, yes
+        found = run_rounds(steps, rounds, told, synchroniser(_device(model)))
     return Preview(found, exact, _drift(fused, kept))
 
 

@@ -20,6 +20,9 @@ from torch import nn
 TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]
 TOKENS = 77
 
+Encoded = tuple[torch.Tensor, torch.Tensor, dict[str, Any]]
+"""Moments of the latents' distribution (B, 2C, h, w), text states (B, 77, width), and what else the UNet's call names."""
+
 
 @dataclass(frozen=True)
 class Parts:
@@ -109,7 +112,7 @@ class Reference:
         self.optimizer = torch.optim.AdamW(self.parameters, lr=recipe.rate, betas=(0.9, 0.999), weight_decay=1e-2, eps=1e-8)
         self.schedule = optimization.get_scheduler("constant", self.optimizer)
         self.generator = torch.Generator().manual_seed(recipe.seed)
-        self.kept: dict[int, tuple[Any, torch.Tensor, dict[str, Any]]] = {}
+        self.kept: dict[int, Encoded] = {}
 
     def step(self, number: int) -> float:
         """One optimizer update, everything in it. Returns the loss."""
@@ -131,42 +134,43 @@ class Reference:
 
     def inputs(self, number: int) -> Inputs:
         """Of step `number`: its pictures in turn, noise and timesteps drawn anew."""
+        distribution = importlib.import_module("diffusers.models.autoencoders.vae").DiagonalGaussianDistribution
         count = len(self.recipe.pictures)
         chosen = [(number * self.recipe.batch + slot) % count for slot in range(self.recipe.batch)]
-        rows = [self.encode(index) for index in chosen]
-        latents = torch.cat([distribution.sample() * self.parts.vae.config.scaling_factor for distribution, _, _ in rows])
-        latents = latents.to(self.parts.dtype)
+        moments, text, extras = _joined([self.keep(index) for index in chosen]) if self.cached else self.encode(chosen)
+        latents = (distribution(moments).sample() * self.parts.vae.config.scaling_factor).to(self.parts.dtype)
         noise = torch.randn_like(latents)
         timesteps = torch.randint(self.parts.scheduler.config.num_train_timesteps, (len(chosen),), generator=self.generator)
-        text = torch.cat([states for _, states, _ in rows])
-        return Inputs(latents, noise, timesteps.to(latents.device), text, _joined([extras for _, _, extras in rows]))
+        return Inputs(latents, noise, timesteps.to(latents.device), text, extras)
+
+    def keep(self, index: int) -> Encoded:
+        """A picture's numbers, encoded the first time."""
+        if index not in self.kept:
+            self.kept[index] = self.encode([index])
+        return self.kept[index]
 
     @torch.no_grad()
-    def encode(self, index: int) -> tuple[Any, torch.Tensor, dict[str, Any]]:
-        """Latents' distribution, text states and further inputs of a picture."""
-        if index in self.kept:
-            return self.kept[index]
-        path, caption = self.recipe.pictures[index]
-        pixels = read_pixels(path, self.recipe.resolution).to(self.parts.vae.device, self.parts.vae.dtype)
-        found = (self.parts.vae.encode(pixels).latent_dist, *self.encode_caption(caption))
-        if self.cached:
-            self.kept[index] = found
-        return found
+    def encode(self, chosen: Sequence[int]) -> Encoded:
+        """Moments of the latents, text states and further inputs of some pictures, as one batch."""
+        rows = [self.recipe.pictures[index] for index in chosen]
+        pixels = torch.cat([read_pixels(path, self.recipe.resolution) for path, _ in rows])
+        answer = self.parts.vae.encode(pixels.to(self.parts.vae.device, self.parts.vae.dtype))
+        return (answer.latent_dist.parameters, *self.encode_captions([caption for _, caption in rows]))
 
     @torch.no_grad()
-    def encode_caption(self, caption: str) -> tuple[torch.Tensor, dict[str, Any]]:
-        """Text states (1, 77, width), and for SDXL the pooled state and the sizes."""
+    def encode_captions(self, captions: Sequence[str]) -> tuple[torch.Tensor, dict[str, Any]]:
+        """Text states (B, 77, width), and for SDXL the pooled states and the sizes."""
         answers = []
+        two = len(self.parts.text_encoders) == 2
         for tokenizer, encoder in zip(self.parts.tokenizers, self.parts.text_encoders, strict=True):
-            ids = tokenizer([caption], padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt").input_ids
-            two = len(self.parts.text_encoders) == 2
-            answers.append(encoder(ids.to(encoder.device), output_hidden_states=two))
-        if len(answers) == 1:
+            words = tokenizer(list(captions), padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt")
+            answers.append(encoder(words.input_ids.to(encoder.device), output_hidden_states=two))
+        if not two:
             return answers[0].last_hidden_state, {}
         side = self.recipe.resolution
-        sizes = torch.tensor([[side, side, 0, 0, side, side]], dtype=self.parts.dtype, device=self.parts.unet.device)
+        sizes = torch.tensor([[side, side, 0, 0, side, side]] * len(captions), device=self.parts.unet.device)
         states = torch.cat([answer.hidden_states[-2] for answer in answers], dim=-1)
-        return states, {"text_embeds": answers[1].text_embeds, "time_ids": sizes}
+        return states, {"text_embeds": answers[1].text_embeds, "time_ids": sizes.to(self.parts.dtype)}
 
 
 def denoising_loss(unet: Any, scheduler: Any, inputs: Inputs) -> torch.Tensor:
@@ -196,5 +200,6 @@ def read_recipe(images: Path, resolution: int, batch: int, rank: int, rate: floa
     return Recipe(pictures, resolution, batch, rank, rate)
 
 
-def _joined(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    return {key: torch.cat([row[key] for row in rows]) for key in rows[0]}
+def _joined(rows: Sequence[Encoded]) -> Encoded:
+    extras = {key: torch.cat([extra[key] for _, _, extra in rows]) for key in rows[0][2]}
+    return torch.cat([moments for moments, _, _ in rows]), torch.cat([text for _, text, _ in rows]), extras
