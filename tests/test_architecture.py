@@ -33,7 +33,7 @@ TABLES = {
         "expected",
         *("parts", "tensor_files", "latent_diffusion"),
     },
-    "adapters": {"base", "layer", "inject", "plan"},
+    "adapters": {"base", "layer", "lora_node", "inject", "plan"},
     "optimizers": {"base"},
 }
 

@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 
 from tests.test_cli import impasto
 from tests.tiny_runs import shake, tiny_config, tiny_training
-from trainers.adapters.inject import restore_layers
 from trainers.config import write_config
 from trainers.errors import AdapterFileError
 from trainers.export import export_adapter, trained_modules
@@ -80,7 +79,7 @@ def test_every_family_is_read_whole(
     modules = trained_modules(training.flat, training.exported, training.plans, training.config)
     path = tmp_path / "x.safetensors"
     export_adapter(path, training.flat, training.exported, training.plans, training.config, {}, family)
-    restore_layers(training.model.parts())
+    training.take_out()
     proof = verify(training.model, path, modules, "a cat")
     assert proof.problems == () and len(modules) == proof.read_by_diffusers == proof.read_here == proof.modules
     assert proof.worst_error is not None and proof.worst_error < {"fp32": 1e-6, "fp16": 1e-3}[dtype]
@@ -99,7 +98,7 @@ def test_a_base_in_16_bits_in_which_diffusers_rounds_the_factors_passes(
     modules = trained_modules(training.flat, training.exported, training.plans, training.config)
     path = tmp_path / "x.safetensors"
     export_adapter(path, training.flat, training.exported, training.plans, training.config, {}, "sd1")
-    restore_layers(training.model.parts())
+    training.take_out()
     proof = verify(training.model, path, modules, "a cat")
     assert proof.problems == () and proof.modules == proof.read_by_diffusers
     doubled = {name: dataclasses.replace(module, alpha=module.alpha * 1.02) for name, module in modules.items()}
@@ -225,7 +224,7 @@ def test_layers_that_were_left_at_zero_are_told(tiny_base: Path, pictures: Path,
     modules = trained_modules(training.flat, training.exported, training.plans, training.config)
     path = tmp_path / "x.safetensors"
     export_adapter(path, training.flat, training.exported, training.plans, training.config, {}, "sd1")
-    restore_layers(training.model.parts())
+    training.take_out()
     proof: Proof = verify(training.model, path, modules)
     assert proof.ok and proof.zero["text_encoder"] == proof.parts["text_encoder"] and proof.zero["unet"] == 0
 

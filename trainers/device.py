@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 
 from trainers.errors import Problem, SettingError
+from trainers.kernels import Kernels
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SMALL = 200_000_000  # bytes of denoiser files; below this, casts cost more than they save on a CPU (pocket: 34 MB)
@@ -24,6 +25,7 @@ class Device:
     reason: str
     index: int = 0
     count: int = 1
+    fast: Kernels = field(default_factory=Kernels)
 
     @property
     def dtype_name(self) -> str:
@@ -47,6 +49,7 @@ class Device:
             "threads": torch.get_num_threads(),
             "matmul": torch.get_float32_matmul_precision(),
             "onednn": torch.backends.mkldnn.enabled,
+            **asdict(self.fast),
         }
 
     def sum_over_processes(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -111,7 +114,8 @@ def choose_device(precision: str, denoiser_bytes: int, before: Mapping[str, Any]
         reason = f"{device.type}, {precision} chosen for a denoiser of {denoiser_bytes / 1e6:.0f} MB"
     else:
         reason = f"{device.type}, {precision} as set"
-    return Device(device, DTYPES[precision], reason, index, count)
+    fast = Kernels(**{name: before[name] for name in asdict(Kernels()) if name in before}) if before else Kernels()
+    return Device(device, DTYPES[precision], reason, index, count, fast)
 
 
 def _half_precision(device: torch.device) -> str | None:

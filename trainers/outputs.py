@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from trainers import events
-from trainers.adapters.inject import TRAINED, restore_layers
+from trainers.adapters.inject import TRAINED
 from trainers.dataset.prepare import render_side
 from trainers.errors import AdapterFileError
 from trainers.export import describe_run, export_adapter, file_name, trained_modules
@@ -198,7 +198,7 @@ class Outputs:
         training = self._training
         self._emit(events.Stage(name="verify", detail="as diffusers and as this program reads it"))
         trained = trained_modules(training.flat, training.exported, training.plans, training.config)
-        restore_layers(training.model.parts())
+        training.take_out()
         training.optimizer.state.clear()  # saved, and room for the picture
         proof = verify(training.model, path, trained, next(iter(self._prompts), ""))
         write_proof(proof, self._run.proof)

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
-from torch.nn.grad import conv2d_input
 
 from trainers.errors import SettingError
+from trainers.frozen import FrozenLayer, plain_layer
 
 LEVELS = 127  # of each sign: -128 is left out, so that a weight and its negative are packed alike
 BLOCK = 64  # weights that share a scale in nf4
@@ -51,17 +49,14 @@ def unpack(packed: Packed, kind: str, shape: torch.Size, dtype: torch.dtype) -> 
     return weight
 
 
-class PackedLayer(nn.Module):
-    """Stands in for a frozen Linear or Conv2d whose weight it keeps packed. No gradient goes to weight or bias."""
+class PackedLayer(FrozenLayer):
+    """Keeps its weight packed, and unpacks it for a moment in each pass."""
 
     def __init__(self, layer: nn.Linear | nn.Conv2d, kind: str) -> None:
-        super().__init__()
-        self.kind, self.shape, self.dtype = kind, layer.weight.shape, layer.weight.dtype
+        super().__init__(layer)
+        self.kind = kind
         for number, tensor in enumerate(pack(layer.weight.detach(), kind)):
             self.register_buffer(f"packed_{number}", tensor)
-        self.bias = layer.bias
-        if isinstance(layer, nn.Conv2d):
-            self.stride, self.padding, self.dilation, self.groups = layer.stride, layer.padding, layer.dilation, layer.groups
 
     @property
     def packed(self) -> Packed:
@@ -75,45 +70,10 @@ class PackedLayer(nn.Module):
 
     def without_weight(self) -> nn.Linear | nn.Conv2d:
         """A plain layer of the same form without a bias, whose weight is one zero seen from everywhere: it takes no memory."""
-        out, inputs, *kernel = self.shape
-        with torch.device("meta"):
-            size: Any = tuple(kernel)
-            geometry: Any = (size, self.stride, self.padding, self.dilation, self.groups) if kernel else ()
-            kind: Any = nn.Conv2d if kernel else nn.Linear
-            plain: nn.Linear | nn.Conv2d = kind(inputs * (self.groups if kernel else 1), out, *geometry, bias=False)
         zero = torch.zeros((), dtype=self.dtype, device=self.packed[0].device)
-        plain.weight = nn.Parameter(zero.expand(self.shape), requires_grad=False)
+        plain = plain_layer(self, zero.expand(self.shape))
+        plain.bias = None
         return plain
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, ..., in) -> (B, ..., out), or (B, in, H, W) -> (B, out, H', W')."""
-        y: torch.Tensor = _Unpacking.apply(x, self, *self.packed)  # type: ignore[no-untyped-call]
-        return y
-
-
-class _Unpacking(torch.autograd.Function):
-    """y = W x + b, where only the packed W is kept for the backward pass, in which dx = W^T dy."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, layer: PackedLayer, *packed: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(*packed)
-        ctx.layer, ctx.shape = layer, x.shape
-        weight = unpack(packed, layer.kind, layer.shape, layer.dtype)
-        if weight.dim() == 2:
-            return F.linear(x, weight, layer.bias)
-        return F.conv2d(x, weight, layer.bias, layer.stride, layer.padding, layer.dilation, layer.groups)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        layer, packed = ctx.layer, ctx.saved_tensors  # asked for once: recomputed activations are handed out once
-        weight = unpack(packed, layer.kind, layer.shape, layer.dtype)
-        if weight.dim() == 2:
-            to_x = gradient @ weight
-        else:
-            geometry = (layer.stride, layer.padding, layer.dilation, layer.groups)
-            to_x = conv2d_input(ctx.shape, weight, gradient, *geometry)  # type: ignore[no-untyped-call]
-        return (to_x, None, *(None for _ in packed))
 
 
 def can_be_packed(layer: nn.Module) -> bool:

@@ -7,7 +7,7 @@ import json
 import statistics
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -16,22 +16,24 @@ import torch
 
 from trainers import events
 from trainers.adapters import ADAPTERS
-from trainers.adapters.inject import FlatParameters, inject_trainable
+from trainers.adapters.inject import FlatParameters, inject_trainable, restore_layers
 from trainers.adapters.plan import LayerPlan
 from trainers.checks import check_pictures, check_settings
 from trainers.config import TrainConfig
 from trainers.dataset.batches import BatchMaker
 from trainers.dataset.cache import ContentCache, prune
 from trainers.dataset.folder import Scan
-from trainers.dataset.prepare import TrainingSet, prepare, scan_images
+from trainers.dataset.prepare import TrainingSet, prepare, render_side, scan_images
 from trainers.device import Device, check_device, choose_device, other_kernels
+from trainers.engine import Undo, make_fast, make_plain
 from trainers.families import BaseModelFacts, denoiser_bytes, load_family, recognise_base
 from trainers.families.base import Conditioning, DiffusionModel
+from trainers.kernels import choose_kernels, shapes_of
 from trainers.layers import plan_layers
 from trainers.loss_scale import LossScale
 from trainers.prior import prior_examples
 from trainers.quantised import check_can_pack, quantise
-from trainers.run_folder import RunFolder
+from trainers.run_folder import RunFolder, home_folder
 from trainers.start_from import Start, read_start
 from trainers.training_state import Recovery, TrainingState
 
@@ -55,6 +57,8 @@ class Training:
     step: int = 0
     recovery: Recovery = field(default_factory=Recovery)
     loss_scale: LossScale = field(default_factory=LossScale)
+    undo: Undo = field(default_factory=list)
+    """How the base's modules become plain again, for whoever takes the adapters out."""
     good: TrainingState | None = None
     """What to go back to when the numbers break."""
     durations: deque[float] = field(default_factory=lambda: deque(maxlen=30))
@@ -63,6 +67,11 @@ class Training:
     def median(self) -> float:
         """Seconds that a step takes, by the last ones; 0 before the first."""
         return statistics.median(self.durations) if self.durations else 0.0
+
+    def take_out(self) -> None:
+        """Leaves the base as it was loaded, without the adapter that is trained; no step can follow."""
+        restore_layers(self.model.parts())
+        make_plain(self.model.parts(), self.undo)
 
     @property
     def exported(self) -> torch.Tensor:
@@ -90,11 +99,13 @@ def set_up(
     scan = scan_images(config)
     start = read_start(config, base) if before is None else None  # a state has the weights, and the file may be gone
     emit(events.Stage(name="load", detail=f"base model {base.name}"))
-    device = _device_as_before(config, denoiser_bytes(base), before, emit)
+    device = _device_for(config, base, before, emit)
     model = _load(config, base, device, emit)
     if device.is_main:
-        for change in run.check_manifest(make_manifest(config, scan, model, start), force):
+        for change in run.check_manifest(make_manifest(config, scan, model, start) | {"kernels": device.kernels()}, force):
             emit(events.Warned(message=f"Since this run began, {change}; it goes on all the same."))
+    learning = {name: part for name, part in model.parts().items() if name == "unet" or config.text_encoder_rate > 0}
+    undo = make_fast(learning, device.fast)
     prior = prior_examples(model, config, run.prior, device, emit, interrupted)
     data = prepare(config, base, scan.examples, prior)
     checked = [*check_device(device), *check_settings(config, base), *(start.problems if start else ())]
@@ -125,6 +136,7 @@ def set_up(
         optimizer=config.optimizer.build(_parameter_groups(config, flat)),
         mean=flat.weights.clone() if config.train.ema else None,
         loss_scale=LossScale.of(device.dtype_name),
+        undo=undo,
     )
 
 
@@ -137,14 +149,28 @@ def _parameter_groups(config: TrainConfig, flat: FlatParameters) -> list[dict[st
     ]
 
 
-def _device_as_before(config: TrainConfig, size: int, before: TrainingState | None, emit: events.Emit) -> Device:
-    """The device, computing as the run did before; what cannot be as it was is told."""
+def _device_for(config: TrainConfig, base: BaseModelFacts, before: TrainingState | None, emit: events.Emit) -> Device:
+    """The device and its kernels, computing as the run did before; what cannot be as it was is told."""
     computed = before.facts.get("kernels") if before else None
-    device = choose_device(config.train.precision, size, computed)
-    if computed and (others := other_kernels(computed, device.kernels())):
+    device = choose_device(config.train.precision, denoiser_bytes(base), computed)
+    if computed is None:
+        return _with_kernels(config, base, device)
+    if others := other_kernels(computed, device.kernels()):
         what = f"This run goes on under other conditions ({'; '.join(others)})"
         emit(events.Warned(message=f"{what}: its result may differ in the last digits from an unbroken run's."))
     return device
+
+
+def _with_kernels(config: TrainConfig, base: BaseModelFacts, device: Device) -> Device:
+    """The device with the kernels that compute this base fastest on it; the first of several processes measures."""
+    shapes = shapes_of(base.configs["unet"], render_side(config, base) // base.pixels_per_latent)
+    folder = home_folder() / "cache" / "kernels"
+    if not device.is_main:
+        device.wait_for_all()
+    chosen = choose_kernels(shapes, device.dtype, device.device, folder)
+    if device.is_main:
+        device.wait_for_all()
+    return replace(device, fast=chosen)
 
 
 def _load(config: TrainConfig, base: BaseModelFacts, device: Device, emit: events.Emit) -> DiffusionModel:

@@ -67,12 +67,13 @@ def update(training: Training) -> tuple[float, float]:
 
 def fill_gradient(training: Training) -> tuple[float, float]:
     """Puts the gradient of the step that comes next into the flat buffer. Returns its loss and the gradient's norm."""
-    gradient, factor = training.flat.gradient, training.loss_scale.factor
+    flat, gradient, factor = training.flat, training.flat.gradient, training.loss_scale.factor
     gradient.zero_()
     loss = torch.zeros((), device=training.device.device)
     for batch in training.batches.step(training.step):
-        part = training_step(training.model, batch, training.condition, training.config.train.min_snr_gamma or None)
-        (part * factor).backward()  # type: ignore[no-untyped-call]
+        with flat.working(training.device.dtype):
+            part = training_step(training.model, batch, training.condition, training.config.train.min_snr_gamma or None)
+            (part * factor).backward()  # type: ignore[no-untyped-call]
         loss += part.detach()
     if training.device.count > 1:
         gradient.copy_(training.device.sum_over_processes(gradient))

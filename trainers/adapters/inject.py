@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,9 +13,9 @@ from torch import nn
 from trainers.adapters.base import AdapterKind, Factors
 from trainers.adapters.layer import AdaptedLayer, Adapter, Strength
 from trainers.adapters.plan import LayerPlan, canonical_name
-from trainers.quantised import PackedLayer
+from trainers.frozen import FrozenLayer
 
-ADAPTABLE = (nn.Linear, nn.Conv2d, PackedLayer, AdaptedLayer)  # layers that an adapter can go into
+ADAPTABLE = (nn.Linear, nn.Conv2d, FrozenLayer, AdaptedLayer)  # layers that an adapter can go into
 TRAINED = "trained"  # name of the adapter that a run trains
 
 
@@ -31,6 +32,7 @@ class FlatParameters:
     groups: dict[str, slice]
     views: dict[str, dict[str, nn.Parameter]]  # layer name -> factor name -> view
     shapes: dict[str, dict[str, tuple[int, slice, tuple[int, ...]]]]
+    used: dict[str, dict[str, torch.Tensor]]  # what the layers compute with: the views, or within `working` their copies
 
     def parameters(self, group: str, as_views: bool) -> list[nn.Parameter]:
         """What an optimizer gets for `group`: its factors as matrices, or one flat parameter that shares their memory."""
@@ -45,6 +47,24 @@ class FlatParameters:
         flat = nn.Parameter(self.weights[part])
         flat.grad = self.gradient[part]
         return [flat]
+
+    @contextmanager
+    def working(self, dtype: torch.dtype) -> Iterator[None]:
+        """Within, the layers compute with copies of the factors in `dtype`, whose gradients one backward pass adds up.
+
+        One cast of the whole buffer on the way there; on the way back one concatenation, one cast and one sum.
+        """
+        leaf = nn.Parameter(self.weights)
+        leaf.grad = self.gradient
+        places = [(layer, factor, shape) for layer, factors in self.shapes.items() for factor, (_, _, shape) in factors.items()]
+        pieces = leaf.to(dtype).split([math.prod(shape) for _, _, shape in places])  # type: ignore[no-untyped-call]
+        for (layer, factor, shape), piece in zip(places, pieces, strict=True):
+            self.used[layer][factor] = piece.view(shape)
+        try:
+            yield
+        finally:
+            for layer, factors in self.views.items():
+                self.used[layer].update(factors)
 
     def split(self, flat: torch.Tensor) -> dict[str, dict[str, torch.Tensor]]:
         """Another flat tensor (N,), for example the running mean, cut into layer name -> factor name -> tensor."""
@@ -80,7 +100,7 @@ def lay_out(
             view = nn.Parameter(weights[place].view(shape))
             view.grad = gradient[place].view(shape)  # autograd then adds into the flat gradient in place
             views[layer][factor] = view
-    return FlatParameters(weights, gradient, groups, views, shapes)
+    return FlatParameters(weights, gradient, groups, views, shapes, {layer: dict(factors) for layer, factors in views.items()})
 
 
 def find_layers(parts: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
@@ -143,7 +163,7 @@ def inject_trainable(
         with torch.no_grad():
             for factor, view in factors.items():
                 view.copy_(start[factor])
-        layers[plan.name].adapters[TRAINED] = Adapter(kind, factors, plan.scale)  # type: ignore[arg-type]
+        layers[plan.name].adapters[TRAINED] = Adapter(kind, flat.used[plan.name], plan.scale)  # type: ignore[arg-type]
         layers[plan.name].strengths[TRAINED] = 1.0
     return flat
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from trainers.adapters.base import AdapterKind
 from trainers.errors import SettingError
-from trainers.quantised import PackedLayer
+from trainers.frozen import FrozenLayer
 
 Strength = float | torch.Tensor  # one number, or (B,) with one strength for each row of the batch
 
@@ -27,6 +28,16 @@ class Adapter:
         """The update at strength 1 in float64, of the shape of the frozen `weight`, which only a DoRA has to see."""
         return self.kind.delta({k: v.detach() for k, v in self.factors.items()}, self.scale, weight)
 
+    def joined(self, frozen: Any, x: torch.Tensor, strength: Strength) -> torch.Tensor | None:
+        """frozen(x) with this adapter's path as one autograd node; None where the type has none for this layer."""
+        join = getattr(self.kind, "joined", None)
+        return join(frozen, x, self.factors, self.scale * strength) if join else None
+
+
+def is_zero(strength: Strength) -> bool:
+    """Whether an adapter is off altogether, for every row."""
+    return isinstance(strength, float) and strength == 0.0
+
 
 class AdaptedLayer(nn.Module):
     """y = frozen(x) + sum over adapters of strength * the adapter's own path(x), factored.
@@ -34,7 +45,7 @@ class AdaptedLayer(nn.Module):
     At strength 0, and with no adapter, the output is the frozen layer's, bit for bit: the path is not even computed.
     """
 
-    def __init__(self, frozen: nn.Linear | nn.Conv2d | PackedLayer) -> None:
+    def __init__(self, frozen: nn.Linear | nn.Conv2d | FrozenLayer) -> None:
         super().__init__()
         self.frozen = frozen
         self.adapters: dict[str, Adapter] = {}
@@ -53,13 +64,17 @@ class AdaptedLayer(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, ..., in) -> (B, ..., out), or (B, in, H, W) -> (B, out, H', W')."""
-        y: torch.Tensor = self.frozen(x)
         if self._kept is not None:
-            return y
-        for name, adapter in self.adapters.items():
-            strength = self.strengths[name]
-            if isinstance(strength, float) and strength == 0.0:
-                continue
+            return self.frozen(x)  # type: ignore[no-any-return]
+        strengths = {name: strength for name, strength in self.strengths.items() if not is_zero(strength)}
+        if len(strengths) == 1:
+            ((name, strength),) = strengths.items()
+            joined = self.adapters[name].joined(self.frozen, x, strength)
+            if joined is not None:
+                return joined
+        y: torch.Tensor = self.frozen(x)
+        for name, strength in strengths.items():
+            adapter = self.adapters[name]
             y = y + adapter.kind.forward(self.frozen, x, adapter.factors, adapter.scale * strength)
         return y
 
@@ -68,7 +83,7 @@ class AdaptedLayer(nn.Module):
 
         Raises ValueError for a strength per row, SettingError for a packed weight, and leaves the layer as it was.
         """
-        if isinstance(self.frozen, PackedLayer):
+        if isinstance(self.frozen, FrozenLayer):
             what = f"An adapter cannot be merged into weights kept in {self.frozen.kind}: the next rounding would swallow it"
             raise SettingError(what, "train.base_weights", "Merge into the base in full.")
         kept = self.frozen.weight.detach().clone() if self._kept is None else self._kept

@@ -148,6 +148,15 @@ class Lora:
         return F.conv2d(inner, up) if up.dim() == 4 else F.linear(inner, up)
 
     @staticmethod
+    def joined(frozen: Any, x: torch.Tensor, factors: Factors, scale: float | torch.Tensor) -> torch.Tensor | None:
+        """frozen(x) + s B A x beside a matrix, at one scale: see lora_node.py. None beside a convolution, or per row."""
+        if factors["down"].dim() != 2 or not isinstance(scale, float):
+            return None
+        from trainers.adapters.lora_node import lora_beside
+
+        return lora_beside(frozen, x, factors["down"].to(x.dtype), factors["up"].to(x.dtype), scale)
+
+    @staticmethod
     def delta(factors: Factors, scale: float, weight: torch.Tensor | None = None) -> torch.Tensor:
         """The update as a matrix in float64, of the frozen weight's shape."""
         return scale * product(factors["up"].double(), factors["down"].double())

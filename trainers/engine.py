@@ -1,0 +1,120 @@
+"""Makes a frozen base fast for training, and plain again: frozen layers, fused nodes, attention by the quicker kernel.
+
+The base's modules stay diffusers' and transformers' own; leaf layers are replaced and attention processors set. Adapters
+go in before or after: they hold whatever layer they were put beside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from trainers.blocked import BlockedLayer, can_be_blocked
+from trainers.frozen import FrozenLayer, KeptLayer, plain_layer
+from trainers.fused import Attend, Gated, NormSilu, SiluOfVectors
+from trainers.kernels import Kernels
+from trainers.quantised import PackedLayer
+from trainers.upsampled import Upsampled, can_be_upsampled
+
+Undo = list[Callable[[], None]]
+
+
+@torch.no_grad()
+def make_fast(parts: Mapping[str, nn.Module], kernels: Kernels) -> Undo:
+    """Replaces what is replaced by faster equals, in place. Returns how to put everything back; see `make_plain`."""
+    undo: Undo = []
+    for part in parts.values():
+        for module in list(part.modules()):
+            _fuse(module, undo)
+            if _attends_plainly(module):
+                _set_processor(module, Attend(kernels.products), undo)
+        for parent, leaf, layer in list(_frozen_leaves(part)):
+            wanted = kernels.matrices if isinstance(layer, nn.Linear) else kernels.blocked
+            setattr(parent, leaf, BlockedLayer(layer) if wanted and can_be_blocked(layer) else KeptLayer(layer))
+    return undo
+
+
+@torch.no_grad()
+def make_plain(parts: Mapping[str, nn.Module], undo: Undo) -> None:
+    """The base as it was loaded, to the bit, but for weights kept in few bits. Adapters must have been taken out."""
+    for step in reversed(undo):
+        step()
+    undo.clear()
+    for part in parts.values():
+        for path, layer in list(part.named_modules()):
+            if isinstance(layer, FrozenLayer) and not isinstance(layer, PackedLayer):
+                parent, _, leaf = path.rpartition(".")
+                setattr(part.get_submodule(parent), leaf, plain_layer(layer, layer.weight))
+
+
+def _frozen_leaves(part: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear | nn.Conv2d]]:
+    """(parent, name there, layer) of every Linear and plain Conv2d, those beside which adapters stand included."""
+    for parent in list(part.modules()):
+        for leaf, layer in list(parent.named_children()):
+            if isinstance(layer, nn.Linear) or (
+                isinstance(layer, nn.Conv2d) and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+            ):
+                yield parent, leaf, layer
+
+
+def _replace(parent: nn.Module, leaf: str, new: nn.Module, undo: Undo) -> None:
+    old = getattr(parent, leaf)
+    setattr(parent, leaf, new)
+    undo.append(lambda: setattr(parent, leaf, old))
+
+
+def _fuse(module: Any, undo: Undo) -> None:
+    """A GroupNorm with the SiLU after it, a gated unit: by diffusers' names."""
+    name = type(module).__name__
+    if name == "ResnetBlock2D" and isinstance(module.nonlinearity, nn.SiLU) and module.time_embedding_norm == "default":
+        for norm in ("norm1", "norm2"):
+            _replace(module, norm, NormSilu(getattr(module, norm)), undo)
+        _replace(module, "nonlinearity", SiluOfVectors(), undo)
+    elif (
+        name == "UNet2DConditionModel"
+        and isinstance(module.conv_norm_out, nn.GroupNorm)
+        and isinstance(module.conv_act, nn.SiLU)
+    ):
+        _replace(module, "conv_norm_out", NormSilu(module.conv_norm_out), undo)
+        _replace(module, "conv_act", nn.Identity(), undo)
+    elif name == "FeedForward" and type(module.net[0]).__name__ == "GEGLU":
+        _stand_in(module.net, "0", Gated(module.net[0].proj), "proj", undo)
+    elif name == "UpBlock2D" or name == "CrossAttnUpBlock2D":
+        for number, upsampler in enumerate(module.upsamplers or ()):
+            if _repeats_pixels(upsampler):
+                _stand_in(module.upsamplers, str(number), Upsampled(upsampler.conv), "conv", undo)
+
+
+def _stand_in(parent: nn.Module, leaf: str, new: nn.Module, inner: str, undo: Undo) -> None:
+    """Replaces a module that holds the layer `inner`; what has become of that layer meanwhile goes back with it."""
+    old = getattr(parent, leaf)
+    setattr(parent, leaf, new)
+
+    def put_back() -> None:
+        setattr(old, inner, getattr(new, inner))
+        setattr(parent, leaf, old)
+
+    undo.append(put_back)
+
+
+def _repeats_pixels(upsampler: Any) -> bool:
+    """Whether it is diffusers' Upsample2D that repeats pixels and then convolves."""
+    plain = upsampler.use_conv and not upsampler.use_conv_transpose and upsampler.norm is None and upsampler.interpolate
+    return bool(plain) and upsampler.name == "conv" and can_be_upsampled(upsampler.conv)
+
+
+def _attends_plainly(module: Any) -> bool:
+    """Whether it is diffusers' Attention with nothing beside softmax(q k^T) v and its projections."""
+    if type(module).__name__ != "Attention":
+        return False
+    extras = ("group_norm", "spatial_norm", "norm_q", "norm_k", "norm_cross", "added_kv_proj_dim", "residual_connection")
+    return not any(getattr(module, extra, None) for extra in extras) and module.rescale_output_factor == 1.0
+
+
+def _set_processor(module: Any, processor: Attend, undo: Undo) -> None:
+    old = module.processor
+    module.set_processor(processor)
+    undo.append(lambda: module.set_processor(old))
