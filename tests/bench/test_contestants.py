@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from trainers.bench.agreement import agree
 from trainers.bench.cases import find_case
-from trainers.bench.contestants import Group, Plan, build_group
+from trainers.bench.contestants import Group, Plan, build_group, reference_for
 from trainers.bench.counts import count
 from trainers.bench.forms import FORMS, Adapted
 from trainers.bench.growth import without_adapters
+from trainers.bench.progress import Progress
 from trainers.bench.synthetic import synthetic_base, synthetic_pictures
 from trainers.train import fill_gradient
 
@@ -25,7 +28,7 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
 
 @pytest.fixture(scope="module")
 def group(plan: Plan) -> Group:
-    return build_group(plan, "fp32", lambda text: None)
+    return build_group(plan, "fp32", Progress())
 
 
 def test_all_contestants_run(group: Group) -> None:
@@ -77,6 +80,20 @@ def test_the_engine_without_adapters_does_the_work_of_the_limit(group: Group) ->
     fill_gradient(group.project)
     assert float(group.project.flat.gradient.abs().max()) > 0.0
     assert torch.equal(weights, group.project.flat.weights)
+
+
+def test_a_batch_of_the_reference_is_encoded_together_and_kept_alike(plan: Plan, group: Group) -> None:
+    parts = group.references["reference fp32"].parts
+    plain, cached = (reference_for(replace(plan, batch=2), parts, cached) for cached in (False, True))
+    moments, text, _ = plain.encode([1, 2])
+    assert [one.shape[0] for one in (moments, text)] == [2, 2]
+    for row, index in enumerate((1, 2)):
+        kept_moments, kept_text, _ = cached.keep(index)
+        torch.testing.assert_close(moments[row : row + 1], kept_moments, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(text[row : row + 1], kept_text, rtol=1e-4, atol=1e-5)
+    for reference in (plain, cached):
+        assert reference.inputs(0).latents.shape[0] == 2
+        assert 0 < reference.step(0) < 100
 
 
 def test_both_forms_of_adapters_compute_the_same(group: Group) -> None:

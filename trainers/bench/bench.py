@@ -69,7 +69,7 @@ def run_bench(
 
 
 def _measure_group(plan: Plan, precision: str, rounds: int, facts: dict[str, Any], progress: Progress) -> None:
-    group = build_group(plan, precision, progress.say)
+    group = build_group(plan, precision, progress)
     reference = group.references[f"reference {precision}"]
     progress.say(f"{precision}: do reference and project agree")
     agreement = agree(group.project, reference, precision)

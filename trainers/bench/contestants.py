@@ -14,6 +14,7 @@ import torch
 from trainers.bench.cases import LEARNING_RATE, Case, recipe
 from trainers.bench.counts import Counts, count
 from trainers.bench.limit import Floor, Full, Limit
+from trainers.bench.progress import Progress
 from trainers.bench.reference import Inputs, Parts, Recipe, Reference, load_parts, read_recipe, share
 from trainers.bench.rounds import Step, Took
 from trainers.dataset.batches import Batch
@@ -23,7 +24,8 @@ from trainers.run_folder import RunFolder
 from trainers.setup import Training, set_up
 from trainers.train import fill_gradient, update
 
-Say = Callable[[str], None]
+Told = Callable[[int, int], None]
+"""Hears how many of how many are done."""
 
 
 @dataclass(frozen=True)
@@ -44,16 +46,20 @@ class Plan:
         return locate_base(self.base)
 
 
-def start_project(plan: Plan, precision: str, name: str, changes: Mapping[str, Any] | None = None) -> Training:
+def start_project(
+    plan: Plan, precision: str, name: str, changes: Mapping[str, Any] | None = None, told: Told = lambda done, total: None
+) -> Training:
     """The real engine, ready for its first step, with what it caches in place. Raises TrainingError as a run would."""
     own = {"adapter": {"rank": plan.rank}, "train": {"batch_size": plan.batch}}
     config = recipe(plan.case, plan.base, plan.images, precision, own | dict(changes or {}))
     folder = plan.work / name
     folder.mkdir(parents=True)
     training = set_up(config, RunFolder(folder), lambda event: None, cache_folder=plan.work / "latents")
-    for step in range(training.data.plan.steps_per_epoch):
+    steps = training.data.plan.steps_per_epoch
+    for step in range(steps):
         for batch in training.batches.step(step):
             training.condition(batch.captions)
+        told(step + 1, steps)
     return training
 
 
@@ -92,10 +98,11 @@ class Group:
     steps: dict[str, Step]
 
 
-def build_group(plan: Plan, precision: str, say: Say) -> Group:
+def build_group(plan: Plan, precision: str, progress: Progress) -> Group:
     """Loads the contestants of one precision: the project, the reference in fp32 and in this precision, limit and floor."""
+    say = progress.say
     say(f"{precision}: the project sets up")
-    project = start_project(plan, precision, f"project-{precision}")
+    project = start_project(plan, precision, f"project-{precision}", told=progress.counter(f"{precision}: pictures encoded"))
     device = project.device.device
     references: dict[str, Reference] = {}
     for dtype in dict.fromkeys(("fp32", precision) if plan.case.against_fp32 else (precision,)):
@@ -103,8 +110,10 @@ def build_group(plan: Plan, precision: str, say: Say) -> Group:
         parts = load_parts(plan.folder, DTYPES[dtype], device)
         references[f"reference {dtype}"] = reference_for(plan, parts)
     cached = reference_for(plan, parts, cached=True)
-    for index in range(len(cached.recipe.pictures)):
+    pictures, told = len(cached.recipe.pictures), progress.counter(f"{precision}: pictures encoded by reference-cached")
+    for index in range(pictures):
         cached.keep(index)
+        told(index + 1, pictures)
     reference = references[f"reference {precision}"]
     (batch,) = project.batches.step(0)
     inputs = inputs_of(batch, reference)
