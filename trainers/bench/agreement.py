@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from trainers.adapters.plan import LayerPlan
-from trainers.bench.contestants import inputs_of
+from trainers.bench.contestants import Told, inputs_of
 from trainers.bench.reference import Reference
 from trainers.setup import Training
 from trainers.train import update
@@ -31,14 +31,17 @@ class Agreement:
         return self.worst <= self.tolerance
 
 
-def agree(training: Training, reference: Reference, precision: str, steps: int = STEPS) -> Agreement:
-    """Takes both back to the project's first factors and runs the project's own batches through both."""
+def agree(
+    training: Training, reference: Reference, precision: str, told: Told = lambda done, total: None, steps: int = STEPS
+) -> Agreement:
+    """Takes both back to step 0, at the same factors, and runs the project's own batches through both."""
     reset(training, reference)
     ours, theirs = [], []
-    for _ in range(steps):
+    for number in range(steps):
         (batch,) = training.batches.step(training.step)
         theirs.append(reference.update(inputs_of(batch, reference)))
         ours.append(update(training)[0])
+        told(number + 1, steps)
     worst = max(abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True))
     return Agreement(tuple(ours), tuple(theirs), worst, TOLERANCE[precision])
 

@@ -71,8 +71,8 @@ def run_bench(
 def _measure_group(plan: Plan, precision: str, rounds: int, facts: dict[str, Any], progress: Progress) -> None:
     group = build_group(plan, precision, progress)
     reference = group.references[f"reference {precision}"]
-    progress.say(f"{precision}: do reference and project agree")
-    agreement = agree(group.project, reference, precision)
+    told = progress.counter(f"{precision}: steps in which reference and project are compared")
+    agreement = agree(group.project, reference, precision, told)
     facts["agreement"][precision] = asdict(agreement) | {"holds": agreement.holds}
     facts["counts"] |= {name: asdict(counts) for name, counts in group.counts.items()}
     wait = synchroniser(group.project.device.device)

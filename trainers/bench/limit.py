@@ -54,12 +54,11 @@ def begin_at(attention: Any) -> Any:
 class Floor:
     """The arithmetic alone: a step's FLOPs at the rate that a square matrix product reaches in the same round."""
 
-    SIDE = 2048
-
     def __init__(self, flops: int, dtype: torch.dtype, device: torch.device) -> None:
         self.flops = flops
+        self.side = 2048 if device.type == "cpu" else 8192  # a smaller one says little of a GPU
         generator = torch.Generator().manual_seed(0)
-        self.factors = [torch.randn(self.SIDE, self.SIDE, generator=generator).to(device, dtype) for _ in range(2)]
+        self.factors = [torch.randn(self.side, self.side, generator=generator).to(device, dtype) for _ in range(2)]
         self.rates: list[float] = []
 
     def multiply(self) -> None:
@@ -68,5 +67,5 @@ class Floor:
 
     def seconds(self, product_seconds: float) -> float:
         """What the step would take; `product_seconds` is what one product took."""
-        self.rates.append(2 * self.SIDE**3 / product_seconds)
+        self.rates.append(2 * self.side**3 / product_seconds)
         return self.flops / self.rates[-1]
