@@ -64,9 +64,11 @@ def test_reference_and_project_agree_and_a_difference_would_be_found(group: Grou
 
 def test_counts_repeat_and_stand_in_their_order(group: Group) -> None:
     limit, project, reference = (group.counts[f"{name} fp32"] for name in ("limit", "project", "reference"))
-    assert limit.operations < project.operations
-    assert limit.operations < reference.operations
-    assert limit.flops < project.flops <= reference.flops
+    assert limit.operations < project.operations <= reference.operations
+    assert 0.9 < group.counts["limit fp32, on no device"].flops / limit.flops <= 1.0
+    assert limit.flops < reference.flops
+    assert project.flops <= reference.flops
+    assert project.saved_bytes <= reference.saved_bytes
     again = count(lambda: fill_gradient(group.project))
     assert (again.operations, again.flops, again.saved_bytes) == (project.operations, project.flops, project.saved_bytes)
 
@@ -75,7 +77,8 @@ def test_the_engine_without_adapters_does_the_work_of_the_limit(group: Group) ->
     step = without_adapters(group.project)
     weights = group.project.flat.weights.clone()
     step(0)
-    assert count(lambda: step(0)).flops == group.counts["limit fp32"].flops
+    # Not all of it: some layers the engine computes with less arithmetic.
+    assert 0.9 < count(lambda: step(0)).flops / group.counts["limit fp32"].flops <= 1.0
     assert float(group.project.flat.gradient.abs().max()) == 0.0
     fill_gradient(group.project)
     assert float(group.project.flat.gradient.abs().max()) > 0.0

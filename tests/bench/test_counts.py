@@ -77,6 +77,10 @@ def test_attention_by_kernel_has_the_flops_of_its_products() -> None:
 
     found = count(lambda: F.scaled_dot_product_attention(query, key, key))
     assert found.flops == count(products).flops == attention_flops(query.shape, key.shape, key.shape)
+    query.requires_grad_(True)
+    key.requires_grad_(True)
+    both = count(lambda: F.scaled_dot_product_attention(query, key, key).sum().backward())
+    assert both.flops == count(lambda: products().sum().backward()).flops == 3 * found.flops
 
 
 def test_stable_diffusion_counts_as_published(tmp_path: Path) -> None:

@@ -112,10 +112,12 @@ def _attention(args: Any, answer: Any) -> int:
 
 
 def _attention_backward(args: Any, answer: Any) -> int:
-    """Five products where the forward pass has two: the scores anew, and a gradient of each of V, P, Q, K."""
-    return attention_flops(*(tuple(tensor.shape) for tensor in args[1:4])) * 5 // 2
+    """Four products where the forward pass has two: a gradient of each of V, P, Q and K. That kernels compute the scores
+    anew is their own affair: the same step has the same FLOPs on every device."""
+    return 2 * attention_flops(*(tuple(tensor.shape) for tensor in args[1:4]))
 
 
+_ATTENTION_BACKWARD = ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")
 _FLOPS: dict[str, Callable[[Any, Any], int]] = {
     "mkldnn._convolution_pointwise": _convolution,
     "mkldnn._convolution_pointwise_": _convolution,
@@ -124,5 +126,4 @@ _FLOPS: dict[str, Callable[[Any, Any], int]] = {
     "aten.mkldnn_convolution": _convolution,
     "aten.mkldnn_linear": _linear,
     "aten._scaled_dot_product_flash_attention_for_cpu": _attention,
-    "aten._scaled_dot_product_flash_attention_for_cpu_backward": _attention_backward,
-}
+} | {f"aten._scaled_dot_product_{name}_backward": _attention_backward for name in _ATTENTION_BACKWARD}
