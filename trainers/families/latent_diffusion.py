@@ -12,6 +12,7 @@ from torch import nn
 from trainers.errors import BaseModelError
 from trainers.families.base import Conditioning
 from trainers.families.facts import BaseModelFacts
+from trainers.families.lean import library
 from trainers.families.parts import TOKENS, load_parts, load_tokenizer
 from trainers.families.targets import trainable_paths
 from trainers.objective import Objective
@@ -150,10 +151,8 @@ def _alphas_cumprod(facts: BaseModelFacts) -> torch.Tensor:
 
     Raises BaseModelError for settings of which it makes none.
     """
-    from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
-
     try:
-        alphas: torch.Tensor = DDPMScheduler.from_config(facts.configs["scheduler"]).alphas_cumprod.float()
+        alphas: torch.Tensor = library().scheduler.from_config(facts.configs["scheduler"]).alphas_cumprod.float()
     except Exception as error:  # whatever a library makes of settings that it does not expect
         first = (str(error) or type(error).__name__).splitlines()[0][:200]
         what = f"No noise schedule can be built from the base's configuration: {first}"

@@ -5,17 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import nn
-from transformers.models.clip.configuration_clip import CLIPTextConfig
-from transformers.models.clip.modeling_clip import CLIPTextModel, CLIPTextModelWithProjection
-from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
 from trainers.errors import BaseModelError
 from trainers.families.expected import match_tensors
 from trainers.families.facts import ASSETS, BaseModelFacts
+from trainers.families.lean import library
 from trainers.families.stored import Stored, stored_tensors
 from trainers.families.tensor_files import TensorFiles
 from trainers.tensors import all_finite
@@ -46,15 +41,17 @@ def load_parts(facts: BaseModelFacts, dtype: torch.dtype, device: torch.device) 
 
 def build_part(facts: BaseModelFacts, part: str) -> Any:
     """A part without memory for its parameters. Raises BaseModelError for a configuration that builds none."""
-    config = dict(facts.configs[part])
+    from accelerate import init_empty_weights
+
+    config, made = dict(facts.configs[part]), library()
     try:
         with init_empty_weights(include_buffers=False):
             if part == "unet":
-                return UNet2DConditionModel.from_config(config)
+                return made.denoiser.from_config(config)
             if part == "vae":
-                return AutoencoderKL.from_config(config)
-            kind = CLIPTextModel if part == "text_encoder" else CLIPTextModelWithProjection
-            return kind(CLIPTextConfig.from_dict({name: config[name] for name in config if name in _TEXT_SETTINGS}))
+                return made.vae.from_config(config)
+            kind = made.text_encoder if part == "text_encoder" else made.text_encoder_with_projection
+            return kind(made.text_config.from_dict({name: config[name] for name in config if name in _TEXT_SETTINGS}))
     except Exception as error:  # whatever a library makes of settings that it does not expect
         what = f"No {part} can be built from the base's configuration: {(str(error) or repr(error)).splitlines()[0][:200]}"
         raise BaseModelError(what, where=str(facts.source), hint="Is it a Stable Diffusion model?") from error
@@ -68,7 +65,7 @@ def _find_tensors(module: nn.Module, facts: BaseModelFacts, part: str) -> dict[s
     return {name: found[plain[name]] for name in plain}
 
 
-def load_tokenizer(facts: BaseModelFacts, part: str) -> CLIPTokenizer:
+def load_tokenizer(facts: BaseModelFacts, part: str) -> Any:
     """The tokenizer of a text encoder. A single file has CLIP's own, which ships, with the family's padding.
 
     Raises BaseModelError for one that is not CLIP's: transformers builds an empty one without a word when its files are
@@ -80,7 +77,8 @@ def load_tokenizer(facts: BaseModelFacts, part: str) -> CLIPTokenizer:
     if facts.checkpoint is not None:  # OpenCLIP pads with token 0, CLIP with its end mark
         extra["pad_token"] = "!" if _is_open_clip(facts, part) else "<|endoftext|>"
     try:
-        tokenizer = CLIPTokenizer.from_pretrained(str(vocabulary), local_files_only=True, model_max_length=TOKENS, **extra)
+        kind = library().tokenizer
+        tokenizer = kind.from_pretrained(str(vocabulary), local_files_only=True, model_max_length=TOKENS, **extra)
         known = tokenizer(CANARY[0]).input_ids == CANARY[1]
     except Exception as error:  # its library raises plain Exceptions
         what = f"The tokenizer could not be loaded: {(str(error) or type(error).__name__).splitlines()[0]}"
