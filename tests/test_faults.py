@@ -209,7 +209,7 @@ def test_out_of_memory_names_the_setting_to_change(pictures: Path, tiny_base: Pa
     run = tmp_path / "run"
     options = (*TINY, "--steps", 30, "--set", "dataset.resolution=128", "--set", "train.batch_size=4", "--force")
     process = start_apart("train", pictures, "--output", run, "--base", tiny_base, *options, "--json")
-    until(process, stage("load"))
+    until(process, lambda event: event["type"] == "started")  # libraries and base are read
     now = psutil.Process(process.pid).memory_info().vms
     resource.prlimit(process.pid, resource.RLIMIT_AS, (now, now))
     code, told = go_on(process)

@@ -8,6 +8,7 @@ import statistics
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,8 @@ class Training:
     good: TrainingState | None = None
     """What to go back to when the numbers break."""
     durations: deque[float] = field(default_factory=lambda: deque(maxlen=30))
+    check_manifest: Callable[[], None] = lambda: None
+    """Holds the run's manifest against what goes into it, once; of a new run it writes it, when all is hashed."""
 
     @property
     def median(self) -> float:
@@ -92,9 +95,10 @@ def set_up(
     emit(events.Stage(name="load", detail=f"base model {base.name}"))
     device = _device_as_before(config, denoiser_bytes(base), before, emit)
     model = _load(config, base, device, emit)
-    if device.is_main:
-        for change in run.check_manifest(make_manifest(config, scan, model, start), force):
-            emit(events.Warned(message=f"Since this run began, {change}; it goes on all the same."))
+    model.begin_fingerprints()  # of the frozen weights, before anything is injected
+    check_manifest = cache(partial(_check_manifest, run, partial(make_manifest, config, scan, model, start), emit, force))
+    if device.is_main and run.manifest.exists():
+        check_manifest()
     prior = prior_examples(model, config, run.prior, device, emit, interrupted)
     data = prepare(config, base, scan.examples, prior)
     checked = [*check_device(device), *check_settings(config, base), *(start.problems if start else ())]
@@ -102,7 +106,6 @@ def set_up(
         emit(events.Warned(message=str(problem)))
     # The text states are cached only while nothing about the text encoder learns; both facts are settled here.
     plans = plan_layers(config, list(model.parts()), model.find_targets)
-    model.fingerprint("vae")  # of the frozen weights, before anything is injected
     kind, seed = ADAPTERS[config.adapter.type], config.train.seed
     flat = inject_trainable(model.parts(), plans, kind, seed, device.device, start.given if start else None)
     if config.train.checkpointing:
@@ -125,7 +128,13 @@ def set_up(
         optimizer=config.optimizer.build(_parameter_groups(config, flat)),
         mean=flat.weights.clone() if config.train.ema else None,
         loss_scale=LossScale.of(device.dtype_name),
+        check_manifest=check_manifest,
     )
+
+
+def _check_manifest(run: RunFolder, make: Callable[[], dict[str, Any]], emit: events.Emit, force: bool) -> None:
+    for change in run.check_manifest(make(), force):
+        emit(events.Warned(message=f"Since this run began, {change}; it goes on all the same."))
 
 
 def _parameter_groups(config: TrainConfig, flat: FlatParameters) -> list[dict[str, Any]]:
@@ -156,8 +165,7 @@ def _load(config: TrainConfig, base: BaseModelFacts, device: Device, emit: event
     # Read into the machine's memory and packed layer by layer: a GPU for which this is done may not hold it in full.
     model = load_family(base, device.dtype, torch.device("cpu"))
     parts = model.parts()
-    for name in (*parts, "vae"):
-        model.fingerprint(name)  # of the weights as they are in the file
+    model.fingerprint("unet")  # and of all, as they are in the file
     sizes = [quantise(part, kind, device.device) for part in parts.values()]
     for module in (*parts.values(), model.vae):
         module.to(device.device)

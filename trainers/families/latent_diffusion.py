@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from trainers.background import in_background
 from trainers.errors import BaseModelError
 from trainers.families.base import Conditioning
 from trainers.families.facts import BaseModelFacts
 from trainers.families.lean import library
-from trainers.families.parts import TOKENS, load_parts, load_tokenizer
+from trainers.families.parts import TOKENS, PartsReader, load_parts, load_tokenizer
 from trainers.families.targets import trainable_paths
 from trainers.objective import Objective
 
@@ -33,17 +36,18 @@ class LatentDiffusion:
         extras: Extras = lambda conditioning, framing: {},
     ) -> None:
         self.facts, self.scheduler_config = facts, facts.configs["scheduler"]
-        # Tokenizers and noise schedule first: what is wrong with them is found before gigabytes are read.
-        self.tokenizers = {part: load_tokenizer(facts, part) for part in facts.family.text_encoders}
-        alphas = _alphas_cumprod(facts)
-        parts = load_parts(facts, dtype, device)
+        # The files are read while the libraries are imported; what is wrong with the small ones is told first all the same.
+        with PartsReader(facts, dtype, device) as reader:
+            self.tokenizers = {part: load_tokenizer(facts, part) for part in facts.family.text_encoders}
+            alphas = _alphas_cumprod(facts)
+            parts = load_parts(facts, reader, device)
         self.text_encoders: dict[str, Any] = {part: parts[part] for part in facts.family.text_encoders}
         self.unet, self.vae = parts["unet"], parts["vae"]
         self.objective = Objective(alphas, facts.prediction_type)  # type: ignore[arg-type]
         self._encode, self._extras = encode, extras
         vae_config: Any = self.vae.config
         self._factor, self._shift = float(vae_config.scaling_factor), float(vae_config.shift_factor or 0.0)
-        self._fingerprints: dict[str, str] = {}
+        self._fingerprints: dict[str, Future[str]] = {}
 
     def parts(self) -> dict[str, nn.Module]:
         """unet, text_encoder, and text_encoder_2 where the family has one."""
@@ -53,16 +57,17 @@ class LatentDiffusion:
         """Paths of Linear and Conv2d layers inside the part, in module order; none that the family does not read."""
         return trainable_paths(self.facts, part, targets, [path for path, _ in self.parts()[part].named_modules()])
 
+    def begin_fingerprints(self) -> None:
+        """Takes the weights as they are now, the first time, and hashes them in a thread."""
+        if self._fingerprints:
+            return
+        modules = {"vae": self.vae, **self.text_encoders, "unet": self.unet}
+        self._fingerprints = in_background({part: partial(_digest, module.state_dict()) for part, module in modules.items()})
+
     def fingerprint(self, part: str) -> str:
-        """SHA-256 over names, dtypes and bytes of the part's own weights; taken before adapters are injected."""
-        if part not in self._fingerprints:
-            digest = hashlib.sha256()
-            module = self.vae if part == "vae" else self.parts()[part]
-            for name, tensor in module.state_dict().items():
-                digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-                digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-            self._fingerprints[part] = digest.hexdigest()
-        return self._fingerprints[part]
+        """SHA-256 over names, dtypes and bytes of the part's own weights; begun before adapters are injected."""
+        self.begin_fingerprints()
+        return self._fingerprints[part].result()
 
     @torch.no_grad()
     def encode_pixels(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -144,6 +149,14 @@ def encode_with_one_encoder(model: LatentDiffusion, captions: Sequence[str]) -> 
         return Conditioning(encoder(ids).last_hidden_state)
     states = encoder(ids, output_hidden_states=True).hidden_states[-skip]
     return Conditioning(encoder.final_layer_norm(states))
+
+
+def _digest(weights: Mapping[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in weights.items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _alphas_cumprod(facts: BaseModelFacts) -> torch.Tensor:
