@@ -85,6 +85,7 @@ class Outputs:
         left = training.data.steps - training.step
         every = training.config.samples.every
         samples_left = left // every if every else 1
+        to_encode = training.batches.seconds_to_encode(left * training.config.examples_per_step)
         self._emit(
             events.Step(
                 step=training.step,
@@ -94,7 +95,7 @@ class Outputs:
                 learning_rates={group: self._rate(group) * factor for group in training.flat.groups},
                 gradient_norm=norm,
                 seconds_per_step=pace,
-                seconds_left=left * pace + samples_left * self.sample_seconds,
+                seconds_left=left * pace + samples_left * self.sample_seconds + to_encode,
                 memory=memory_used(training.device.device),
             )
         )

@@ -51,6 +51,8 @@ class DiffusionModel(Protocol):
     objective: Objective
     scheduler_config: dict[str, Any]
     vae: nn.Module
+    encodes_in: str
+    """The number format in which pixels are encoded: float32, or bfloat16."""
 
     def parts(self) -> dict[str, nn.Module]:
         """The modules that adapters may go into, by the part's name in files: unet, text_encoder, ..."""
