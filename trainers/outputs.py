@@ -81,6 +81,8 @@ class Outputs:
     def tell(self, loss: float, norm: float, factor: float, held_out: float | None) -> None:
         """The event of the step just done."""
         training = self._training
+        if training.device.is_main:
+            training.check_manifest()  # of a new run: by its first step all is hashed
         pace = training.median
         left = training.data.steps - training.step
         every = training.config.samples.every

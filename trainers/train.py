@@ -147,8 +147,6 @@ def train(run: RunFolder, emit: events.Emit, interrupted: Callable[[], bool] = l
                 recover(training, error, keeper, outputs)
                 continue
             training.durations.append(time.monotonic() - tick - (training.batches.seconds_encoding - encoding))
-            if training.device.is_main:
-                training.check_manifest()  # of a new run: by now all is hashed
             due = training.step % loss_due == 0 or training.step == steps
             outputs.tell(loss, norm, factor, held_out_loss(training) if due else None)
             if outputs.sample_is_due() or flagged("sample-now"):
