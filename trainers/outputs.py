@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch
 
 from trainers import events
 from trainers.adapters.inject import TRAINED
+from trainers.background import in_background
 from trainers.dataset.prepare import render_side
 from trainers.errors import AdapterFileError
 from trainers.export import describe_run, export_adapter, file_name, trained_modules
@@ -42,8 +44,8 @@ class Outputs:
         self.sample_seconds = 0.0
         """Seconds that the last samples took."""
         self._exported_at = -1
-        self._base_hashes = ("", "")
-        """Of the base's file, taken while it is still there."""
+        self._base_hashes: Future[tuple[str, str]] | None = None
+        """Of the base's file, begun while it is still there."""
 
     def start(self) -> None:
         """A process has taken the run up, at its first step or where it was left."""
@@ -63,7 +65,8 @@ class Outputs:
             )
         )
         if training.device.is_main:
-            self._base_hashes = base_file_hashes(weight_files(training.model.facts, "unet")[0])
+            file = weight_files(training.model.facts, "unet")[0]
+            self._base_hashes = in_background({"base": lambda: _hashes_of(file)})["base"]
 
     def begin_training(self) -> None:
         """All is prepared: the steps follow."""
@@ -82,10 +85,13 @@ class Outputs:
     def tell(self, loss: float, norm: float, factor: float, held_out: float | None) -> None:
         """The event of the step just done."""
         training = self._training
+        if training.device.is_main:
+            training.check_manifest()  # of a new run: by its first step all is hashed
         pace = training.median
         left = training.data.steps - training.step
         every = training.config.samples.every
         samples_left = left // every if every else 1
+        to_encode = training.batches.seconds_to_encode(left * training.config.examples_per_step)
         self._emit(
             events.Step(
                 step=training.step,
@@ -95,7 +101,7 @@ class Outputs:
                 learning_rates={group: self._rate(group) * factor for group in training.flat.groups},
                 gradient_norm=norm,
                 seconds_per_step=pace,
-                seconds_left=left * pace + samples_left * self.sample_seconds,
+                seconds_left=left * pace + samples_left * self.sample_seconds + to_encode,
                 memory=memory_used(training.device.device),
             )
         )
@@ -221,11 +227,23 @@ class Outputs:
         training = self._training
         folder.mkdir(parents=True, exist_ok=True)
         base, step = training.model.facts, training.step
-        how = (self._started_at, training.device.dtype_name, self._base_hashes)
+        hashes = self._base_hashes.result() if self._base_hashes else ("", "")
+        how = (self._started_at, training.device.dtype_name, hashes)
         metadata = describe_run(training.config, base, training.data, step, *how)
         export_adapter(
             folder / name, training.flat, training.exported, training.plans, training.config, metadata, base.family.name
         )
+
+
+def _hashes_of(base: Path) -> tuple[str, str]:
+    """The hashes of a base's file; empty ones of a file that vanished or changed meanwhile."""
+    try:
+        before = base.stat()
+        hashes = base_file_hashes(base)
+        after = base.stat()
+    except (AdapterFileError, OSError):
+        return "", ""
+    return hashes if (before.st_size, before.st_mtime_ns) == (after.st_size, after.st_mtime_ns) else ("", "")
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import statistics
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,8 @@ class Training:
     asked: int = 0
     """The sum of all processes' wishes at the last step, where there are several."""
     durations: deque[float] = field(default_factory=lambda: deque(maxlen=30))
+    check_manifest: Callable[[], None] = lambda: None
+    """Holds the run's manifest against what goes into it, once; of a new run it writes it, when all is hashed."""
 
     @property
     def median(self) -> float:
@@ -105,9 +108,11 @@ def set_up(
     emit(events.Stage(name="load", detail=f"base model {base.name}"))
     device = _device_for(config, base, before, emit)
     model = _load(config, base, device, emit)
-    if device.is_main:
-        for change in run.check_manifest(make_manifest(config, scan, model, start) | {"kernels": device.kernels()}, force):
-            emit(events.Warned(message=f"Since this run began, {change}; it goes on all the same."))
+    model.begin_fingerprints()  # of the frozen weights, before anything is injected
+    manifest = partial(make_manifest, config, scan, model, device, start)
+    check_manifest = cache(partial(_check_manifest, run, manifest, emit, force))
+    if device.is_main and run.manifest.exists():
+        check_manifest()
     learning = {name: part for name, part in model.parts().items() if name == "unet" or config.text_encoder_rate > 0}
     undo = make_fast(learning, device.fast)
     prior = prior_examples(model, config, run.prior, device, emit, interrupted)
@@ -117,7 +122,6 @@ def set_up(
         emit(events.Warned(message=str(problem)))
     # The text states are cached only while nothing about the text encoder learns; both facts are settled here.
     plans = plan_layers(config, list(model.parts()), model.find_targets)
-    model.fingerprint("vae")  # of the frozen weights, before anything is injected
     kind, seed = ADAPTERS[config.adapter.type], config.train.seed
     flat = inject_trainable(model.parts(), plans, kind, seed, device.device, start.given if start else None)
     if config.train.checkpointing:
@@ -141,7 +145,13 @@ def set_up(
         mean=flat.weights.clone() if config.train.ema else None,
         loss_scale=LossScale.of(device.dtype_name),
         undo=undo,
+        check_manifest=check_manifest,
     )
+
+
+def _check_manifest(run: RunFolder, make: Callable[[], dict[str, Any]], emit: events.Emit, force: bool) -> None:
+    for change in run.check_manifest(make(), force):
+        emit(events.Warned(message=f"Since this run began, {change}; it goes on all the same."))
 
 
 def _parameter_groups(config: TrainConfig, flat: FlatParameters) -> list[dict[str, Any]]:
@@ -186,8 +196,7 @@ def _load(config: TrainConfig, base: BaseModelFacts, device: Device, emit: event
     # Read into the machine's memory and packed layer by layer: a GPU for which this is done may not hold it in full.
     model = load_family(base, device.dtype, torch.device("cpu"))
     parts = model.parts()
-    for name in (*parts, "vae"):
-        model.fingerprint(name)  # of the weights as they are in the file
+    model.fingerprint("unet")  # and of all, as they are in the file
     sizes = [quantise(part, kind, device.device) for part in parts.values()]
     for module in (*parts.values(), model.vae):
         module.to(device.device)
@@ -218,7 +227,9 @@ def choose_condition(model: DiffusionModel, device: torch.device, learns: bool) 
     return condition
 
 
-def make_manifest(config: TrainConfig, scan: Scan, model: DiffusionModel, start: Start | None = None) -> dict[str, Any]:
+def make_manifest(
+    config: TrainConfig, scan: Scan, model: DiffusionModel, device: Device, start: Start | None = None
+) -> dict[str, Any]:
     """Content hashes of all that goes into a run, and the settings that decide its result.
 
     Settings at their defaults are left out, so that a later version with one setting more can go on with the run; so
@@ -241,6 +252,7 @@ def make_manifest(config: TrainConfig, scan: Scan, model: DiffusionModel, start:
         "base": {part: model.fingerprint(part) for part in (*model.parts(), "vae")},
         "configuration": {part: _digest(config) for part, config in model.facts.configs.items()},
         "settings": settings,
+        "kernels": device.kernels(),
         "versions": {name: _version(name) for name in ("impasto", "torch", "diffusers", "transformers", "safetensors")},
     }
 
