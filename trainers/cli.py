@@ -68,6 +68,8 @@ def train(
     from trainers.launch import execute, follow, given_settings, plan_run
     from trainers.run_folder import absolute, await_run, follows, new_run
 
+    if follows() and not dry_run:  # the first process resolves, checks and looks through the pictures for all
+        raise typer.Exit(follow(await_run(output)))
     values = given_settings(images, base, steps, seed, trigger)
     plan = plan_run(preset, values, overrides or [], force)
     if dry_run:
@@ -75,8 +77,6 @@ def train(
         return
     if absolute(output) == absolute(images):
         raise RunFolderError("The run folder would be the folder of pictures", str(output), "Choose another --output.")
-    if follows():
-        raise typer.Exit(follow(await_run(output)))
     run = new_run(output)
     with run.lock():
         new_run(output)  # another process may have begun one before the lock was ours

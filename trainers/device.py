@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import torch
 
-from trainers.errors import Problem, SettingError
+from trainers.errors import LostProcessError, Problem, SettingError, is_out_of_memory
 from trainers.kernels import Kernels
+from trainers.process_id import place
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SMALL = 200_000_000  # bytes of denoiser files; below this, casts cost more than they save on a CPU (pocket: 34 MB)
@@ -18,13 +20,14 @@ SMALL = 200_000_000  # bytes of denoiser files; below this, casts cost more than
 
 @dataclass(frozen=True)
 class Device:
-    """Where a run computes. `index` of `count` processes; `reason` says why device and dtype were chosen."""
+    """Where a run computes, and `reason` says why there. It is `index` of `count` processes, which sum in `group`."""
 
     device: torch.device
     dtype: torch.dtype
     reason: str
     index: int = 0
     count: int = 1
+    group: Any = field(default=None, compare=False, repr=False)
     fast: Kernels = field(default_factory=Kernels)
 
     @property
@@ -53,29 +56,68 @@ class Device:
         }
 
     def sum_over_processes(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum of `tensor` over all processes, in place where there is only one."""
-        if self.count == 1:
-            return tensor
-        from accelerate.utils import reduce
+        """The sum of `tensor` over all processes, in place. Raises LostProcessError when one of them is gone."""
+        if self.count > 1:
+            try:
+                torch.distributed.all_reduce(tensor, group=self.group)
+            except RuntimeError as error:
+                if is_out_of_memory(error):
+                    raise
+                what = "Another process of this training no longer answers"
+                hint = "What was saved until now is kept; `impasto resume` goes on."
+                raise LostProcessError(what, hint=hint) from error
+        return tensor
 
-        total: torch.Tensor = reduce(tensor, reduction="sum")
+    def sum_step(self, gradient: torch.Tensor, loss: torch.Tensor, wish: Callable[[], int]) -> tuple[torch.Tensor, int]:
+        """Sums a step's flat gradient over all processes, in place; returns the sums of `loss` (a scalar) and of the wishes.
+
+        One message for all three: a second one would cost its latency in every step. One process has no need of the last.
+        """
+        if self.count == 1:
+            return loss, 0
+        numbers = gradient.new_tensor([0.0, wish()])
+        numbers[0] = loss
+        total = self.sum_over_processes(torch.cat([gradient, numbers]))
+        gradient.copy_(total[:-2])
+        return total[-2], int(total[-1])
+
+    def sent_per_step(self, numbers: int) -> str:
+        """What the sum of a gradient of so many float32 numbers costs, in words; nothing for one process.
+
+        Summed in a ring, every process sends each part of the message on, once to sum it and once to tell the sum.
+        """
+        if self.count == 1:
+            return ""
+        sent = 2 * (self.count - 1) / self.count * 4 * (numbers + 2)
+        return f"{self.count} processes, {sent / 1e6:.2f} MB sent by each in a step"
+
+    def sum_numbers(self, *numbers: float) -> list[float]:
+        """The sum of each number over all processes, to float32's precision where there are several."""
+        if self.count == 1:
+            return list(numbers)
+        total: list[float] = self.sum_over_processes(torch.tensor(numbers, dtype=torch.float32, device=self.device)).tolist()
         return total
-
-    def largest_of_processes(self, number: int) -> int:
-        """The largest `number` that any process gives, so that all decide alike."""
-        if self.count == 1:
-            return number
-        from accelerate.utils import gather
-
-        numbers: torch.Tensor = gather(torch.tensor([number], device=self.device))
-        return int(numbers.max())
 
     def wait_for_all(self) -> None:
         """Returns once every process has come here."""
-        if self.count > 1:
-            from accelerate.utils import wait_for_everyone
+        self.sum_numbers(0.0)
 
-            wait_for_everyone()
+
+def _join_processes() -> tuple[torch.device, int, Any]:
+    """Meets the other processes: this one's device and index, and the group that they sum in. Raises SettingError."""
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
+
+    on_cpu = not torch.cuda.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if not on_cpu and here > torch.cuda.device_count():
+        what = f"{here} processes need as many GPUs, and {torch.cuda.device_count()} can be seen"
+        raise SettingError(what, hint="Start fewer processes, or set ACCELERATE_USE_CPU=true.")
+    state = PartialState(cpu=on_cpu)
+    # While the first process draws samples or prior pictures the others wait in a sum, for minutes on a GPU and for hours on
+    # a CPU; by default that would end the training after 10 or 30 minutes. Who has died is found out by trainers.peers.
+    group = torch.distributed.new_group(timeout=timedelta(days=7))
+    return state.device, state.process_index, group
 
 
 def choose_device(precision: str, denoiser_bytes: int, before: Mapping[str, Any] | None = None) -> Device:
@@ -84,18 +126,16 @@ def choose_device(precision: str, denoiser_bytes: int, before: Mapping[str, Any]
     Unless it is set, the format of a large denoiser is bf16 where the device computes in it, and fp16 on an older GPU.
     `before` are the `kernels` that a resumed run has computed with: what can be set is set again.
     """
-    index, count = 0, 1
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        from accelerate import PartialState
-
-        state = PartialState(cpu=not torch.cuda.is_available())
-        index, count, device = state.process_index, state.num_processes, state.device
+    (index, count), group = place(), None
+    if count > 1:
+        device, index, group = _join_processes()
     elif torch.cuda.is_available():
         device = torch.device("cuda")
     elif torch.backends.mps.is_available():
         device = torch.device("mps")
     else:
         device = torch.device("cpu")
+    if device.type == "cpu" and (count == 1 or (before and before["processes"] == count)):
         # Said aloud even though it changes no number: only then does MKL stop choosing by itself how many threads a
         # product gets, which a resumed process chose differently, in the last bit of a result.
         # Sums are cut into as many parts as there are threads, so a resumed run needs as many as before.
@@ -115,7 +155,7 @@ def choose_device(precision: str, denoiser_bytes: int, before: Mapping[str, Any]
     else:
         reason = f"{device.type}, {precision} as set"
     fast = Kernels(**{name: before[name] for name in asdict(Kernels()) if name in before}) if before else Kernels()
-    return Device(device, DTYPES[precision], reason, index, count, fast)
+    return Device(device, DTYPES[precision], reason, index, count, group, fast)
 
 
 def _half_precision(device: torch.device) -> str | None:
@@ -128,10 +168,15 @@ def _half_precision(device: torch.device) -> str | None:
 
 def check_device(device: Device) -> list[Problem]:
     """What is possible on the chosen device, but unwise."""
-    if device.dtype != torch.float16 or device.device.type != "cpu":
-        return []
-    what = "A CPU computes in fp16 many times more slowly than in bf16 or fp32"
-    return [Problem("warning", what, "train.precision", "Set train.precision=auto.")]
+    found = []
+    if device.dtype == torch.float16 and device.device.type == "cpu":
+        what = "A CPU computes in fp16 many times more slowly than in bf16 or fp32"
+        found.append(Problem("warning", what, "train.precision", "Set train.precision=auto."))
+    if device.count == 1 and {"ACCELERATE_USE_CPU", "MASTER_ADDR"} <= os.environ.keys():
+        # What accelerate leaves in the environment when it was asked for more, and starts one.
+        what = "`accelerate launch --cpu` starts one process, whatever --num_processes says"
+        found.append(Problem("warning", what, hint="With --multi_gpu in place of --cpu it starts several, without a GPU, too."))
+    return found
 
 
 def other_kernels(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -7,7 +7,8 @@
     |-- AdapterFileError         a LoRA file cannot be read or does not fit the base
     |-- RunFolderError           a run folder is taken, locked, missing or not a run
     |   `-- ChangedError         what went into a run is not what it was when the run began
-    `-- DivergedError            the loss or a gradient is no longer a finite number
+    |-- DivergedError            the loss or a gradient is no longer a finite number
+    `-- LostProcessError         one of several processes that train together is gone
 
 `Problem` is the same three sentences as a value, for checks that list all they find.
 """
@@ -89,6 +90,10 @@ class ChangedError(RunFolderError):
 
 class DivergedError(TrainingError):
     """The loss or a gradient is no longer finite; nothing non-finite is ever exported."""
+
+
+class LostProcessError(TrainingError):
+    """One of the processes that train together has died or failed, so that the others cannot go on."""
 
 
 class NoSpaceError(OSError):

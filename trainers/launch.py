@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import logging
-import signal
-import threading
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,18 +16,20 @@ from trainers.config import TrainConfig, build_config, parse_override, write_con
 from trainers.console import make_display
 from trainers.dataset.folder import Scan
 from trainers.dataset.prepare import TrainingSet, planned_prior, prepare, render_side, scan_images
-from trainers.errors import ChangedError, NoSpaceError, Problem, SettingError, TrainingError, is_out_of_memory
+from trainers.endings import in_words, stop_signals
+from trainers.errors import ChangedError, DivergedError, LostProcessError, Problem, SettingError, TrainingError
 from trainers.families import BaseModelFacts, recognise_base
 from trainers.files import sweep_aside, write_atomically
 from trainers.formats.metadata import source_date
+from trainers.peers import Peers
 from trainers.presets import default_preset, resolve
+from trainers.process_id import place
 from trainers.run_folder import RunFolder, absolute
 from trainers.settings import merge
 from trainers.start_from import check_start
 
 DONE, FAILED, STOPPED = 0, 1, 3
 _RESERVE = 64 * 1024  # bytes
-_KEPT = "What was saved until now is kept."
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def last_words(run: RunFolder) -> dict[str, Any] | None:
 
 def execute(run: RunFolder, json_lines: bool = False, title: str = "", force: bool = False) -> int:
     """Trains in this process, writing events.jsonl and trainer.log. The one place that turns an error into `failed`."""
-    with _logged(run), make_display(run, json_lines, title) as show, _signals() as stop:
+    with _logged(run), make_display(run, json_lines, title) as show, stop_signals() as stop:
         told = _Told()
         shown = [show]
 
@@ -163,7 +163,8 @@ def execute(run: RunFolder, json_lines: bool = False, title: str = "", force: bo
             write_atomically(run.reserve, bytes(_RESERVE), fsync=False)
             from trainers.train import train
 
-            done = train(run, emit, stop.is_set, force)
+            with Peers(run.path, *place(), fail).watching(stop.is_set):
+                done = train(run, emit, stop.is_set, force)
             run.reserve.unlink(missing_ok=True)
             return DONE if done else STOPPED
         except TrainingError as error:
@@ -176,7 +177,7 @@ def execute(run: RunFolder, json_lines: bool = False, title: str = "", force: bo
         except Exception as error:
             run.reserve.unlink(missing_ok=True)
             logging.getLogger("impasto").exception("unexpected error")
-            fail(_in_words(error, run))
+            fail(in_words(error, run))
         return FAILED
 
 
@@ -208,53 +209,30 @@ class _Told:
 
 
 def follow(run: RunFolder) -> int:
-    """The part of every process but the first of several: computes its share and writes nothing."""
+    """The part of every process but the first of several: computes its share and writes nothing, but why it failed.
+
+    Raises what ended it, where that is not a stop.
+    """
     from trainers.train import train
 
-    with _signals() as stop:
-        return DONE if train(run, lambda event: None, stop.is_set) else STOPPED
+    def end(message: str) -> None:
+        print(f"impasto: {message}", file=sys.stderr, flush=True)
 
-
-def _in_words(error: Exception, run: RunFolder) -> str:
-    text = str(error).splitlines()[0] if str(error) else type(error).__name__
-    if is_out_of_memory(error):
-        return (
-            "Out of memory. Set `checkpointing = true` under [train] in config.toml and resume, or train anew with a lower"
-            " train.batch_size or dataset.resolution."
-        )
-    if isinstance(error, NoSpaceError) or (isinstance(error, OSError) and error.errno == errno.ENOSPC):
-        needed = f": {_size(error.needed)} were needed, {_size(error.free)} are free" if isinstance(error, NoSpaceError) else ""
-        return f"The disk is full{needed} ({error.filename or run.path}). {_KEPT} Free some space; then resume goes on."
-    if isinstance(error, OSError):
-        what = error.strerror or text
-        return f"A file cannot be read or written: {what} ({error.filename or run.path}). {_KEPT} Then resume goes on."
-    return f"{type(error).__name__}: {text} (details in {run.log.name})."
-
-
-def _size(count: int) -> str:
-    """Bytes in a person's units."""
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count} bytes"
-
-
-@contextmanager
-def _signals() -> Iterator[threading.Event]:
-    """Ctrl-C and SIGTERM ask for a stop after the step; a second Ctrl-C does not wait."""
-    asked = threading.Event()
-
-    def handle(number: int, frame: Any) -> None:
-        if asked.is_set() and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        asked.set()
-
-    if threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    peers = Peers(run.path, *place(), end)
+    with stop_signals() as stop, peers.watching(stop.is_set):
+        try:
+            done = train(run, lambda event: None, stop.is_set)
+        except LostProcessError:
+            raise
+        except DivergedError:  # of the sum over all processes, so the first one tells it
+            peers.await_first()
+            raise
+        except Exception as error:
+            peers.fail(in_words(error, run, "what that process has printed"))
+            raise
+        if not done:
+            peers.await_first()
+        return DONE if done else STOPPED
 
 
 class _LogFile(logging.FileHandler):

@@ -45,6 +45,7 @@ class Outputs:
     def start(self) -> None:
         """A process has taken the run up, at its first step or where it was left."""
         training = self._training
+        numbers = training.flat.weights.numel()
         self._emit(
             events.Started(
                 step=training.step,
@@ -52,8 +53,8 @@ class Outputs:
                 images=len(training.data.own),
                 prior=len(training.data.training) - len(training.data.own),
                 held_out=len(training.data.held_out),
-                parameters=training.flat.weights.numel(),
-                device=training.device.reason,
+                parameters=numbers,
+                device="; ".join(filter(None, (training.device.reason, training.device.sent_per_step(numbers)))),
                 process=os.getpid(),
                 made=made_at(os.getpid()) or 0.0,
             )

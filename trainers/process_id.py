@@ -1,6 +1,24 @@
-"""Tells one process from another: ids are used again, the pair of id and time since boot is not."""
+"""Tells one process from another: by its place in a training; by its id and the time it was made, as ids are used again."""
 
 from __future__ import annotations
+
+import os
+
+# (index, count) as torchrun and accelerate set them, then as the kinds of mpirun do that accelerate can start.
+_LAUNCHERS = (
+    ("RANK", "WORLD_SIZE"),
+    ("PMI_RANK", "PMI_SIZE"),
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+    ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE"),
+)
+
+
+def place() -> tuple[int, int]:
+    """(index, count): which one this process is of how many that train together, as their launcher says; else (0, 1)."""
+    for index, count in _LAUNCHERS:
+        if index in os.environ and count in os.environ:
+            return int(os.environ[index]), int(os.environ[count])
+    return 0, 1
 
 
 def made_at(pid: int) -> float | None:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from trainers.errors import ChangedError, RunFolderError
 from trainers.files import write_atomically
+from trainers.process_id import place
 
 
 def run_of(file: Path) -> RunFolder | None:
@@ -229,12 +230,15 @@ def open_run(path: Path) -> RunFolder:
 
 
 def follows() -> bool:
-    """Whether this is one of several processes, and not the one that writes the files. Set by accelerate and torchrun."""
-    return int(os.environ.get("RANK", "0")) > 0
+    """Whether this is one of several processes, and not the one that writes the files."""
+    return place()[0] > 0
 
 
-def await_run(path: Path, seconds: float = 60) -> RunFolder:
-    """The run that the first of several processes is preparing. Raises RunFolderError when it does not appear in time."""
+def await_run(path: Path, seconds: float = 3600) -> RunFolder:
+    """The run that the first of several processes is preparing. Raises RunFolderError when it does not appear in time.
+
+    That takes as long as looking through all pictures; when the first one fails meanwhile, the launcher ends this one.
+    """
     end = time.monotonic() + seconds
     while not RunFolder(absolute(path)).config.exists() and time.monotonic() < end:
         time.sleep(0.05)

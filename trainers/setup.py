@@ -61,6 +61,10 @@ class Training:
     """How the base's modules become plain again, for whoever takes the adapters out."""
     good: TrainingState | None = None
     """What to go back to when the numbers break."""
+    wish: Callable[[], int] = lambda: 0
+    """What this process is asked for while it trains, as train.listen has it."""
+    asked: int = 0
+    """The sum of all processes' wishes at the last step, where there are several."""
     durations: deque[float] = field(default_factory=lambda: deque(maxlen=30))
 
     @property

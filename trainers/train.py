@@ -75,9 +75,7 @@ def fill_gradient(training: Training) -> tuple[float, float]:
             part = training_step(training.model, batch, training.condition, training.config.train.min_snr_gamma or None)
             (part * factor).backward()  # type: ignore[no-untyped-call]
         loss += part.detach()
-    if training.device.count > 1:
-        gradient.copy_(training.device.sum_over_processes(gradient))
-        loss = training.device.sum_over_processes(loss)
+    loss, training.asked = training.device.sum_step(gradient, loss, training.wish)
     gradient.div_(factor)
     return float(loss), float(gradient.norm())
 
@@ -97,7 +95,9 @@ def held_out_loss(training: Training) -> float | None:
     batches = training.batches.held_out(training.data.held_out)
     with exported_weights(training):
         parts = [training_step(training.model, batch, training.condition, None) for batch in batches]
-    return float(torch.stack(parts).sum()) if parts else None  # none of them can be read any more
+    mine = float(torch.stack(parts).sum()) if parts else 0.0
+    total, counted = training.device.sum_numbers(mine, len(parts))
+    return total if counted else None  # none of them can be read any more
 
 
 def train(run: RunFolder, emit: events.Emit, interrupted: Callable[[], bool] = lambda: False, force: bool = False) -> bool:
@@ -129,10 +129,10 @@ def train(run: RunFolder, emit: events.Emit, interrupted: Callable[[], bool] = l
         return training.device.is_main and run.take_flag(name)
 
     outputs.make_up()
+    listen(training, run, interrupted)
     with Watchdog(warn).watching() as watchdog:
         while training.step < steps:
-            asked = stop_asked(training, run, interrupted)
-            if asked:
+            if asked := stop_asked(training):
                 keeper.save()
                 outputs.stop(asked)
                 return False
@@ -162,11 +162,24 @@ def train(run: RunFolder, emit: events.Emit, interrupted: Callable[[], bool] = l
     return True
 
 
-def stop_asked(training: Training, run: RunFolder, interrupted: Callable[[], bool]) -> str | None:
-    """ "stop", "pause" or None, the same in all processes."""
-    # The first process alone reads the flags, so that none of the others takes them away from it.
-    asked = "stop" if interrupted() else run.stop_asked() if training.device.is_main else None
-    return (None, "pause", "stop")[training.device.largest_of_processes({None: 0, "pause": 1, "stop": 2}[asked])]
+def listen(training: Training, run: RunFolder, interrupted: Callable[[], bool]) -> None:
+    """From now on every process hears its own signals, and the first one the file `stop`, so that no other takes it away.
+
+    A wish is 0 to go on, 1 to pause, 2 to stop: in a sum over processes 1 is a pause, and more a stop.
+    """
+
+    def wish() -> int:
+        asked = "stop" if interrupted() else run.stop_asked() if training.device.is_main else None
+        return {None: 0, "pause": 1, "stop": 2}[asked]
+
+    training.wish = wish
+    training.asked = int(training.device.sum_numbers(wish())[0])
+
+
+def stop_asked(training: Training) -> str | None:
+    """ "stop", "pause" or None, the same in all processes: several go by what they were asked for during the last step."""
+    wish = training.asked if training.device.count > 1 else training.wish()
+    return (None, "pause", "stop")[min(wish, 2)]
 
 
 def fill_cache(training: Training, emit: events.Emit, unwanted: Callable[[], bool]) -> None:

@@ -69,8 +69,8 @@ class BatchMaker:
         """
         flips = (False, True) if self._config.dataset.flip else (False,)
         wanted = [(prepared, flip) for prepared in self._examples for flip in flips] + [(one, False) for one in held_out]
-        missing = [(prepared, flip) for prepared, flip in wanted if not self._cache.knows(self._name(prepared, flip))]
-        mine = missing[self._device.index :: self._device.count]
+        dealt = wanted[self._device.index :: self._device.count]  # before looking: the cache fills while others look
+        mine = [(prepared, flip) for prepared, flip in dealt if not self._cache.knows(self._name(prepared, flip))]
         for done, (prepared, flip) in enumerate(mine):
             if not told(done, len(mine)):
                 return
@@ -92,10 +92,13 @@ class BatchMaker:
                 yield self._join(kept, len(indices))
 
     def held_out(self, examples: Sequence[Prepared], draws: int = 4) -> Iterator[Batch]:
-        """One batch for each held-out example: `draws` fixed noises at timesteps spread evenly over the schedule."""
+        """One batch for each held-out example: `draws` fixed noises at timesteps spread evenly over the schedule.
+
+        Processes share the work: their losses add up to the mean over all examples.
+        """
         total = self._model.objective.timesteps
         seed = self._config.train.seed
-        for prepared in examples:
+        for prepared in examples[self._device.index :: self._device.count]:
             rows = []
             for draw in range(draws):
                 key = (seed, "holdout", prepared.example.sha256, draw)
