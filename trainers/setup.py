@@ -19,6 +19,7 @@ from trainers.adapters import ADAPTERS
 from trainers.adapters.inject import FlatParameters, inject_trainable, restore_layers
 from trainers.adapters.plan import LayerPlan
 from trainers.checks import check_pictures, check_settings
+from trainers.condition import Condition, choose_condition
 from trainers.config import TrainConfig
 from trainers.dataset.batches import BatchMaker
 from trainers.dataset.cache import ContentCache, prune
@@ -27,7 +28,8 @@ from trainers.dataset.prepare import TrainingSet, prepare, render_side, scan_ima
 from trainers.device import Device, check_device, choose_device, other_kernels
 from trainers.engine import Undo, make_fast, make_plain
 from trainers.families import BaseModelFacts, denoiser_bytes, load_family, recognise_base
-from trainers.families.base import Conditioning, DiffusionModel
+from trainers.families.base import DiffusionModel
+from trainers.graph import Eager, Runner, choose_runner
 from trainers.kernels import choose_kernels, shapes_of
 from trainers.layers import plan_layers
 from trainers.loss_scale import LossScale
@@ -36,8 +38,6 @@ from trainers.quantised import check_can_pack, quantise
 from trainers.run_folder import RunFolder, home_folder
 from trainers.start_from import Start, read_start
 from trainers.training_state import Recovery, TrainingState
-
-Condition = Callable[[tuple[str, ...]], Conditioning]
 
 
 @dataclass
@@ -57,6 +57,8 @@ class Training:
     step: int = 0
     recovery: Recovery = field(default_factory=Recovery)
     loss_scale: LossScale = field(default_factory=LossScale)
+    runner: Runner = field(default_factory=Eager)
+    """How the work on a micro-batch is issued: operation by operation, or recorded once and done again."""
     undo: Undo = field(default_factory=list)
     """How the base's modules become plain again, for whoever takes the adapters out."""
     good: TrainingState | None = None
@@ -74,6 +76,7 @@ class Training:
 
     def take_out(self) -> None:
         """Leaves the base as it was loaded, without the adapter that is trained; no step can follow."""
+        self.runner.forget()
         restore_layers(self.model.parts())
         make_plain(self.model.parts(), self.undo)
 
@@ -141,6 +144,7 @@ def set_up(
         mean=flat.weights.clone() if config.train.ema else None,
         loss_scale=LossScale.of(device.dtype_name),
         undo=undo,
+        runner=choose_runner(config.train.cuda_graph, device.device, warn),
     )
 
 
@@ -191,31 +195,10 @@ def _load(config: TrainConfig, base: BaseModelFacts, device: Device, emit: event
     sizes = [quantise(part, kind, device.device) for part in parts.values()]
     for module in (*parts.values(), model.vae):
         module.to(device.device)
+    model.objective = model.objective.to(device.device)
     before, after = (sum(size) / 1e9 for size in zip(*sizes, strict=True))
     emit(events.Stage(name="load", detail=f"base weights in {kind}: {after:.2f} GB in place of {before:.2f} GB"))
     return model
-
-
-def choose_condition(model: DiffusionModel, device: torch.device, learns: bool) -> Condition:
-    """Captions -> Conditioning: encoded in the step while the text encoder learns, else once for each caption."""
-    if learns:
-        return model.encode_captions
-    cache = ContentCache(folder=None)
-
-    def encode(caption: str) -> dict[str, torch.Tensor]:
-        with torch.no_grad():
-            row = model.encode_captions([caption])
-        return {"hidden_states": row.hidden_states, **row.extras}
-
-    def condition(captions: tuple[str, ...]) -> Conditioning:
-        rows = []
-        for caption in captions:
-            entry = dict(cache.get(caption, lambda caption=caption: encode(caption)))  # type: ignore[misc]
-            rows.append(Conditioning(entry.pop("hidden_states"), entry))
-        joined = Conditioning.join(rows)
-        return Conditioning(joined.hidden_states.to(device), {name: value.to(device) for name, value in joined.extras.items()})
-
-    return condition
 
 
 def make_manifest(config: TrainConfig, scan: Scan, model: DiffusionModel, start: Start | None = None) -> dict[str, Any]:
@@ -231,7 +214,7 @@ def make_manifest(config: TrainConfig, scan: Scan, model: DiffusionModel, start:
         "checkpoints": True,
         "output": True,
     }
-    free |= {"dataset": {"images", "edits"}, "train": {"save_state_seconds", "checkpointing", "recoveries"}}
+    free |= {"dataset": {"images", "edits"}, "train": {"save_state_seconds", "checkpointing", "recoveries", "cuda_graph"}}
     settings = config.model_dump(mode="json", exclude_defaults=True, exclude=free)
     started = {"start_from": {"LoRA": start.sha256}} if start else {}
     return started | {

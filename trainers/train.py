@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
 from trainers import events
+from trainers.condition import Condition
 from trainers.config import read_config
 from trainers.dataset.batches import Batch
 from trainers.errors import DivergedError
@@ -18,7 +20,7 @@ from trainers.outputs import Outputs, exported_weights
 from trainers.recovery import StateKeeper, go_back, remember
 from trainers.run_folder import RunFolder, home_folder
 from trainers.schedule import rate_factor
-from trainers.setup import Condition, Training, set_up
+from trainers.setup import Training, set_up
 from trainers.training_state import load_state
 from trainers.watchdog import Watchdog
 
@@ -67,17 +69,25 @@ def update(training: Training) -> tuple[float, float]:
 
 def fill_gradient(training: Training) -> tuple[float, float]:
     """Puts the gradient of the step that comes next into the flat buffer. Returns its loss and the gradient's norm."""
-    flat, gradient, factor = training.flat, training.flat.gradient, training.loss_scale.factor
+    gradient, device, scale = training.flat.gradient, training.device, training.loss_scale.factor
     gradient.zero_()
-    loss = torch.zeros((), device=training.device.device)
+    loss, factor = torch.zeros((), device=device.device), torch.ones((), device=device.device) * scale
     for batch in training.batches.step(training.step):
-        with flat.working(training.device.dtype):
-            part = training_step(training.model, batch, training.condition, training.config.train.min_snr_gamma or None)
-            (part * factor).backward()  # type: ignore[no-untyped-call]
-        loss += part.detach()
-    loss, training.asked = training.device.sum_step(gradient, loss, training.wish)
-    gradient.div_(factor)
-    return float(loss), float(gradient.norm())
+        loss += training.runner(partial(learn, training), batch, training.condition, factor)
+    loss, asked = device.sum_step(gradient, loss, training.wish)
+    gradient.div_(scale)
+    # The one time in a step that the host waits for a GPU.
+    found, norm, asked_for = torch.stack([loss, gradient.norm(), asked]).tolist()
+    training.asked = int(asked_for)
+    return found, norm
+
+
+def learn(training: Training, batch: Batch, condition: Condition, factor: torch.Tensor) -> torch.Tensor:
+    """Adds the gradient of a micro-batch, times the loss scale `factor` (), to the flat buffer. Returns its loss ()."""
+    with training.flat.working(training.device.dtype):
+        part = training_step(training.model, batch, condition, training.config.train.min_snr_gamma or None)
+        (part * factor).backward()  # type: ignore[no-untyped-call]
+    return part.detach()
 
 
 def factor_now(training: Training) -> float:

@@ -15,7 +15,7 @@ from trainers.dataset.captions import vary_caption
 from trainers.dataset.pictures import load_pixels
 from trainers.dataset.plan import StepPlan, random_for
 from trainers.dataset.prepare import Prepared
-from trainers.device import Device
+from trainers.device import Device, send
 from trainers.errors import DatasetError
 from trainers.families.base import DiffusionModel
 from trainers.objective import draw_noise, draw_timestep
@@ -176,12 +176,12 @@ class BatchMaker:
         latents, noise, timesteps, captions, weights, framing = zip(*rows, strict=True)
         device = self._device.device
         return Batch(
-            torch.stack(latents).to(device),
-            torch.stack(noise).to(device),
-            torch.tensor(timesteps, device=device),
+            send(torch.stack(latents), device),
+            send(torch.stack(noise), device),
+            send(torch.tensor(timesteps), device),
             captions,
-            torch.tensor(weights, dtype=torch.float32, device=device) / in_step,
-            torch.tensor(framing, dtype=torch.float32, device=device),
+            send(torch.tensor(weights, dtype=torch.float32), device) / in_step,
+            send(torch.tensor(framing, dtype=torch.float32), device),
         )
 
 
