@@ -29,6 +29,7 @@ from trainers.device import Device, check_device, choose_device, other_kernels
 from trainers.engine import Undo, make_fast, make_plain
 from trainers.families import BaseModelFacts, denoiser_bytes, load_family, recognise_base
 from trainers.families.base import DiffusionModel
+from trainers.fit import Fit
 from trainers.graph import Eager, Runner, choose_runner
 from trainers.kernels import choose_kernels, shapes_of
 from trainers.layers import plan_layers
@@ -57,6 +58,8 @@ class Training:
     step: int = 0
     recovery: Recovery = field(default_factory=Recovery)
     loss_scale: LossScale = field(default_factory=LossScale)
+    fit: Fit = field(default_factory=Fit)
+    """What was changed beside the settings so that a step fits into memory."""
     runner: Runner = field(default_factory=Eager)
     """How the work on a micro-batch is issued: operation by operation, or recorded once and done again."""
     undo: Undo = field(default_factory=list)
@@ -107,9 +110,11 @@ def set_up(
     start = read_start(config, base) if before is None else None  # a state has the weights, and the file may be gone
     emit(events.Stage(name="load", detail=f"base model {base.name}"))
     device = _device_for(config, base, before, emit)
+    given, fit = config, Fit.of(before.facts.get("fit") if before else None)
+    config = fit.applied(config)
     model = _load(config, base, device, emit)
     if device.is_main:
-        for change in run.check_manifest(make_manifest(config, scan, model, start) | {"kernels": device.kernels()}, force):
+        for change in run.check_manifest(make_manifest(given, scan, model, start) | {"kernels": device.kernels()}, force):
             emit(events.Warned(message=f"Since this run began, {change}; it goes on all the same."))
     learning = {name: part for name, part in model.parts().items() if name == "unet" or config.text_encoder_rate > 0}
     undo = make_fast(learning, device.fast)
@@ -131,7 +136,7 @@ def set_up(
     def warn(message: str) -> None:
         emit(events.Warned(message=message))
 
-    return Training(
+    training = Training(
         config=config,
         model=model,
         device=device,
@@ -144,8 +149,11 @@ def set_up(
         mean=flat.weights.clone() if config.train.ema else None,
         loss_scale=LossScale.of(device.dtype_name),
         undo=undo,
+        fit=fit,
         runner=choose_runner(config.train.cuda_graph, device.device, warn),
     )
+    training.batches.at_once = fit.at_once or config.train.batch_size
+    return training
 
 
 def _parameter_groups(config: TrainConfig, flat: FlatParameters) -> list[dict[str, Any]]:
@@ -214,7 +222,10 @@ def make_manifest(config: TrainConfig, scan: Scan, model: DiffusionModel, start:
         "checkpoints": True,
         "output": True,
     }
-    free |= {"dataset": {"images", "edits"}, "train": {"save_state_seconds", "checkpointing", "recoveries", "cuda_graph"}}
+    free |= {
+        "dataset": {"images", "edits"},
+        "train": {"save_state_seconds", "checkpointing", "recoveries", "cuda_graph", "fit"},
+    }
     settings = config.model_dump(mode="json", exclude_defaults=True, exclude=free)
     started = {"start_from": {"LoRA": start.sha256}} if start else {}
     return started | {

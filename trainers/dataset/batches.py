@@ -60,6 +60,8 @@ class BatchMaker:
     ) -> None:
         self._model, self._config, self._examples, self._plan = model, config, examples, plan
         self._cache, self._device, self._warn = cache, device, warn
+        self.at_once = config.train.batch_size
+        """Pictures in one micro-batch. Less than the batch size where memory is short; the step stays the same."""
         self._lost: set[str] = set()  # names of pictures that cannot be read any more
 
     def fill_cache(self, held_out: Sequence[Prepared], told: Callable[[int, int], bool]) -> None:
@@ -84,7 +86,7 @@ class BatchMaker:
         """
         indices = self._plan.indices(step)
         mine = list(enumerate(indices))[self._device.index :: self._device.count]
-        size = self._config.train.batch_size
+        size = self.at_once
         for start in range(0, len(mine), size):
             rows = [self._row(step, slot, index) for slot, index in mine[start : start + size]]
             kept = [row for row in rows if row is not None]
