@@ -6,8 +6,9 @@ import hashlib
 import json
 import statistics
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from trainers.dataset.folder import Scan
 from trainers.dataset.prepare import TrainingSet, prepare, render_side, scan_images
 from trainers.device import Device, check_device, choose_device, other_kernels
 from trainers.engine import Undo, make_fast, make_plain
+from trainers.errors import Problem
 from trainers.families import BaseModelFacts, denoiser_bytes, load_family, recognise_base
 from trainers.families.base import DiffusionModel
 from trainers.fit import Fit
@@ -110,8 +112,8 @@ def set_up(
     start = read_start(config, base) if before is None else None  # a state has the weights, and the file may be gone
     emit(events.Stage(name="load", detail=f"base model {base.name}"))
     device = _device_for(config, base, before, emit)
-    given, fit = config, Fit.of(before.facts.get("fit") if before else None)
-    config = fit.applied(config)
+    fit = Fit.of(before.facts.get("fit") if before else None)
+    given, config = config, fit.applied(config)
     model = _load(config, base, device, emit)
     if device.is_main:
         for change in run.check_manifest(make_manifest(given, scan, model, start) | {"kernels": device.kernels()}, force):
@@ -121,8 +123,7 @@ def set_up(
     prior = prior_examples(model, config, run.prior, device, emit, interrupted)
     data = prepare(config, base, scan.examples, prior)
     checked = [*check_device(device), *check_settings(config, base), *(start.problems if start else ())]
-    for problem in checked + check_pictures(config, base, scan, data):
-        emit(events.Warned(message=str(problem)))
+    _tell(checked + check_pictures(config, base, scan, data), emit)
     # The text states are cached only while nothing about the text encoder learns; both facts are settled here.
     plans = plan_layers(config, list(model.parts()), model.find_targets)
     model.fingerprint("vae")  # of the frozen weights, before anything is injected
@@ -132,16 +133,13 @@ def set_up(
         model.enable_checkpointing()
     if cache_folder and device.is_main:
         prune(cache_folder)
-
-    def warn(message: str) -> None:
-        emit(events.Warned(message=message))
-
-    training = Training(
+    warn = partial(_warn, emit)
+    return Training(
         config=config,
         model=model,
         device=device,
         data=data,
-        batches=BatchMaker(model, config, data.training, data.plan, ContentCache(cache_folder), device, warn),
+        batches=BatchMaker(model, config, data.training, data.plan, ContentCache(cache_folder), device, warn, fit.at_once),
         condition=choose_condition(model, device.device, learns=config.text_encoder_rate > 0),
         plans=plans,
         flat=flat,
@@ -152,8 +150,15 @@ def set_up(
         fit=fit,
         runner=choose_runner(config.train.cuda_graph, device.device, warn),
     )
-    training.batches.at_once = fit.at_once or config.train.batch_size
-    return training
+
+
+def _warn(emit: events.Emit, message: str) -> None:
+    emit(events.Warned(message=message))
+
+
+def _tell(problems: Sequence[Problem], emit: events.Emit) -> None:
+    for problem in problems:
+        emit(events.Warned(message=str(problem)))
 
 
 def _parameter_groups(config: TrainConfig, flat: FlatParameters) -> list[dict[str, Any]]:

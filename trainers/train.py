@@ -17,6 +17,7 @@ from trainers.dataset.batches import Batch
 from trainers.errors import DivergedError, is_out_of_memory
 from trainers.families.base import DiffusionModel
 from trainers.fit import ReloadBase, can_fit, fit_before_first_step, make_room
+from trainers.memory import step_in_log
 from trainers.objective import mean_of_squares
 from trainers.outputs import Outputs, exported_weights
 from trainers.recovery import StateKeeper, go_back, remember
@@ -164,7 +165,7 @@ def train_from_state(run: RunFolder, emit: events.Emit, interrupted: Callable[[]
                 continue
             tick, factor = time.monotonic(), factor_now(training)
             try:
-                with watchdog.step(training.step + 1, training.median), saved_if_reloaded(keeper):
+                with watchdog.step(training.step + 1, training.median), saved_if_reloaded(keeper), step_in_log(training):
                     loss, norm = update_within_memory(training, warn)
             except DivergedError as error:
                 recover(training, error, keeper, outputs)

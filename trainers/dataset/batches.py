@@ -57,10 +57,11 @@ class BatchMaker:
         cache: ContentCache,
         device: Device,
         warn: Callable[[str], None] = lambda message: None,
+        at_once: int = 0,
     ) -> None:
         self._model, self._config, self._examples, self._plan = model, config, examples, plan
         self._cache, self._device, self._warn = cache, device, warn
-        self.at_once = config.train.batch_size
+        self.at_once = at_once or config.train.batch_size
         """Pictures in one micro-batch. Less than the batch size where memory is short; the step stays the same."""
         self._lost: set[str] = set()  # names of pictures that cannot be read any more
 
