@@ -76,7 +76,7 @@ MEASURED = """
 import json, sys
 from tests.command_line import impasto
 assert impasto(*sys.argv[1:]) == 0
-from trainers.outputs import memory_peak
+from trainers.memory import memory_peak
 import torch
 print(json.dumps(memory_peak(torch.device("cpu"))[0]))
 """

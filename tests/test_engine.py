@@ -226,3 +226,17 @@ def test_only_plain_attention_gets_another_processor() -> None:
     processors = {id(module): module.processor for module in unet.modules() if type(module).__name__ == "Attention"}
     assert not isinstance(processors.pop(id(odd)), Attend)
     assert processors and all(isinstance(processor, Attend) for processor in processors.values())
+
+
+def test_a_gpus_norm_reads_plain_form_whatever_the_convolution_before_it_answers_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    forms, real = [], torch.native_group_norm
+
+    def kernel(x: torch.Tensor, *words: Any) -> Any:
+        forms.append(x.is_contiguous())
+        return real(x, *words)
+
+    monkeypatch.setattr(torch, "native_group_norm", kernel)
+    norm = NormSilu(nn.GroupNorm(2, 8).requires_grad_(False)).to("meta")
+    x = torch.empty(1, 8, 4, 4, device="meta").contiguous(memory_format=torch.channels_last).requires_grad_()
+    norm(x).sum().backward()
+    assert forms == [True, True]

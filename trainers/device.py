@@ -27,8 +27,8 @@ class Device:
     reason: str
     index: int = 0
     count: int = 1
-    fast: Kernels = field(default_factory=Kernels)
     group: Any = field(default=None, compare=False, repr=False)
+    fast: Kernels = field(default_factory=Kernels)
 
     @property
     def dtype_name(self) -> str:
@@ -68,18 +68,20 @@ class Device:
                 raise LostProcessError(what, hint=hint) from error
         return tensor
 
-    def sum_step(self, gradient: torch.Tensor, loss: torch.Tensor, wish: Callable[[], int]) -> tuple[torch.Tensor, int]:
+    def sum_step(
+        self, gradient: torch.Tensor, loss: torch.Tensor, wish: Callable[[], int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Sums a step's flat gradient over all processes, in place; returns the sums of `loss` (a scalar) and of the wishes.
 
         One message for all three: a second one would cost its latency in every step. One process has no need of the last.
         """
         if self.count == 1:
-            return loss, 0
+            return loss, torch.zeros_like(loss)
         numbers = gradient.new_tensor([0.0, wish()])
         numbers[0] = loss
         total = self.sum_over_processes(torch.cat([gradient, numbers]))
         gradient.copy_(total[:-2])
-        return total[-2], int(total[-1])
+        return total[-2], total[-1]
 
     def sent_per_step(self, numbers: int) -> str:
         """What the sum of a gradient of so many float32 numbers costs, in words; nothing for one process.
@@ -101,6 +103,13 @@ class Device:
     def wait_for_all(self) -> None:
         """Returns once every process has come here."""
         self.sum_numbers(0.0)
+
+
+def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor on `device`. On the way to a GPU it is pinned, so that nobody waits until it is there."""
+    if device.type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def _join_processes() -> tuple[torch.device, int, Any]:
@@ -155,7 +164,7 @@ def choose_device(precision: str, denoiser_bytes: int, before: Mapping[str, Any]
     else:
         reason = f"{device.type}, {precision} as set"
     fast = Kernels(**{name: before[name] for name in asdict(Kernels()) if name in before}) if before else Kernels()
-    return Device(device, DTYPES[precision], reason, index, count, fast, group)
+    return Device(device, DTYPES[precision], reason, index, count, group, fast)
 
 
 def _half_precision(device: torch.device) -> str | None:

@@ -59,6 +59,8 @@ class _NormSilu(torch.autograd.Function):
 
 def _group_norm(x: torch.Tensor, norm: NormSilu) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     batch, channels, height, width = x.shape
+    if x.device.type != "cpu":
+        x = x.contiguous()  # a GPU's kernel refuses any other form
     return torch.native_group_norm(x, norm.weight, norm.bias, batch, channels, height * width, norm.num_groups, norm.eps)
 
 

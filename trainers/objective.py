@@ -8,7 +8,7 @@ min-SNR weight: min(SNR, gamma) / SNR for epsilon, / (SNR + 1) for v   arXiv 230
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -33,6 +33,10 @@ class Objective:
     def timesteps(self) -> int:
         """Number of training timesteps T."""
         return int(self.alphas_cumprod.shape[0])
+
+    def to(self, device: torch.device) -> Objective:
+        """The same, its noise schedule on `device`: there a step then waits for no copy of it."""
+        return replace(self, alphas_cumprod=self.alphas_cumprod.to(device))
 
     def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """x_t for latents and noise (B, C, h, w) at timesteps (B,) in [0, T)."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -23,6 +22,7 @@ from trainers.families import weight_files
 from trainers.files import write_atomically
 from trainers.formats.hashes import base_file_hashes
 from trainers.generate import Picture, RenderSettings, render
+from trainers.memory import memory_used, parts_in_words
 from trainers.process_id import made_at
 from trainers.run_folder import RunFolder
 from trainers.setup import Training
@@ -70,7 +70,8 @@ class Outputs:
 
     def begin_training(self) -> None:
         """All is prepared: the steps follow."""
-        self._emit(events.Stage(name="train", done=self._training.step, total=self._training.data.steps))
+        training, held = self._training, parts_in_words(self._training)
+        self._emit(events.Stage(name="train", detail=held, done=training.step, total=training.data.steps))
 
     def tell_recovery(self, what: str, broke: int) -> None:
         """The run went back to where it stands now, as the batch after `broke` steps gave no finite number."""
@@ -260,34 +261,3 @@ def exported_weights(training: Training) -> Iterator[None]:
     finally:
         with torch.no_grad():
             training.flat.weights.copy_(masters)
-
-
-def memory_used(device: torch.device) -> int:
-    """Bytes that the process holds: on the GPU the most it ever allocated, else its resident memory."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated())
-    import psutil
-
-    return int(psutil.Process().memory_info().rss)
-
-
-def memory_peak(device: torch.device) -> tuple[int, int]:
-    """(bytes that this process held at the most, bytes that it can hold: what it holds now and what is free) on the device."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info()
-        return int(torch.cuda.max_memory_allocated()), int(free + torch.cuda.memory_reserved())
-    import psutil
-
-    info = psutil.Process().memory_info()
-    peak = getattr(info, "peak_wset", 0) or _resident_peak() or info.rss
-    return int(peak), int(psutil.virtual_memory().available + info.rss)
-
-
-def _resident_peak() -> int:
-    """The most resident memory of this process in bytes; 0 where the system does not tell."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

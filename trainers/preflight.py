@@ -86,7 +86,7 @@ def measure(config: TrainConfig) -> Measured:
     """Loads the base and takes two real steps in a throw-away run folder. Raises TrainingError as a run would."""
     import tempfile
 
-    from trainers.outputs import memory_peak
+    from trainers.memory import memory_peak
     from trainers.run_folder import RunFolder
     from trainers.setup import set_up
     from trainers.train import update

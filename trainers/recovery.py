@@ -52,6 +52,7 @@ class StateKeeper:
             "kernels": training.device.kernels(),
             "recovery": asdict(training.recovery),
             **training.loss_scale.facts(),
+            "fit": training.fit.facts(),
             "good": training.good.step if training.good else None,
             "layout": _layout(training),
         }

@@ -6,7 +6,7 @@ import hashlib
 import json
 import statistics
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
@@ -20,6 +20,7 @@ from trainers.adapters import ADAPTERS
 from trainers.adapters.inject import FlatParameters, inject_trainable, restore_layers
 from trainers.adapters.plan import LayerPlan
 from trainers.checks import check_pictures, check_settings
+from trainers.condition import Condition, choose_condition
 from trainers.config import TrainConfig
 from trainers.dataset.batches import BatchMaker
 from trainers.dataset.cache import ContentCache, prune
@@ -27,8 +28,11 @@ from trainers.dataset.folder import Scan
 from trainers.dataset.prepare import TrainingSet, prepare, render_side, scan_images
 from trainers.device import Device, check_device, choose_device, other_kernels
 from trainers.engine import Undo, make_fast, make_plain
+from trainers.errors import Problem
 from trainers.families import BaseModelFacts, denoiser_bytes, load_family, recognise_base
-from trainers.families.base import Conditioning, DiffusionModel
+from trainers.families.base import DiffusionModel
+from trainers.fit import Fit
+from trainers.graph import Eager, Runner, choose_runner
 from trainers.kernels import choose_kernels, shapes_of
 from trainers.layers import plan_layers
 from trainers.loss_scale import LossScale
@@ -37,8 +41,6 @@ from trainers.quantised import check_can_pack, quantise
 from trainers.run_folder import RunFolder, home_folder
 from trainers.start_from import Start, read_start
 from trainers.training_state import Recovery, TrainingState
-
-Condition = Callable[[tuple[str, ...]], Conditioning]
 
 
 @dataclass
@@ -58,6 +60,10 @@ class Training:
     step: int = 0
     recovery: Recovery = field(default_factory=Recovery)
     loss_scale: LossScale = field(default_factory=LossScale)
+    fit: Fit = field(default_factory=Fit)
+    """What was changed beside the settings so that a step fits into memory."""
+    runner: Runner = field(default_factory=Eager)
+    """How the work on a micro-batch is issued: operation by operation, or recorded once and done again."""
     undo: Undo = field(default_factory=list)
     """How the base's modules become plain again, for whoever takes the adapters out."""
     good: TrainingState | None = None
@@ -77,6 +83,7 @@ class Training:
 
     def take_out(self) -> None:
         """Leaves the base as it was loaded, without the adapter that is trained; no step can follow."""
+        self.runner.forget()
         restore_layers(self.model.parts())
         make_plain(self.model.parts(), self.undo)
 
@@ -107,19 +114,19 @@ def set_up(
     start = read_start(config, base) if before is None else None  # a state has the weights, and the file may be gone
     emit(events.Stage(name="load", detail=f"base model {base.name}"))
     device = _device_for(config, base, before, emit)
+    fit = Fit.of(before.facts.get("fit") if before else None)
+    given, config = config, fit.applied(config)
     model = _load(config, base, device, emit)
     model.begin_fingerprints()  # of the frozen weights, before anything is injected
-    manifest = partial(make_manifest, config, scan, model, device, start)
+    manifest = partial(make_manifest, given, scan, model, device, start)
     check_manifest = cache(partial(_check_manifest, run, manifest, emit, force))
     if device.is_main and run.manifest.exists():
         check_manifest()
     learning = {name: part for name, part in model.parts().items() if name == "unet" or config.text_encoder_rate > 0}
     undo = make_fast(learning, device.fast)
-    prior = prior_examples(model, config, run.prior, device, emit, interrupted)
-    data = prepare(config, base, scan.examples, prior)
+    data = prepare(config, base, scan.examples, prior_examples(model, config, run.prior, device, emit, interrupted))
     checked = [*check_device(device), *check_settings(config, base), *(start.problems if start else ())]
-    for problem in checked + check_pictures(config, base, scan, data):
-        emit(events.Warned(message=str(problem)))
+    _tell(checked + check_pictures(config, base, scan, data), emit)
     # The text states are cached only while nothing about the text encoder learns; both facts are settled here.
     plans = plan_layers(config, list(model.parts()), model.find_targets)
     kind, seed = ADAPTERS[config.adapter.type], config.train.seed
@@ -128,16 +135,13 @@ def set_up(
         model.enable_checkpointing()
     if cache_folder and device.is_main:
         prune(cache_folder)
-
-    def warn(message: str) -> None:
-        emit(events.Warned(message=message))
-
+    warn = partial(_warn, emit)
     return Training(
         config=config,
         model=model,
         device=device,
         data=data,
-        batches=BatchMaker(model, config, data.training, data.plan, ContentCache(cache_folder), device, warn),
+        batches=BatchMaker(model, config, data.training, data.plan, ContentCache(cache_folder), device, warn, fit.at_once),
         condition=choose_condition(model, device.device, learns=config.text_encoder_rate > 0),
         plans=plans,
         flat=flat,
@@ -145,13 +149,24 @@ def set_up(
         mean=flat.weights.clone() if config.train.ema else None,
         loss_scale=LossScale.of(device.dtype_name),
         undo=undo,
+        fit=fit,
+        runner=choose_runner(config.train.cuda_graph, device.device, warn),
         check_manifest=check_manifest,
     )
 
 
 def _check_manifest(run: RunFolder, make: Callable[[], dict[str, Any]], emit: events.Emit, force: bool) -> None:
     for change in run.check_manifest(make(), force):
-        emit(events.Warned(message=f"Since this run began, {change}; it goes on all the same."))
+        _warn(emit, f"Since this run began, {change}; it goes on all the same.")
+
+
+def _warn(emit: events.Emit, message: str) -> None:
+    emit(events.Warned(message=message))
+
+
+def _tell(problems: Sequence[Problem], emit: events.Emit) -> None:
+    for problem in problems:
+        _warn(emit, str(problem))
 
 
 def _parameter_groups(config: TrainConfig, flat: FlatParameters) -> list[dict[str, Any]]:
@@ -200,31 +215,10 @@ def _load(config: TrainConfig, base: BaseModelFacts, device: Device, emit: event
     sizes = [quantise(part, kind, device.device) for part in parts.values()]
     for module in (*parts.values(), model.vae):
         module.to(device.device)
+    model.objective = model.objective.to(device.device)
     before, after = (sum(size) / 1e9 for size in zip(*sizes, strict=True))
     emit(events.Stage(name="load", detail=f"base weights in {kind}: {after:.2f} GB in place of {before:.2f} GB"))
     return model
-
-
-def choose_condition(model: DiffusionModel, device: torch.device, learns: bool) -> Condition:
-    """Captions -> Conditioning: encoded in the step while the text encoder learns, else once for each caption."""
-    if learns:
-        return model.encode_captions
-    cache = ContentCache(folder=None)
-
-    def encode(caption: str) -> dict[str, torch.Tensor]:
-        with torch.no_grad():
-            row = model.encode_captions([caption])
-        return {"hidden_states": row.hidden_states, **row.extras}
-
-    def condition(captions: tuple[str, ...]) -> Conditioning:
-        rows = []
-        for caption in captions:
-            entry = dict(cache.get(caption, lambda caption=caption: encode(caption)))  # type: ignore[misc]
-            rows.append(Conditioning(entry.pop("hidden_states"), entry))
-        joined = Conditioning.join(rows)
-        return Conditioning(joined.hidden_states.to(device), {name: value.to(device) for name, value in joined.extras.items()})
-
-    return condition
 
 
 def make_manifest(
@@ -242,7 +236,10 @@ def make_manifest(
         "checkpoints": True,
         "output": True,
     }
-    free |= {"dataset": {"images", "edits"}, "train": {"save_state_seconds", "checkpointing", "recoveries"}}
+    free |= {
+        "dataset": {"images", "edits"},
+        "train": {"save_state_seconds", "checkpointing", "recoveries", "cuda_graph", "fit"},
+    }
     settings = config.model_dump(mode="json", exclude_defaults=True, exclude=free)
     started = {"start_from": {"LoRA": start.sha256}} if start else {}
     return started | {

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 
 from trainers import events
+from trainers.condition import Condition
 from trainers.config import read_config
 from trainers.dataset.batches import Batch
-from trainers.errors import DivergedError
+from trainers.errors import DivergedError, is_out_of_memory
 from trainers.families.base import DiffusionModel
+from trainers.fit import ReloadBase, can_fit, fit_before_first_step, make_room
+from trainers.memory import step_in_log
 from trainers.objective import mean_of_squares
 from trainers.outputs import Outputs, exported_weights
 from trainers.recovery import StateKeeper, go_back, remember
 from trainers.run_folder import RunFolder, home_folder
 from trainers.schedule import rate_factor
-from trainers.setup import Condition, Training, set_up
+from trainers.setup import Training, set_up
 from trainers.training_state import load_state
 from trainers.watchdog import Watchdog
 
@@ -67,17 +72,25 @@ def update(training: Training) -> tuple[float, float]:
 
 def fill_gradient(training: Training) -> tuple[float, float]:
     """Puts the gradient of the step that comes next into the flat buffer. Returns its loss and the gradient's norm."""
-    flat, gradient, factor = training.flat, training.flat.gradient, training.loss_scale.factor
+    gradient, device, scale = training.flat.gradient, training.device, training.loss_scale.factor
     gradient.zero_()
-    loss = torch.zeros((), device=training.device.device)
+    loss, factor = torch.zeros((), device=device.device), torch.ones((), device=device.device) * scale
     for batch in training.batches.step(training.step):
-        with flat.working(training.device.dtype):
-            part = training_step(training.model, batch, training.condition, training.config.train.min_snr_gamma or None)
-            (part * factor).backward()  # type: ignore[no-untyped-call]
-        loss += part.detach()
-    loss, training.asked = training.device.sum_step(gradient, loss, training.wish)
-    gradient.div_(factor)
-    return float(loss), float(gradient.norm())
+        loss += training.runner(partial(learn, training), batch, training.condition, factor)
+    loss, asked = device.sum_step(gradient, loss, training.wish)
+    gradient.div_(scale)
+    # The one time in a step that the host waits for a GPU.
+    found, norm, asked_for = torch.stack([loss, gradient.norm(), asked]).tolist()
+    training.asked = int(asked_for)
+    return found, norm
+
+
+def learn(training: Training, batch: Batch, condition: Condition, factor: torch.Tensor) -> torch.Tensor:
+    """Adds the gradient of a micro-batch, times the loss scale `factor` (), to the flat buffer. Returns its loss ()."""
+    with training.flat.working(training.device.dtype):
+        part = training_step(training.model, batch, condition, training.config.train.min_snr_gamma or None)
+        (part * factor).backward()  # type: ignore[no-untyped-call]
+    return part.detach()
 
 
 def factor_now(training: Training) -> float:
@@ -106,6 +119,13 @@ def train(run: RunFolder, emit: events.Emit, interrupted: Callable[[], bool] = l
     Every file it makes lies in the run folder. With `force` it goes on although base, pictures or settings have changed.
     Raises TrainingError in words when it cannot go on; the last training state and checkpoints then stay as they are.
     """
+    while True:
+        with contextlib.suppress(ReloadBase):  # it is saved; all that it held is gone with its frame
+            return train_from_state(run, emit, interrupted, force)
+
+
+def train_from_state(run: RunFolder, emit: events.Emit, interrupted: Callable[[], bool], force: bool) -> bool:
+    """As `train`. Raises ReloadBase, the state saved, when memory is short enough for the base to be read anew as int8."""
 
     def unwanted() -> bool:
         return interrupted() or run.stop_asked() is not None
@@ -130,6 +150,9 @@ def train(run: RunFolder, emit: events.Emit, interrupted: Callable[[], bool] = l
 
     outputs.make_up()
     listen(training, run, interrupted)
+    if before is None:
+        with saved_if_reloaded(keeper):
+            fit_before_first_step(training, warn, partial(loss_of, training))
     with Watchdog(warn).watching() as watchdog:
         while training.step < steps:
             if asked := stop_asked(training):
@@ -142,8 +165,8 @@ def train(run: RunFolder, emit: events.Emit, interrupted: Callable[[], bool] = l
                 continue
             tick, factor, encoding = time.monotonic(), factor_now(training), training.batches.seconds_encoding
             try:
-                with watchdog.step(training.step + 1, training.median):
-                    loss, norm = update(training)
+                with watchdog.step(training.step + 1, training.median), saved_if_reloaded(keeper), step_in_log(training):
+                    loss, norm = update_within_memory(training, warn)
             except DivergedError as error:
                 recover(training, error, keeper, outputs)
                 continue
@@ -160,6 +183,34 @@ def train(run: RunFolder, emit: events.Emit, interrupted: Callable[[], bool] = l
     keeper.save()
     outputs.finish(keeper.seconds)
     return True
+
+
+def update_within_memory(training: Training, warn: Callable[[str], None]) -> tuple[float, float]:
+    """As `update`; where memory is too small for it something is done about that, and told, and it is done again."""
+    while True:
+        try:
+            return update(training)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error) or not can_fit(training):
+                raise
+        # Out of the handler, as the error holds the frames, and they hold what has to go.
+        make_room(training, warn, "Memory is too small for a step")
+
+
+def loss_of(training: Training, batch: Batch) -> torch.Tensor:
+    """A batch's loss, with its graph."""
+    with training.flat.working(training.device.dtype):
+        return training_step(training.model, batch, training.condition, training.config.train.min_snr_gamma or None)
+
+
+@contextlib.contextmanager
+def saved_if_reloaded(keeper: StateKeeper) -> Iterator[None]:
+    """Saves the state on the way out with ReloadBase, which then goes on from it."""
+    try:
+        yield
+    except ReloadBase:
+        keeper.save()
+        raise
 
 
 def listen(training: Training, run: RunFolder, interrupted: Callable[[], bool]) -> None:

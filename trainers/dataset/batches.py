@@ -17,7 +17,7 @@ from trainers.dataset.captions import vary_caption
 from trainers.dataset.pictures import load_pixels, read_file
 from trainers.dataset.plan import StepPlan, random_for
 from trainers.dataset.prepare import Prepared
-from trainers.device import Device
+from trainers.device import Device, send
 from trainers.errors import DatasetError
 from trainers.families.base import DiffusionModel
 from trainers.objective import draw_noise, draw_timestep
@@ -61,9 +61,12 @@ class BatchMaker:
         cache: ContentCache,
         device: Device,
         warn: Callable[[str], None] = lambda message: None,
+        at_once: int = 0,
     ) -> None:
         self._model, self._config, self._examples, self._plan = model, config, examples, plan
         self._cache, self._device, self._warn = cache, device, warn
+        self.at_once = at_once or config.train.batch_size
+        """Pictures in one micro-batch. Less than the batch size where memory is short; the step stays the same."""
         self._lost: set[str] = set()  # names of pictures that cannot be read any more
         self._flips = (False, True) if config.dataset.flip else (False,)
         self._files: dict[Path, bytes] = {}
@@ -100,7 +103,7 @@ class BatchMaker:
         """
         indices = self._plan.indices(step)
         mine = list(enumerate(indices))[self._device.index :: self._device.count]
-        size = self._config.train.batch_size
+        size = self.at_once
         for start in range(0, len(mine), size):
             rows = [self._row(step, slot, index) for slot, index in mine[start : start + size]]
             kept = [row for row in rows if row is not None]
@@ -201,12 +204,12 @@ class BatchMaker:
         latents, noise, timesteps, captions, weights, framing = zip(*rows, strict=True)
         device = self._device.device
         return Batch(
-            torch.stack(latents).to(device),
-            torch.stack(noise).to(device),
-            torch.tensor(timesteps, device=device),
+            send(torch.stack(latents), device),
+            send(torch.stack(noise), device),
+            send(torch.tensor(timesteps), device),
             captions,
-            torch.tensor(weights, dtype=torch.float32, device=device) / in_step,
-            torch.tensor(framing, dtype=torch.float32, device=device),
+            send(torch.tensor(weights, dtype=torch.float32), device) / in_step,
+            send(torch.tensor(framing, dtype=torch.float32), device),
         )
 
 

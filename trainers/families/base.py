@@ -16,7 +16,7 @@ a `draw_timestep` that belongs to the Objective, and single files in their layou
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -75,8 +75,14 @@ class DiffusionModel(Protocol):
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """latents -> pixels."""
 
+    def tokenise(self, captions: Sequence[str]) -> dict[str, torch.Tensor]:
+        """captions -> for each text encoder its tokens (B, n) int64, in the machine's memory."""
+
+    def encode_tokens(self, tokens: Mapping[str, torch.Tensor]) -> Conditioning:
+        """tokens -> Conditioning; differentiable in the text encoders' adapters. Nothing in it waits for the device."""
+
     def encode_captions(self, captions: Sequence[str]) -> Conditioning:
-        """captions -> Conditioning; differentiable in the text encoder's adapters."""
+        """captions -> Conditioning: both of the above."""
 
     def predict(
         self, noisy_latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning, framing: torch.Tensor

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from trainers.background import in_background
 from trainers.errors import BaseModelError
@@ -33,7 +34,7 @@ class LatentDiffusion:
         facts: BaseModelFacts,
         dtype: torch.dtype,
         device: torch.device,
-        encode: Callable[[LatentDiffusion, Sequence[str]], Conditioning],
+        encode: Callable[[LatentDiffusion, Mapping[str, torch.Tensor]], Conditioning],
         extras: Extras = lambda conditioning, framing: {},
     ) -> None:
         self.facts, self.scheduler_config = facts, facts.configs["scheduler"]
@@ -44,7 +45,7 @@ class LatentDiffusion:
             parts = load_parts(facts, reader, device)
         self.text_encoders: dict[str, Any] = {part: parts[part] for part in facts.family.text_encoders}
         self.unet, self.vae = parts["unet"], parts["vae"]
-        self.objective = Objective(alphas, facts.prediction_type)  # type: ignore[arg-type]
+        self.objective = Objective(alphas.to(device), facts.prediction_type)  # type: ignore[arg-type]
         self._encode, self._extras = encode, extras
         # On a CPU a bf16 run encodes in bf16, too, in less than half the time; small ones would lose by the casts.
         large = sum(parameter.numel() for parameter in self.vae.encoder.parameters()) > _LARGE_ENCODER
@@ -101,14 +102,23 @@ class LatentDiffusion:
 
     def encode_captions(self, captions: Sequence[str]) -> Conditioning:
         """captions -> text states (B, 77, width), cut at 75 words' tokens, and what else the family reads of them."""
-        return self._encode(self, captions)
+        tokens = self.tokenise(captions)
+        return self.encode_tokens({part: ids.to(self.text_encoders[part].device) for part, ids in tokens.items()})
+
+    def tokenise(self, captions: Sequence[str]) -> dict[str, torch.Tensor]:
+        """captions -> for each text encoder (B, 77) int64 on the CPU."""
+        return {part: self.token_ids(part, captions) for part in self.text_encoders}
+
+    def encode_tokens(self, tokens: Mapping[str, torch.Tensor]) -> Conditioning:
+        """The rest of `encode_captions`, of tokens on the text encoders' device."""
+        return self._encode(self, tokens)
 
     def token_ids(self, part: str, captions: Sequence[str]) -> torch.Tensor:
-        """captions -> (B, 77) int64 on the text encoder's device, padded as the family pads."""
-        ids = self.tokenizers[part](
+        """captions -> (B, 77) int64 on the CPU, padded as the family pads."""
+        ids: torch.Tensor = self.tokenizers[part](
             list(captions), padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt"
         ).input_ids
-        return ids.to(self.text_encoders[part].device)  # type: ignore[no-any-return]
+        return ids
 
     def predict(
         self, noisy_latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning, framing: torch.Tensor
@@ -128,7 +138,7 @@ class LatentDiffusion:
 
     def enable_checkpointing(self) -> None:
         """Gradient checkpointing in the UNet, where nearly all activations are."""
-        self.unet.enable_gradient_checkpointing()
+        self.unet.enable_gradient_checkpointing(_recomputed)
 
     def pipeline(self) -> Any:
         """StableDiffusionPipeline or StableDiffusionXLPipeline, silent."""
@@ -154,10 +164,10 @@ class LatentDiffusion:
         return made
 
 
-def encode_with_one_encoder(model: LatentDiffusion, captions: Sequence[str]) -> Conditioning:
-    """The last hidden states (B, 77, width); with clip skip those of an earlier layer, through the last norm."""
+def encode_with_one_encoder(model: LatentDiffusion, tokens: Mapping[str, torch.Tensor]) -> Conditioning:
+    """tokens -> the last hidden states (B, 77, width); with clip skip those of an earlier layer, through the last norm."""
     encoder, skip = model.text_encoders["text_encoder"], model.facts.clip_skip
-    ids = model.token_ids("text_encoder", captions)
+    ids = tokens["text_encoder"]
     if skip == 1:
         return Conditioning(encoder(ids).last_hidden_state)
     states = encoder(ids, output_hidden_states=True).hidden_states[-skip]
@@ -172,6 +182,11 @@ def _digest(weights: dict[str, torch.Tensor]) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _recomputed(module: nn.Module, *arguments: Any) -> Any:
+    """Nothing in a frozen base draws random numbers: to read their state, as is usual, a GPU would be waited for each time."""
+    return checkpoint(module.__call__, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 
 def _alphas_cumprod(facts: BaseModelFacts) -> torch.Tensor:

@@ -6,7 +6,7 @@ The first one's last layer is therefore read by nothing and cannot learn; the se
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,11 +21,11 @@ def load(facts: BaseModelFacts, dtype: torch.dtype, device: torch.device) -> Lat
     return LatentDiffusion(facts, dtype, device, encode, extras)
 
 
-def encode(model: LatentDiffusion, captions: Sequence[str]) -> Conditioning:
-    """captions -> both encoders' states side by side (B, 77, 2048), and the second one's pooled state (B, 1280)."""
+def encode(model: LatentDiffusion, tokens: Mapping[str, torch.Tensor]) -> Conditioning:
+    """tokens -> both encoders' states side by side (B, 77, 2048), and the second one's pooled state (B, 1280)."""
     states = []
     for part, encoder in model.text_encoders.items():
-        answer = encoder(model.token_ids(part, captions), output_hidden_states=True)
+        answer = encoder(tokens[part], output_hidden_states=True)
         states.append(answer.hidden_states[-1 - model.facts.clip_skip])
     return Conditioning(torch.cat(states, dim=-1), {"pooled": answer.text_embeds})  # the last encoder's
 

@@ -1,0 +1,39 @@
+"""What a run tells of its memory: the parts before the first step, and the first step's peak in the log."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.command_line import TINY, impasto, read_events
+from trainers.memory import bytes_of, parts_in_words
+from trainers.train import update
+
+
+def test_shared_memory_is_counted_once() -> None:
+    whole = torch.zeros(10)
+    assert bytes_of([whole, whole[2:5], whole.view(2, 5), torch.zeros(3), 7]) == 52
+
+
+def test_the_parts_are_told_in_bytes(start: Any) -> None:
+    training = start("train.ema=0.9")
+    numbers, parts = training.flat.weights.numel(), (*training.model.parts().values(), training.model.vae)
+    base = sum(p.numel() * 4 for part in parts for p in part.parameters()) + sum(
+        b.nbytes for part in parts for b in part.buffers()
+    )
+    told = f"memory: base {base / 1e6:.1f} MB, adapter with gradient and optimizer {5 * 4 * numbers / 1e6:.1f} MB"
+    assert parts_in_words(training) == told
+    update(training)
+    assert parts_in_words(training) == told, "the optimizer's state is what was expected"
+
+
+def test_a_run_tells_its_parts_and_the_log_has_the_first_steps_peak(pictures: Path, tiny_base: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert impasto("train", pictures, "--output", run, "--base", tiny_base, *TINY, "--steps", 3) == 0
+    (detail,) = (event["detail"] for event in read_events(run) if event["type"] == "stage" and event["name"] == "train")
+    assert re.fullmatch(r"memory: base \d+\.\d MB, adapter with gradient and optimizer \d+\.\d MB", detail)
+    (line,) = (line for line in (run / "trainer.log").read_text().splitlines() if "memory: the first step" in line)
+    assert re.search(r"took \d+\.\d MB at its peak, beside the \d+\.\d MB held before", line)
