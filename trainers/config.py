@@ -125,8 +125,8 @@ class TrainSettings(Settings):
     """Gradient checkpointing: less memory, about a third more time."""
     fit: bool = True
     """When memory is too small for a step, save some: checkpointing, fewer pictures at once, an int8 base. Told."""
-    cuda_graph: Literal["auto", "off"] = "auto"
-    """On an NVIDIA GPU, record a step of each size once and issue it as a whole from then on: faster, some more memory."""
+    recording: Literal["auto", "off"] = "auto"
+    """On an NVIDIA GPU, and for a small base on a CPU: record a step of each size once, and do it again as a whole."""
     save_state_seconds: float = Field(default=30.0, ge=0, le=30)
     """Longest time between two training states on disk."""
 

@@ -26,7 +26,7 @@ from trainers.dataset.batches import BatchMaker
 from trainers.dataset.cache import ContentCache, prune
 from trainers.dataset.folder import Scan
 from trainers.dataset.prepare import TrainingSet, prepare, render_side, scan_images
-from trainers.device import Device, check_device, choose_device, other_kernels
+from trainers.device import SMALL, Device, check_device, choose_device, other_kernels
 from trainers.engine import Undo, make_fast, make_plain
 from trainers.errors import Problem
 from trainers.families import BaseModelFacts, denoiser_bytes, load_family, recognise_base
@@ -150,7 +150,7 @@ def set_up(
         loss_scale=LossScale.of(device.dtype_name),
         undo=undo,
         fit=fit,
-        runner=choose_runner(config.train.cuda_graph, device.device, warn),
+        runner=choose_runner(config.train.recording, device.device, denoiser_bytes(base) <= SMALL, warn),
         check_manifest=check_manifest,
     )
 
@@ -238,7 +238,7 @@ def make_manifest(
     }
     free |= {
         "dataset": {"images", "edits"},
-        "train": {"save_state_seconds", "checkpointing", "recoveries", "cuda_graph", "fit"},
+        "train": {"save_state_seconds", "checkpointing", "recoveries", "recording", "fit"},
     }
     settings = config.model_dump(mode="json", exclude_defaults=True, exclude=free)
     started = {"start_from": {"LoRA": start.sha256}} if start else {}

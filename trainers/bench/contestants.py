@@ -20,6 +20,7 @@ from trainers.bench.rounds import Step, Took
 from trainers.dataset.batches import Batch
 from trainers.device import DTYPES
 from trainers.families import locate_base
+from trainers.graph import Eager
 from trainers.run_folder import RunFolder
 from trainers.setup import Training, set_up
 from trainers.train import fill_gradient, update
@@ -138,8 +139,12 @@ def build_group(plan: Plan, precision: str, progress: Progress) -> Group:
 def count_project(training: Training, precision: str) -> dict[str, Counts]:
     """Of forward and backward, and of the whole update, on the first step's batch."""
     fill_gradient(training)
+    # A recording keeps nothing for a backward pass, and would tell nothing of the engine's own.
+    kept, training.runner = training.runner, Eager()
     found = {f"project {precision}": count(lambda: fill_gradient(training))}
-    return found | {f"project {precision}, whole step": count(lambda: update(training))}
+    found |= {f"project {precision}, whole step": count(lambda: update(training))}
+    training.runner = kept
+    return found
 
 
 def count_reference(reference: Reference, inputs: Inputs, precision: str) -> dict[str, Counts]:
