@@ -56,6 +56,7 @@ def run_bench(
             for precision in precisions or case.precisions:
                 _measure_group(plan, precision, rounds, facts, progress)
                 gc.collect()
+            _compare_formats(case, facts)
         if "preview" in parts:
             _measure_preview(plan, rounds, facts, progress)
             gc.collect()
@@ -84,6 +85,14 @@ def _measure_group(plan: Plan, precision: str, rounds: int, facts: dict[str, Any
     }
     facts["doubts"] += [f"{precision}: {doubt}" for doubt in found.doubts(cores())]
     _add_ratios(plan.case, group, found, facts)
+
+
+def _compare_formats(case: Case, facts: dict[str, Any]) -> None:
+    """What a bf16 engine saves against the usual loop in fp32, where both were counted."""
+    ours, theirs = (facts["counts"].get(name) for name in ("project bf16", "reference fp32"))
+    if ours and theirs:
+        name = "saved activations, project bf16 / reference fp32"
+        facts["ratios"][name] = judge(name, ours["saved_bytes"] / theirs["saved_bytes"], case)
 
 
 def _measure_starts(plan: Plan, precisions: Sequence[str], facts: dict[str, Any], progress: Progress) -> None:
