@@ -27,7 +27,7 @@ from trainers.dataset.cache import ContentCache, prune
 from trainers.dataset.folder import Scan
 from trainers.dataset.prepare import TrainingSet, prepare, render_side, scan_images
 from trainers.device import Device, check_device, choose_device, other_kernels
-from trainers.engine import Undo, make_fast, make_plain
+from trainers.engine import Undo, compile_blocks, make_fast, make_plain
 from trainers.errors import Problem
 from trainers.families import BaseModelFacts, denoiser_bytes, load_family, recognise_base
 from trainers.families.base import DiffusionModel
@@ -119,7 +119,7 @@ def set_up(
         for change in run.check_manifest(make_manifest(given, scan, model, start) | {"kernels": device.kernels()}, force):
             emit(events.Warned(message=f"Since this run began, {change}; it goes on all the same."))
     learning = {name: part for name, part in model.parts().items() if name == "unet" or config.text_encoder_rate > 0}
-    undo = make_fast(learning, device.fast)
+    undo = _make_fast(config, learning, device)
     prior = prior_examples(model, config, run.prior, device, emit, interrupted)
     data = prepare(config, base, scan.examples, prior)
     checked = [*check_device(device), *check_settings(config, base), *(start.problems if start else ())]
@@ -150,6 +150,13 @@ def set_up(
         fit=fit,
         runner=choose_runner(config.train.cuda_graph, device.device, warn),
     )
+
+
+def _make_fast(config: TrainConfig, learning: dict[str, torch.nn.Module], device: Device) -> Undo:
+    undo = make_fast(learning, device.fast)
+    if config.train.compile == "on":
+        compile_blocks(learning, home_folder() / "cache" / "compiled", undo)
+    return undo
 
 
 def _warn(emit: events.Emit, message: str) -> None:
