@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from trainers.console import time_in_words
+from trainers.console import samples_share, time_in_words
 
 State = Literal["starting", "running", "paused", "stopped", "finished", "failed", "lost"]
 """`lost`: the process is gone and has not said why."""
@@ -138,7 +138,9 @@ def in_a_sentence(state: State, progress: Progress, saved_step: int, exit_code: 
         case "stopped":
             return f"Stopped at {at}. The LoRA as it stands is kept; Resume goes on."
         case "finished":
-            done = f"Finished: {progress.step} steps in {time_in_words(float(event.get('seconds') or 0))}."
+            seconds = float(event.get("seconds") or 0)
+            share = samples_share(seconds, float(event.get("sample_seconds") or 0))
+            done = f"Finished: {progress.step} steps in {time_in_words(seconds)}{share and f'; {share}'}."
             return " ".join([done, *([str(event["proof"])] if event.get("proof") else [])])
         case "failed":
             return f"Training failed: {event.get('message') or 'no reason was given'}"

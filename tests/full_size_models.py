@@ -6,23 +6,20 @@ so that they must be recognised as a stranger's file.
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from trainers.bench.synthetic import Shapes, draw_numbers, module_shapes
 from trainers.container import Entry, serialise_header
 from trainers.families import ASSETS
 from trainers.families.configuration import read_configs
 from trainers.families.ldm import part_layouts
 from trainers.files import write_atomically
-from trainers.objective import generator_for
 
-Shapes = dict[str, tuple[int, ...]]
 KEYS = {
     "sd1": {"model.diffusion_model.": 686, "first_stage_model.": 248, "cond_stage_model.": 197},
     "sd2": {"model.diffusion_model.": 686, "first_stage_model.": 248, "cond_stage_model.": 294},
@@ -53,7 +50,7 @@ def checkpoint_shapes(family: str) -> Shapes:
     configs = read_configs(ASSETS / "families" / family)
     shapes: Shapes = {}
     for part, layout in part_layouts(family, configs).items():
-        for name, shape in _module_shapes(part, configs[part]).items():
+        for name, shape in module_shapes(part, configs[part]).items():
             place = layout.place(name.removeprefix("text_model."))
             assert place is not None, (part, name)
             if part == "vae" and ".mid.attn_1." in place.key and len(shape) == 2:
@@ -84,40 +81,17 @@ def _unread(family: str, shapes: Shapes) -> Shapes:
     return more
 
 
-def _module_shapes(part: str, config: dict[str, Any]) -> Shapes:
-    from accelerate import init_empty_weights
-
-    diffusers, transformers = importlib.import_module("diffusers"), importlib.import_module("transformers")
-    with init_empty_weights():
-        if part == "unet":
-            module = diffusers.UNet2DConditionModel.from_config(config)
-        elif part == "vae":
-            module = diffusers.AutoencoderKL.from_config(config)
-        else:
-            kind = "CLIPTextModel" if part == "text_encoder" else "CLIPTextModelWithProjection"
-            module = getattr(transformers, kind)(transformers.CLIPTextConfig.from_dict(config))
-    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-
-
 def _is_counter(key: str) -> bool:
     return key.endswith("position_ids")
 
 
 def _numbers(key: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """Flat. Matrices are drawn so that what goes through keeps its size, as layers of PyTorch begin: 1 / sqrt(3 width)."""
     if _is_counter(key):
         return torch.arange(math.prod(shape))
     if key in ("betas", "alphas_cumprod"):  # the genuine ones: stable-diffusion.cpp samples by them
         betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
         return (betas if key == "betas" else torch.cumprod(1 - betas, dim=0)).half()
-    drawn = torch.randn(math.prod(shape), generator=generator_for("full size", key))
-    if len(shape) < 2:
-        scaled = drawn * 0.02 + key.endswith("weight")  # of norms
-    elif "embedding" in key:
-        scaled = drawn * 0.2
-    else:
-        scaled = drawn / math.sqrt(3 * math.prod(shape[1:]))
-    return scaled.half()
+    return draw_numbers(key, shape)
 
 
 def write_configuration(family: str, folder: Path) -> Path:

@@ -31,7 +31,7 @@ TABLES = {
     "families": {
         *("base", "targets", "facts", "settings", "locate", "configuration", "stored", "ckpt", "single_file", "ldm"),
         "expected",
-        *("parts", "tensor_files", "latent_diffusion"),
+        *("parts", "lean", "tensor_files", "latent_diffusion"),
     },
     "adapters": {"base", "layer", "lora_node", "inject", "plan"},
     "optimizers": {"base"},

@@ -11,10 +11,11 @@ import torch
 from torch import nn
 
 from tests.tiny_models import WIDTH, WIDTH_2, tiny_sd2_unet, tiny_sdxl_unet, tiny_text_encoder, tiny_unet
+from trainers.attention import Attend
 from trainers.blocked import BlockedLayer, can_be_blocked, spread, turned
 from trainers.engine import compile_blocks, make_fast, make_plain
 from trainers.frozen import FrozenLayer, KeptLayer
-from trainers.fused import Attend, Gated, NormSilu, attend
+from trainers.fused import Gated, NormSilu, attend
 from trainers.kernels import Kernels
 from trainers.upsampled import Upsampled, quarters_of
 
@@ -162,7 +163,7 @@ def test_gradients_against_finite_differences() -> None:
     assert torch.autograd.gradcheck(upsampled, x)
     states = [torch.randn(2, n, 8, dtype=torch.float64, requires_grad=True) for n in (5, 3, 3)]
     for by_products in (True, False):
-        assert torch.autograd.gradcheck(lambda *given, how=by_products: attend(*given, 2, how), states)
+        assert torch.autograd.gradcheck(lambda *given, how=by_products: attend(given, 2, how), states)
 
 
 def test_attention_by_products_keeps_or_remakes_its_probabilities_alike(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,10 +172,32 @@ def test_attention_by_products_keeps_or_remakes_its_probabilities_alike(monkeypa
         monkeypatch.setattr("trainers.fused.KEPT", kept)
         draw = torch.Generator().manual_seed(0)
         states = [torch.randn(2, 16, 32, generator=draw).requires_grad_() for _ in range(3)]
-        answer = attend(*states, 4, True)
+        answer = attend(states, 4, True)
         answer.backward(torch.ones_like(answer))
         found.append([answer.detach(), *(state.grad for state in states)])
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("by_products", [True, False])
+def test_queries_keys_and_values_may_lie_in_one_tensor(batch: int, by_products: bool) -> None:
+    draw = torch.Generator().manual_seed(0)
+    states = [torch.randn(batch, 6, 16, generator=draw, dtype=torch.float64) for _ in range(3)]
+    back = torch.randn(batch, 6, 16, generator=draw, dtype=torch.float64)
+    found = []
+    for layout in ([[0], [1], [2]], [[0], [1, 2]], [[0, 1, 2]]):
+        parts = [torch.cat([states[number] for number in part], dim=-1).requires_grad_() for part in layout]
+        answer = attend(parts, 4, by_products)
+        answer.backward(back)
+        gradients = [part.grad for part in parts]
+        found.append((answer.detach(), torch.cat([gradient for gradient in gradients if gradient is not None], dim=-1)))
+    own = [state.clone().unflatten(-1, (4, 4)).transpose(1, 2).requires_grad_() for state in states]
+    wanted = torch.softmax(own[0] @ own[1].transpose(-1, -2) / 2, -1) @ own[2]  # 2: the root of a head's width
+    for answer, gradient in found:
+        assert apart(answer, wanted.detach().transpose(1, 2).flatten(2)) < 1e-12
+        assert apart(gradient, found[0][1]) < 1e-12
+    gradients = torch.autograd.grad(wanted.transpose(1, 2).flatten(2), own, back)
+    assert apart(found[0][1], torch.cat([part.transpose(1, 2).flatten(2) for part in gradients], dim=-1)) < 1e-12
 
 
 def test_the_four_quarters_are_sums_of_the_kernels_taps() -> None:

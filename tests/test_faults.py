@@ -207,11 +207,11 @@ def test_out_of_memory_names_the_setting_to_change(pictures: Path, tiny_base: Pa
     import psutil
 
     run = tmp_path / "run"
-    options = (*TINY, "--steps", 30, "--set", "dataset.resolution=128", "--set", "train.batch_size=4", "--force")
+    options = (*TINY, "--steps", 30, "--set", "dataset.resolution=256", "--set", "train.batch_size=4", "--force")
     process = start_apart("train", pictures, "--output", run, "--base", tiny_base, *options, "--json")
-    until(process, stage("load"))
-    now = psutil.Process(process.pid).memory_info().vms
-    resource.prlimit(process.pid, resource.RLIMIT_AS, (now, now))
+    until(process, lambda event: event["type"] == "started")  # libraries and base are read
+    limit = psutil.Process(process.pid).memory_info().vms + 24 * 2**20  # room for a thread's stack, and for no step
+    resource.prlimit(process.pid, resource.RLIMIT_AS, (limit, limit))
     code, told = go_on(process)
     assert code == 1, told
     assert told[-1]["type"] == "failed" and "Out of memory" in told[-1]["message"], told[-1]

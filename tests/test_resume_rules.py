@@ -73,9 +73,9 @@ def test_a_base_whose_settings_changed_is_named_though_its_weights_did_not() -> 
 def test_the_settings_of_a_base_go_into_the_manifest(start: Any) -> None:
     training = start()
     scan = scan_images(training.config)
-    before = make_manifest(training.config, scan, training.model)
+    before = make_manifest(training.config, scan, training.model, training.device)
     training.model.facts.configs["scheduler"]["beta_end"] = 0.013
-    assert differences(before, make_manifest(training.config, scan, training.model)) == [
+    assert differences(before, make_manifest(training.config, scan, training.model, training.device)) == [
         "the configuration of the base's scheduler has changed"
     ]
 

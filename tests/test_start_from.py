@@ -103,7 +103,7 @@ def test_a_run_goes_on_bit_for_bit_with_the_file_gone(
     monkeypatch.chdir(copy.parent)
     words = ("train", pictures, "--base", tiny_base, *TINY, "--steps", 3, "--set", "adapter.start_from=old.safetensors", "-o")
     assert impasto(*words, tmp_path / "whole") == 0
-    monkeypatch.setattr("trainers.train.fill_cache", _stop_at_once)
+    monkeypatch.setattr("trainers.train.hold_pictures", _stop_at_once)
     with pytest.raises(Killed):
         impasto(*words, tmp_path / "run")  # killed before its first step
     monkeypatch.undo()

@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from trainers.bench.command import bench
 from trainers.cli_files import base_of_run, convert, merge
 from trainers.errors import RunFolderError, TrainingError
 from trainers.families.facts import BaseOptions, Prediction
@@ -179,11 +181,13 @@ def check(
 ) -> None:
     """Say what a run would meet: problems by file, buckets, steps, memory, time. Writes nothing."""
     from trainers.console import print_plan
+    from trainers.dataset.prepare import scan_images
     from trainers.launch import given_settings, plan_run
     from trainers.preflight import describe
     from trainers.preflight import measure as measure_run
 
-    plan = plan_run(preset, given_settings(images, base, steps, seed, trigger), overrides or [], force=True)
+    look = partial(scan_images, thorough=True)
+    plan = plan_run(preset, given_settings(images, base, steps, seed, trigger), overrides or [], force=True, look=look)
     print_plan(plan)
     if measure:
         typer.echo("\n".join(describe(plan.config, plan.data.steps, measure_run(plan.config))))
@@ -240,6 +244,7 @@ def inspect_command(
 
 cli.command()(convert)
 cli.command()(merge)
+cli.command()(bench)
 
 
 @cli.command()

@@ -127,8 +127,8 @@ class TrainSettings(Settings):
     """When memory is too small for a step, save some: checkpointing, fewer pictures at once, an int8 base. Told."""
     compile: Literal["off", "on"] = "off"
     """Have torch.compile fuse repeated blocks: a minute or more at the first start, slower on a CPU, other last digits."""
-    cuda_graph: Literal["auto", "off"] = "auto"
-    """On an NVIDIA GPU, record a step of each size once and issue it as a whole from then on: faster, some more memory."""
+    recording: Literal["auto", "off"] = "auto"
+    """On an NVIDIA GPU, and for a small base on a CPU: record a step of each size once, and do it again as a whole."""
     save_state_seconds: float = Field(default=30.0, ge=0, le=30)
     """Longest time between two training states on disk."""
 
@@ -144,8 +144,8 @@ class SampleSettings(Settings):
     """What samples should not show."""
     seed: int = Field(default=0, ge=0, le=2**63 - 1)
     """Noise that every sample starts from, the same at each step so that they can be compared."""
-    steps: int = Field(default=20, ge=1, le=200)
-    """Sampling steps."""
+    steps: int = Field(default=12, ge=1, le=200)
+    """Sampling steps. 12 show what was learnt; for pictures to keep take 20 and more."""
     guidance: float = Field(default=5.0, ge=0, le=30)
     """How hard the prompt is followed (classifier-free guidance). 1 and below: off."""
     strength: Strength = 1.0

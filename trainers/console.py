@@ -103,9 +103,9 @@ def in_words(event: Event, run: RunFolder) -> str:
         case events.Stopped() | events.Paused():
             return f"stopped at step {event.step}, everything is saved. Go on with: impasto resume {_quoted(run)}"
         case events.Finished():
-            return f"done in {time_in_words(event.seconds)}: {run.path / event.path}" + (
-                f"\n{event.proof}" if event.proof else ""
-            )
+            share = samples_share(event.seconds, event.sample_seconds)
+            done = f"done in {time_in_words(event.seconds)}{share and f' ({share})'}: {run.path / event.path}"
+            return done + (f"\n{event.proof}" if event.proof else "")
         case events.Failed():
             return f"failed: {event.message}"
     return ""
@@ -114,6 +114,12 @@ def in_words(event: Event, run: RunFolder) -> str:
 def _quoted(run: RunFolder) -> str:
     text = str(run.path)
     return f'"{text}"' if " " in text else text
+
+
+def samples_share(seconds: float, sample_seconds: float) -> str:
+    """ "samples took 12 % of the time", or nothing where it was under half a percent."""
+    share = round(100 * sample_seconds / seconds) if seconds > 0 else 0
+    return f"samples took {min(share, 100)} % of the time" if share else ""
 
 
 def time_in_words(seconds: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -23,6 +24,7 @@ BITS = {
     "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8,
     "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32, "U16": 16, "U8": 8, "BOOL": 8,
 }  # fmt: skip
+_FIRST = '{"__metadata__":'
 _AGAIN = "Download or export it again."
 
 
@@ -38,13 +40,17 @@ class Entry:
 
 @dataclass(frozen=True)
 class Header:
-    """A checked header: the tensors tile [data_start, size) of the file without gap or overlap."""
+    """A checked header: the tensors tile [data_start, size) of the file without gap or overlap.
+
+    `listing` is its text, without the metadata where they stand first: what two files with the same tensors have in common.
+    """
 
     path: Path
     size: int
     data_start: int
     entries: Mapping[str, Entry]
     metadata: Mapping[str, str]
+    listing: str
 
 
 def open_file(path: Path) -> BinaryIO:
@@ -59,8 +65,11 @@ def open_file(path: Path) -> BinaryIO:
         raise AdapterFileError(f"The file cannot be opened: {error}", printable(str(path), 300)) from error
 
 
-def read_header(handle: BinaryIO, path: Path) -> Header:
-    """Reads and checks the header of an open safetensors file. Raises AdapterFileError that names the first fault."""
+def read_header(handle: BinaryIO, path: Path, like: Header | None = None) -> Header:
+    """Reads and checks the header of an open safetensors file. Raises AdapterFileError that names the first fault.
+
+    A file that lists the very tensors of the checked header `like` gets the entries of that one, the same object, at once.
+    """
     size = os.fstat(handle.fileno()).st_size
     start = handle.read(16)
     _refuse_other_kinds(start, size, path)
@@ -69,13 +78,17 @@ def read_header(handle: BinaryIO, path: Path) -> Header:
         what = f"Not a whole safetensors file: its header claims {length:,} bytes and the file has {size:,}"
         raise AdapterFileError(what, str(path), _AGAIN)
     handle.seek(8)
-    values = _parse(handle.read(length), path)
+    raw = handle.read(length)
+    again = None if like is None else _read_like(raw, size, path, like)
+    if again is not None:
+        return again
+    values = _parse(raw, path)
     metadata = _check_metadata(values.pop("__metadata__", {}), path)
     if len(values) > TENSOR_LIMIT:
         raise AdapterFileError(f"The header lists {len(values):,} tensors, more than any model has", str(path), _AGAIN)
     entries = {name: _check_entry(name, value, path) for name, value in values.items()}
     _check_tiling(entries, size - 8 - length, path)
-    return Header(path, size, 8 + length, entries, metadata)
+    return Header(path, size, 8 + length, entries, metadata, _split(raw.decode("utf-8"))[1])
 
 
 def serialise_header(entries: Iterable[tuple[str, Entry]], metadata: Mapping[str, str]) -> bytes:
@@ -134,6 +147,27 @@ def _parse(raw: bytes, path: Path) -> dict[str, Any]:
     return values
 
 
+def _read_like(raw: bytes, size: int, path: Path, like: Header) -> Header | None:
+    """The header where it lists what `like` lists, else None: then it has to be looked at as a whole."""
+    try:
+        metadata, listing = _split(raw.decode("utf-8"))
+    except UnicodeDecodeError:
+        return None
+    if not raw.startswith(b"{") or listing != like.listing or size - 8 - len(raw) != like.size - like.data_start:
+        return None
+    told = like.metadata if metadata is None else _check_metadata(metadata, path)
+    return Header(path, size, 8 + len(raw), like.entries, told, listing)
+
+
+def _split(text: str) -> tuple[Any, str]:
+    """(the metadata, the text behind them) of a header that begins with them, else (None, all of it)."""
+    if text.startswith(_FIRST):
+        with contextlib.suppress(ValueError, RecursionError):
+            metadata, end = json.JSONDecoder(object_pairs_hook=_no_twins).raw_decode(text, len(_FIRST))
+            return metadata, text[end:]
+    return None, text
+
+
 def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
@@ -149,17 +183,18 @@ def _check_metadata(value: Any, path: Path) -> dict[str, str]:
 
 def _check_entry(name: str, value: Any, path: Path) -> Entry:
     """One tensor's entry: known dtype, sizes that are whole numbers, and as many bytes as they need."""
-    shown = printable(name)
     if not isinstance(value, dict) or not {"dtype", "shape", "data_offsets"} <= value.keys():
-        raise AdapterFileError(f"The header's entry {shown!r} lacks dtype, shape or data_offsets", str(path), _AGAIN)
+        raise AdapterFileError(f"The header's entry {printable(name)!r} lacks dtype, shape or data_offsets", str(path), _AGAIN)
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in BITS:
-        raise AdapterFileError(f"Tensor {shown!r} has the unknown dtype {printable(str(dtype), 20)!r}", str(path), _AGAIN)
+        shown = printable(str(dtype), 20)
+        raise AdapterFileError(f"Tensor {printable(name)!r} has the unknown dtype {shown!r}", str(path), _AGAIN)
     if not _whole_numbers(shape) or not _whole_numbers(offsets) or len(offsets) != 2 or len(shape) > 8:
-        raise AdapterFileError(f"Tensor {shown!r} has a shape or offsets that are no sizes", str(path), _AGAIN)
+        raise AdapterFileError(f"Tensor {printable(name)!r} has a shape or offsets that are no sizes", str(path), _AGAIN)
     need = math.prod(shape) * BITS[dtype] // 8
     if offsets[1] - offsets[0] != need:
-        what = f"Tensor {shown!r} of shape {tuple(shape)} in {dtype} needs {need:,} bytes and has {offsets[1] - offsets[0]:,}"
+        has = f"needs {need:,} bytes and has {offsets[1] - offsets[0]:,}"
+        what = f"Tensor {printable(name)!r} of shape {tuple(shape)} in {dtype} {has}"
         raise AdapterFileError(what, str(path), _AGAIN)
     return Entry(dtype, tuple(shape), offsets[0], offsets[1])
 

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from trainers.attention import Attend, attends_plainly, share_rows, side_by_side
 from trainers.blocked import BlockedLayer, can_be_blocked
 from trainers.frozen import FrozenLayer, KeptLayer, plain_layer
-from trainers.fused import Attend, Gated, NormSilu, SiluOfVectors
+from trainers.fused import Gated, NormSilu, SiluOfVectors
 from trainers.kernels import Kernels
 from trainers.quantised import PackedLayer
 from trainers.upsampled import Upsampled, can_be_upsampled
@@ -28,14 +29,21 @@ Undo = list[Callable[[], None]]
 def make_fast(parts: Mapping[str, nn.Module], kernels: Kernels) -> Undo:
     """Replaces what is replaced by faster equals, in place. Returns how to put everything back; see `make_plain`."""
     undo: Undo = []
+
+    def keep(layer: nn.Linear | nn.Conv2d) -> FrozenLayer:
+        wanted = kernels.matrices if isinstance(layer, nn.Linear) else kernels.blocked
+        return BlockedLayer(layer) if wanted and can_be_blocked(layer) else KeptLayer(layer)
+
+    silu = SiluOfVectors()
     for part in parts.values():
         for module in list(part.modules()):
-            _fuse(module, undo)
-            if _attends_plainly(module):
+            _fuse(module, silu, undo)
+            if attends_plainly(module):
                 _set_processor(module, Attend(kernels.products), undo)
+                if names := side_by_side(module):
+                    share_rows(module, names, keep)
         for parent, leaf, layer in list(_frozen_leaves(part)):
-            wanted = kernels.matrices if isinstance(layer, nn.Linear) else kernels.blocked
-            setattr(parent, leaf, BlockedLayer(layer) if wanted and can_be_blocked(layer) else KeptLayer(layer))
+            setattr(parent, leaf, keep(layer))
     return undo
 
 
@@ -81,13 +89,13 @@ def _replace(parent: nn.Module, leaf: str, new: nn.Module, undo: Undo) -> None:
     undo.append(lambda: setattr(parent, leaf, old))
 
 
-def _fuse(module: Any, undo: Undo) -> None:
+def _fuse(module: Any, silu: SiluOfVectors, undo: Undo) -> None:
     """A GroupNorm with the SiLU after it, a gated unit: by diffusers' names."""
     name = type(module).__name__
     if name == "ResnetBlock2D" and isinstance(module.nonlinearity, nn.SiLU) and module.time_embedding_norm == "default":
         for norm in ("norm1", "norm2"):
             _replace(module, norm, NormSilu(getattr(module, norm)), undo)
-        _replace(module, "nonlinearity", SiluOfVectors(), undo)
+        _replace(module, "nonlinearity", silu, undo)
     elif (
         name == "UNet2DConditionModel"
         and isinstance(module.conv_norm_out, nn.GroupNorm)
@@ -119,14 +127,6 @@ def _repeats_pixels(upsampler: Any) -> bool:
     """Whether it is diffusers' Upsample2D that repeats pixels and then convolves."""
     plain = upsampler.use_conv and not upsampler.use_conv_transpose and upsampler.norm is None and upsampler.interpolate
     return bool(plain) and upsampler.name == "conv" and can_be_upsampled(upsampler.conv)
-
-
-def _attends_plainly(module: Any) -> bool:
-    """Whether it is diffusers' Attention with nothing beside softmax(q k^T) v and its projections."""
-    if type(module).__name__ != "Attention":
-        return False
-    extras = ("group_norm", "spatial_norm", "norm_q", "norm_k", "norm_cross", "added_kv_proj_dim", "residual_connection")
-    return not any(getattr(module, extra, None) for extra in extras) and module.rescale_output_factor == 1.0
 
 
 def _set_processor(module: Any, processor: Attend, undo: Undo) -> None:

@@ -107,4 +107,6 @@ class NoSpaceError(OSError):
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether the memory of the machine or of its GPU was too small; torch has no error of its own for the first."""
     text = str(error).lower()
-    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
+    if isinstance(error, MemoryError) or text.endswith("could not create a primitive"):  # oneDNN's words
+        return True
+    return any(sign in text for sign in ("out of memory", "can't allocate memory", "can't start new thread"))

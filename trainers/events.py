@@ -73,7 +73,7 @@ class Step(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Sample(Event):
-    """A sample image was written; `path` is relative to the run folder."""
+    """A sample image was written; `path` is relative to the run folder, and `seconds` its share of the time of the drawing."""
 
     type: ClassVar[str] = "sample"
     step: int
@@ -81,6 +81,7 @@ class Sample(Event):
     prompt: str
     seed: int
     strength: float
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,12 +135,16 @@ class Stopped(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Finished(Event):
-    """The run is complete; `path` is the LoRA, relative to the run folder, and `proof` what reading it back has shown."""
+    """The run is complete; `path` is the LoRA, relative to the run folder, and `proof` what reading it back has shown.
+
+    It took `seconds`, `sample_seconds` of them for the samples, in all processes that took it up.
+    """
 
     type: ClassVar[str] = "finished"
     step: int
     path: str
     seconds: float
+    sample_seconds: float = 0.0
     proof: str = ""
 
 

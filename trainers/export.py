@@ -67,7 +67,7 @@ def describe_run(
     """The metadata of a file exported after `step` updates. Nothing in it tells of the person's disk.
 
     `started_at` in seconds since 1970; `precision` is the number format that the base was used in;
-    `hashes` are the old and the new one by which other programs name the base's file.
+    `hashes` are the old and the new one by which other programs name the base's file; empty where they are not known.
     """
     old_hash, new_hash = hashes
     folder = Path(config.dataset.images)
@@ -87,8 +87,8 @@ def describe_run(
             base_version=base.family.base_version,
             v2=base.family.name == "sd2",
             clip_skip=base.clip_skip if base.clip_skip > 1 else None,
-            base_hash_old=old_hash,
-            base_hash_new=new_hash,
+            base_hash_old=old_hash or None,
+            base_hash_new=new_hash or None,
             text_encoder_rank=config.text_encoder_rank if learns_text else None,
             text_encoder_alpha=_text_alpha(config) if learns_text else None,
             network_args={"targets": list(adapter.targets), "scaling": adapter.scaling},

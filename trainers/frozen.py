@@ -60,6 +60,26 @@ class KeptLayer(FrozenLayer):
         """The layer's own."""
         return self.kept
 
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """As `answer`, with a graph. Of a frozen matrix PyTorch's own node keeps no input either, and costs less."""
+        return apply_plain(self, x, self.kept) if self.kept.dim() == 2 else super().forward(x)
+
+
+class SharedRows(FrozenLayer):
+    """A matrix that lies in `whole` among others that read the same x, from row `start` on."""
+
+    def __init__(self, layer: nn.Linear, whole: FrozenLayer, start: int) -> None:
+        super().__init__(layer)
+        # Not as a sub-module: the first of them has it as one.
+        self.start, self.__dict__["whole"] = start, whole
+
+    whole: FrozenLayer
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """Its rows."""
+        return self.whole.weight[self.start : self.start + self.shape[0]]
+
 
 class _Frozen(torch.autograd.Function):
     """y = W x + b of a frozen layer; dx = W^T dy is all that goes back."""

@@ -5,6 +5,7 @@ Between a frozen layer and the next nothing needs its input again, so what is ch
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from torch import nn
 
 KEPT = 1 << 20
 """Numbers of attention's probabilities up to which they are kept; above they are made anew, for a fifth of its time."""
+FEW = 64
+"""Pixels up to which a GroupNorm's way back is as fast in channels-last form."""
 _GROUP_NORM_BACKWARD = torch.ops.aten.native_group_norm_backward
 
 
@@ -44,9 +47,11 @@ class _NormSilu(torch.autograd.Function):
         norm = ctx.norm
         gradient = torch.ops.aten.silu_backward(gradient, _group_norm(x, norm)[0])
         batch, channels, *size = x.shape
-        # On a CPU the kernel is up to ten times as fast in plain form as in channels-last.
-        x, gradient = x.contiguous(), gradient.contiguous()
         pixels = size[0] * size[1]
+        # On a CPU the kernel is up to ten times as fast in plain form as in channels-last; both must lie alike.
+        alike = all(states.is_contiguous(memory_format=torch.channels_last) for states in (x, gradient))
+        if not alike or (pixels > FEW and x.device.type == "cpu"):
+            x, gradient = x.contiguous(), gradient.contiguous()
         wanted = [True, False, False]
         to_x = _GROUP_NORM_BACKWARD(gradient, x, mean, rstd, norm.weight, batch, channels, pixels, norm.num_groups, wanted)[0]
         return to_x, None
@@ -60,11 +65,24 @@ def _group_norm(x: torch.Tensor, norm: NormSilu) -> tuple[torch.Tensor, torch.Te
 
 
 class SiluOfVectors(nn.Module):
-    """SiLU of time embeddings (B, C); pixels (B, C, H, W), whose norm has applied it already, pass."""
+    """SiLU of time embeddings (B, C); pixels (B, C, H, W), whose norm has applied it already, pass.
+
+    One for all blocks of a denoiser, as all are asked for the same embedding, whose answer it keeps where no graph needs it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._last: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """As the class says."""
-        return F.silu(x) if x.dim() == 2 else x
+        if x.dim() != 2:
+            return x
+        if x.requires_grad:
+            return F.silu(x)
+        if self._last is None or self._last[0] is not x:
+            self._last = x, F.silu(x)
+        return self._last[1]
 
 
 class Gated(nn.Module):
@@ -100,68 +118,83 @@ class _Gated(torch.autograd.Function):
         return to_both
 
 
-class Attend:
-    """A diffusers attention processor for plain attention: softmax(q k^T / sqrt(d)) v.
+def attend(parts: Sequence[torch.Tensor], heads: int, by_products: bool) -> torch.Tensor:
+    """softmax(q k^T / sqrt(d)) v: queries (B, n, C), keys and values (B, m, C) -> (B, n, C).
 
-    By plain products where a head has at most `products` scores, else by PyTorch's kernel.
+    `parts` hold the three one behind the other in their last dimension: each by itself, or some of them in one tensor.
     """
-
-    def __init__(self, products: int) -> None:
-        self._products = products
-
-    def __call__(
-        self, attention: Any, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor | None = None, **_: Any
-    ) -> torch.Tensor:
-        """hidden_states (B, n, C), encoder_hidden_states (B, m, W) -> (B, n, C)."""
-        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        query, key, value = attention.to_q(hidden_states), attention.to_k(context), attention.to_v(context)
-        answer = attend(query, key, value, attention.heads, query.shape[1] * key.shape[1] <= self._products)
-        for layer in attention.to_out:
-            answer = layer(answer)
-        return answer
-
-
-def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, heads: int, by_products: bool) -> torch.Tensor:
-    """(B, n, C), (B, m, C), (B, m, C) -> (B, n, C)."""
-    batch, tokens, channels = query.shape
-    width = channels // heads
     if by_products:
-        parts = [
-            tensor.view(batch, -1, heads, width).transpose(1, 2).reshape(batch * heads, -1, width)
-            for tensor in (query, key, value)
-        ]
-        answer: torch.Tensor = _Products.apply(*parts)  # type: ignore[no-untyped-call]
-        answer = answer.view(batch, heads, tokens, width)
-    else:
-        query, key, value = (tensor.view(batch, -1, heads, width).transpose(1, 2) for tensor in (query, key, value))
-        answer = F.scaled_dot_product_attention(query, key, value)
-    return answer.transpose(1, 2).reshape(batch, tokens, channels)
+        answer: torch.Tensor = _Products.apply(heads, *parts)  # type: ignore[no-untyped-call]
+        return answer
+    query, key, value = (_of_heads(states, heads) for states in _cut(parts))
+    return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+
+
+def _cut(parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Queries, keys and values, each (B, tokens, C), as views."""
+    width = sum(part.shape[-1] for part in parts) // 3
+    return [states for part in parts for states in part.split(width, dim=-1)]  # type: ignore[no-untyped-call]
+
+
+def _of_heads(states: torch.Tensor, heads: int) -> torch.Tensor:
+    """(B, tokens, C) -> (B, heads, tokens, d), a view."""
+    return states.unflatten(-1, (heads, -1)).transpose(1, 2)  # type: ignore[no-untyped-call, no-any-return]
 
 
 class _Products(torch.autograd.Function):
-    """Attention of (B heads, n, d) by plain products; keeps the probabilities where few tokens make them small."""
+    """Attention by plain products; keeps the probabilities where few tokens make them small."""
 
     @staticmethod
-    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, heads: int, *parts: torch.Tensor) -> torch.Tensor:
+        query, key, value = (_of_heads(states, heads).flatten(0, 1) for states in _cut(parts))
         probabilities = _probabilities(query, key)
         kept = (probabilities,) if probabilities.numel() <= KEPT else ()
-        ctx.save_for_backward(query, key, value, *kept)
-        return torch.bmm(probabilities, value)
+        ctx.save_for_backward(*kept, *parts)
+        ctx.heads = heads
+        first = parts[0]
+        answer = first.new_empty((*first.shape[:2], value.shape[-1] * heads))
+        _multiply_into(_of_heads(answer, heads), probabilities, value)
+        return answer
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        query, key, value, *kept = ctx.saved_tensors
-        probabilities = kept[0] if kept else _probabilities(query, key)
-        to_value = torch.bmm(probabilities.transpose(1, 2), gradient) if ctx.needs_input_grad[2] else None
+        heads, number = ctx.heads, len(ctx.needs_input_grad) - 1
+        saved = ctx.saved_tensors  # read once, as with checkpointing each reading would compute all anew
+        parts = saved[-number:]
+        query, key, value = (_of_heads(states, heads).flatten(0, 1) for states in _cut(parts))
+        probabilities = saved[0] if len(saved) > number else _probabilities(query, key)
+        gradient = _of_heads(gradient, heads).flatten(0, 1)
         to_scores = torch.bmm(gradient, value.transpose(1, 2))
         to_scores = torch._softmax_backward_data(to_scores, probabilities, -1, probabilities.dtype)
-        nothing, scale = _nothing(query), query.shape[-1] ** -0.5
-        to_query = torch.baddbmm(nothing, to_scores, key, beta=0, alpha=scale)
-        to_key = (
-            torch.baddbmm(nothing, to_scores.transpose(1, 2), query, beta=0, alpha=scale) if ctx.needs_input_grad[1] else None
+        to_parts = [
+            torch.empty_like(part) if wanted else None for part, wanted in zip(parts, ctx.needs_input_grad[1:], strict=True)
+        ]
+        wanted = [states for part, to in zip(parts, to_parts, strict=True) for states in _cut_or_none(to, part, query, heads)]
+        scale = query.shape[-1] ** -0.5
+        products = (
+            (to_scores, key, scale),
+            (to_scores.transpose(1, 2), query, scale),
+            (probabilities.transpose(1, 2), gradient, 1.0),
         )
-        return to_query, to_key, to_value
+        for to, product in zip(wanted, products, strict=True):
+            if to is not None:
+                _multiply_into(_of_heads(to, heads), *product)
+        return None, *to_parts
+
+
+def _cut_or_none(to: torch.Tensor | None, part: torch.Tensor, query: torch.Tensor, heads: int) -> list[torch.Tensor | None]:
+    width = query.shape[-1] * heads
+    number = part.shape[-1] // width
+    return [None] * number if to is None else list(to.split(width, dim=-1))  # type: ignore[no-untyped-call]
+
+
+def _multiply_into(to: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float = 1.0) -> None:
+    """scale * left @ right, (B heads, n, k) and (B heads, k, d), into `to` (B, heads, n, d), however that lies in memory."""
+    if to.shape[0] == 1:
+        torch.baddbmm(to[0], left, right, beta=0, alpha=scale, out=to[0])
+    else:
+        to.copy_(torch.baddbmm(_nothing(left), left, right, beta=0, alpha=scale).view(to.shape))
 
 
 def _probabilities(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:

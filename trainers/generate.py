@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from torch import nn
 
 from trainers.adapters.inject import keeping_strengths, set_strength
 from trainers.adapters.layer import AdaptedLayer
@@ -67,9 +68,14 @@ def render_latents(
 
 def _with_all_strengths(model: DiffusionModel, pictures: Sequence[Picture]) -> list[Picture]:
     """The pictures with strength 0 for each adapter that they do not name, so that none depends on its neighbours."""
-    layers = (layer for part in model.parts().values() for layer in part.modules() if isinstance(layer, AdaptedLayer))
-    silent = {name: 0.0 for layer in layers for name in layer.adapters}
+    silent = {name: 0.0 for name in _adapters_in(model.parts())}
     return [replace(picture, strengths=silent | picture.strengths) for picture in pictures]
+
+
+def _adapters_in(parts: Mapping[str, nn.Module]) -> dict[str, None]:
+    """Names of the adapters in any layer of the parts, in module order."""
+    layers = (layer for part in parts.values() for layer in part.modules() if isinstance(layer, AdaptedLayer))
+    return dict.fromkeys(name for layer in layers for name in layer.adapters)
 
 
 def _sample(
@@ -107,24 +113,24 @@ def _sample(
 
 
 def _encode(model: DiffusionModel, pictures: Sequence[Picture], negative: str | None) -> Conditioning:
-    """Text states of all rows (the unguided ones first), each encoded alone at its own text-encoder strengths."""
+    """Text states of all rows (the unguided ones first), each encoded alone at its own text-encoder strengths.
+
+    Equal ones are encoded once, as those of a ladder are whose LoRA leaves the text encoders as they are.
+    """
+    encoders = {part: module for part, module in model.parts().items() if part != "unet"}
+    changing = _adapters_in(encoders)
     rows: dict[tuple[Any, ...], Conditioning] = {}
     wanted = []
     for text_of in ([lambda _: negative] if negative is not None else []) + [lambda picture: picture.prompt]:
         for picture in pictures:
-            key = (text_of(picture), tuple(sorted(picture.strengths.items())))
+            strengths = {name: float(strength) for name, strength in picture.strengths.items() if name in changing}
+            key = (text_of(picture), tuple(sorted(strengths.items())))
             if key not in rows:
-                for part in model.parts():
-                    if part != "unet":
-                        _set_strengths(model, part, picture.strengths)
+                for adapter, strength in strengths.items():
+                    set_strength(encoders, adapter, strength)
                 rows[key] = model.encode_captions([key[0]])
             wanted.append(rows[key])
     return Conditioning.join(wanted)
-
-
-def _set_strengths(model: DiffusionModel, part: str, strengths: dict[str, float]) -> None:
-    for adapter, strength in strengths.items():
-        set_strength({part: model.parts()[part]}, adapter, float(strength))
 
 
 def _set_row_strengths(model: DiffusionModel, pictures: Sequence[Picture], part: str, copies: int) -> None:

@@ -18,11 +18,14 @@ from typing import Protocol
 
 import torch
 
+from trainers import tape
 from trainers.condition import Condition
 from trainers.dataset.batches import Batch
 
 WARM_UP = 2
 """Batches of a shape that are computed before it is recorded."""
+ON_CPU = 8
+"""The same on a CPU, where recording takes as long as some twenty steps save."""
 MOST = 16
 """Shapes that are recorded at the most: each recording holds some megabytes for its thousands of kernels."""
 
@@ -53,9 +56,9 @@ class Eager:
 
 
 class Graphed:
-    """By recordings. `record` gives for a work what does it again on the same memory and returns its loss;
+    """By recordings. `record` gives for a work what does it again on the same memory and returns its loss.
 
-    it may not do the work itself. `beside` is where works are done that warm it up.
+    It may not leave the work done. `beside` is where works are done that warm it up, `warm_up` how many of a shape.
     """
 
     def __init__(
@@ -63,8 +66,9 @@ class Graphed:
         record: Callable[[Work], Work],
         warn: Callable[[str], None],
         beside: Callable[[], AbstractContextManager[None]] = nullcontext,
+        warm_up: int = WARM_UP,
     ) -> None:
-        self._record, self._warn, self._beside = record, warn, beside
+        self._record, self._warn, self._beside, self._warm_up = record, warn, beside, warm_up
         self._seen: Counter[object] = Counter()
         self._recorded: dict[object, tuple[dict[str, torch.Tensor], Work]] = {}
         self._given_up = False
@@ -78,7 +82,7 @@ class Graphed:
         shape = tuple((name, tensor.shape, tensor.dtype) for name, tensor in given.items())
         if shape not in self._recorded:
             self._seen[shape] += 1
-            if self._seen[shape] <= WARM_UP or len(self._recorded) == MOST:
+            if self._seen[shape] <= self._warm_up or len(self._recorded) == MOST:
                 with self._beside():
                     return _work(learn, batch, condition, given)()
             try:
@@ -101,7 +105,7 @@ class Graphed:
     def _give_up(self, reason: str) -> None:
         self._given_up = True
         self.forget()
-        what = "The step cannot be recorded as a CUDA graph, and is computed operation by operation: the same result, slower"
+        what = "The step cannot be recorded, and is computed operation by operation: the same result, slower"
         self._warn(f"{what} ({reason.splitlines()[0][:200]}).")
 
 
@@ -125,12 +129,15 @@ def _work(learn: Learn, batch: Batch, condition: Condition, held: dict[str, torc
     return lambda: learn(Batch(captions=batch.captions, **numbers), there, held["factor"])
 
 
-def choose_runner(setting: str, device: torch.device, warn: Callable[[str], None]) -> Runner:
-    """Recordings on an NVIDIA GPU where `train.cuda_graph` is auto, else operation by operation."""
-    if setting == "off" or device.type != "cuda":
+def choose_runner(setting: str, device: torch.device, small: bool, warn: Callable[[str], None]) -> Runner:
+    """Recordings on an NVIDIA GPU, and of a small base on a CPU, unless `train.recording` is off; else one by one."""
+    if setting == "off":
         return Eager()
-    cuda = _Cuda(device)
-    return Graphed(cuda.record, warn, cuda.beside)
+    if device.type == "cuda":
+        cuda = _Cuda(device)
+        return Graphed(cuda.record, warn, cuda.beside)
+    # Elsewhere it pays where layers are small; a recording is made once a run has proved to be longer than a trial.
+    return Graphed(tape.record, warn, warm_up=ON_CPU) if small and device.type == "cpu" else Eager()
 
 
 class _Cuda:

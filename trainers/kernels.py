@@ -86,7 +86,7 @@ def _products_win(tokens: int, channels: int, heads: int, dtype: torch.dtype) ->
     query, key, value = (torch.randn(1, tokens, channels).to(dtype).requires_grad_() for _ in range(3))
 
     def work(by_products: bool) -> Callable[[], object]:
-        return lambda: _backward(attend(query, key, value, heads, by_products))
+        return lambda: _backward(attend((query, key, value), heads, by_products))
 
     return _wins(work(True), work(False))
 

@@ -6,6 +6,7 @@ import io
 import os
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch
 
 from trainers import events
 from trainers.adapters.inject import TRAINED
+from trainers.background import in_background
 from trainers.dataset.prepare import render_side
 from trainers.errors import AdapterFileError
 from trainers.export import describe_run, export_adapter, file_name, trained_modules
@@ -25,6 +27,9 @@ from trainers.process_id import made_at
 from trainers.run_folder import RunFolder
 from trainers.setup import Training
 from trainers.verify import verify, write_proof
+
+BATCH_PIXELS = 4 * 512 * 512
+"""Samples of at most so many pixels are drawn at once: as much memory as a single one of SDXL takes."""
 
 
 class Outputs:
@@ -39,8 +44,8 @@ class Outputs:
         self.sample_seconds = 0.0
         """Seconds that the last samples took."""
         self._exported_at = -1
-        self._base_hashes = ("", "")
-        """Of the base's file, taken while it is still there."""
+        self._base_hashes: Future[tuple[str, str]] | None = None
+        """Of the base's file, begun while it is still there."""
 
     def start(self) -> None:
         """A process has taken the run up, at its first step or where it was left."""
@@ -60,7 +65,8 @@ class Outputs:
             )
         )
         if training.device.is_main:
-            self._base_hashes = base_file_hashes(weight_files(training.model.facts, "unet")[0])
+            file = weight_files(training.model.facts, "unet")[0]
+            self._base_hashes = in_background({"base": lambda: _hashes_of(file)})["base"]
 
     def begin_training(self) -> None:
         """All is prepared: the steps follow."""
@@ -80,10 +86,13 @@ class Outputs:
     def tell(self, loss: float, norm: float, factor: float, held_out: float | None) -> None:
         """The event of the step just done."""
         training = self._training
+        if training.device.is_main:
+            training.check_manifest()  # of a new run: by its first step all is hashed
         pace = training.median
         left = training.data.steps - training.step
         every = training.config.samples.every
         samples_left = left // every if every else 1
+        to_encode = training.batches.seconds_to_encode(left * training.config.examples_per_step)
         self._emit(
             events.Step(
                 step=training.step,
@@ -93,7 +102,7 @@ class Outputs:
                 learning_rates={group: self._rate(group) * factor for group in training.flat.groups},
                 gradient_norm=norm,
                 seconds_per_step=pace,
-                seconds_left=left * pace + samples_left * self.sample_seconds,
+                seconds_left=left * pace + samples_left * self.sample_seconds + to_encode,
                 memory=memory_used(training.device.device),
             )
         )
@@ -103,17 +112,20 @@ class Outputs:
         return config.optimizer.learning_rate if group == "unet" else config.text_encoder_rate
 
     def sample(self) -> None:
-        """Draws each sample prompt alone, so that a picture does not depend on the others."""
+        """Draws the sample prompts, some in a batch, which the settings alone decide: the same again after a resume."""
         training, settings = self._training, self._training.config.samples
         if not training.device.is_main:
             return
         begun = time.monotonic()
         side = render_side(training.config, training.model.facts)
         how = RenderSettings(side, side, settings.steps, settings.guidance, settings.negative, settings.scheduler)
-        with exported_weights(training):
-            for number, prompt in enumerate(self._prompts):
-                picture = Picture(prompt, settings.seed, {TRAINED: settings.strength})
-                image = render(training.model, [picture], how)[0]
+        pictures = [Picture(prompt, settings.seed, {TRAINED: settings.strength}) for prompt in self._prompts]
+        at_once = max(1, BATCH_PIXELS // (side * side))
+        for first in range(0, len(pictures), at_once):
+            batch, tick = pictures[first : first + at_once], time.monotonic()
+            with exported_weights(training):
+                images = render(training.model, batch, how)
+            for number, (picture, image) in enumerate(zip(batch, images, strict=True), first):
                 path = self._sample_path(number)
                 data = io.BytesIO()
                 image.save(data, "PNG")
@@ -122,9 +134,10 @@ class Outputs:
                     events.Sample(
                         step=training.step,
                         path=path.relative_to(self._run.path).as_posix(),
-                        prompt=prompt,
+                        prompt=picture.prompt,
                         seed=settings.seed,
                         strength=settings.strength,
+                        seconds=(time.monotonic() - tick) / len(batch),
                     )
                 )
         self.sample_seconds = time.monotonic() - begun
@@ -193,7 +206,9 @@ class Outputs:
             if self._training.config.output.verify:
                 proof = self._verify(self._run.path / name)
         self._run.take_flag("stop")
-        self._emit(events.Finished(step=self._training.step, path=name, seconds=seconds, proof=proof))
+        drawn = [event for event in events.read_since(self._run.events)[0] if event.get("type") == "sample"]
+        drawing = sum(float(event.get("seconds") or 0.0) for event in drawn)
+        self._emit(events.Finished(step=self._training.step, path=name, seconds=seconds, sample_seconds=drawing, proof=proof))
 
     def _verify(self, path: Path) -> str:
         """Reads the finished file back; the training's own adapters are taken out for it. Raises AdapterFileError."""
@@ -213,11 +228,23 @@ class Outputs:
         training = self._training
         folder.mkdir(parents=True, exist_ok=True)
         base, step = training.model.facts, training.step
-        how = (self._started_at, training.device.dtype_name, self._base_hashes)
+        hashes = self._base_hashes.result() if self._base_hashes else ("", "")
+        how = (self._started_at, training.device.dtype_name, hashes)
         metadata = describe_run(training.config, base, training.data, step, *how)
         export_adapter(
             folder / name, training.flat, training.exported, training.plans, training.config, metadata, base.family.name
         )
+
+
+def _hashes_of(base: Path) -> tuple[str, str]:
+    """The hashes of a base's file; empty ones of a file that vanished or changed meanwhile."""
+    try:
+        before = base.stat()
+        hashes = base_file_hashes(base)
+        after = base.stat()
+    except (AdapterFileError, OSError):
+        return "", ""
+    return hashes if (before.st_size, before.st_mtime_ns) == (after.st_size, after.st_mtime_ns) else ("", "")
 
 
 @contextmanager

@@ -45,6 +45,7 @@ class StateKeeper:
         self._saved = time.monotonic()
         if not training.device.is_main:
             return
+        training.check_manifest()  # no state without what it is a state of
         facts = {
             "at": self.began,
             "seconds": self.seconds,

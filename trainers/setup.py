@@ -8,7 +8,7 @@ import statistics
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from trainers.dataset.batches import BatchMaker
 from trainers.dataset.cache import ContentCache, prune
 from trainers.dataset.folder import Scan
 from trainers.dataset.prepare import TrainingSet, prepare, render_side, scan_images
-from trainers.device import Device, check_device, choose_device, other_kernels
+from trainers.device import SMALL, Device, check_device, choose_device, other_kernels
 from trainers.engine import Undo, compile_blocks, make_fast, make_plain
 from trainers.errors import Problem
 from trainers.families import BaseModelFacts, denoiser_bytes, load_family, recognise_base
@@ -73,6 +73,8 @@ class Training:
     asked: int = 0
     """The sum of all processes' wishes at the last step, where there are several."""
     durations: deque[float] = field(default_factory=lambda: deque(maxlen=30))
+    check_manifest: Callable[[], None] = lambda: None
+    """Holds the run's manifest against what goes into it, once; of a new run it writes it, when all is hashed."""
 
     @property
     def median(self) -> float:
@@ -115,18 +117,18 @@ def set_up(
     fit = Fit.of(before.facts.get("fit") if before else None)
     given, config = config, fit.applied(config)
     model = _load(config, base, device, emit)
-    if device.is_main:
-        for change in run.check_manifest(make_manifest(given, scan, model, start) | {"kernels": device.kernels()}, force):
-            emit(events.Warned(message=f"Since this run began, {change}; it goes on all the same."))
+    model.begin_fingerprints()  # of the frozen weights, before anything is injected
+    manifest = partial(make_manifest, given, scan, model, device, start)
+    check_manifest = cache(partial(_check_manifest, run, manifest, emit, force))
+    if device.is_main and run.manifest.exists():
+        check_manifest()
     learning = {name: part for name, part in model.parts().items() if name == "unet" or config.text_encoder_rate > 0}
     undo = _make_fast(config, learning, device)
-    prior = prior_examples(model, config, run.prior, device, emit, interrupted)
-    data = prepare(config, base, scan.examples, prior)
+    data = prepare(config, base, scan.examples, prior_examples(model, config, run.prior, device, emit, interrupted))
     checked = [*check_device(device), *check_settings(config, base), *(start.problems if start else ())]
     _tell(checked + check_pictures(config, base, scan, data), emit)
     # The text states are cached only while nothing about the text encoder learns; both facts are settled here.
     plans = plan_layers(config, list(model.parts()), model.find_targets)
-    model.fingerprint("vae")  # of the frozen weights, before anything is injected
     kind, seed = ADAPTERS[config.adapter.type], config.train.seed
     flat = inject_trainable(model.parts(), plans, kind, seed, device.device, start.given if start else None)
     if config.train.checkpointing:
@@ -148,7 +150,8 @@ def set_up(
         loss_scale=LossScale.of(device.dtype_name),
         undo=undo,
         fit=fit,
-        runner=choose_runner(config.train.cuda_graph, device.device, warn),
+        runner=choose_runner(config.train.recording, device.device, _is_small(config, base), warn),
+        check_manifest=check_manifest,
     )
 
 
@@ -159,13 +162,23 @@ def _make_fast(config: TrainConfig, learning: dict[str, torch.nn.Module], device
     return undo
 
 
+def _check_manifest(run: RunFolder, make: Callable[[], dict[str, Any]], emit: events.Emit, force: bool) -> None:
+    for change in run.check_manifest(make(), force):
+        _warn(emit, f"Since this run began, {change}; it goes on all the same.")
+
+
+def _is_small(config: TrainConfig, base: BaseModelFacts) -> bool:
+    """Whether a CPU issues the base's operations faster from a recording, which a compiled block cannot go into."""
+    return denoiser_bytes(base) <= SMALL and config.train.compile == "off"
+
+
 def _warn(emit: events.Emit, message: str) -> None:
     emit(events.Warned(message=message))
 
 
 def _tell(problems: Sequence[Problem], emit: events.Emit) -> None:
     for problem in problems:
-        emit(events.Warned(message=str(problem)))
+        _warn(emit, str(problem))
 
 
 def _parameter_groups(config: TrainConfig, flat: FlatParameters) -> list[dict[str, Any]]:
@@ -210,8 +223,7 @@ def _load(config: TrainConfig, base: BaseModelFacts, device: Device, emit: event
     # Read into the machine's memory and packed layer by layer: a GPU for which this is done may not hold it in full.
     model = load_family(base, device.dtype, torch.device("cpu"))
     parts = model.parts()
-    for name in (*parts, "vae"):
-        model.fingerprint(name)  # of the weights as they are in the file
+    model.fingerprint("unet")  # and of all, as they are in the file
     sizes = [quantise(part, kind, device.device) for part in parts.values()]
     for module in (*parts.values(), model.vae):
         module.to(device.device)
@@ -221,7 +233,9 @@ def _load(config: TrainConfig, base: BaseModelFacts, device: Device, emit: event
     return model
 
 
-def make_manifest(config: TrainConfig, scan: Scan, model: DiffusionModel, start: Start | None = None) -> dict[str, Any]:
+def make_manifest(
+    config: TrainConfig, scan: Scan, model: DiffusionModel, device: Device, start: Start | None = None
+) -> dict[str, Any]:
     """Content hashes of all that goes into a run, and the settings that decide its result.
 
     Settings at their defaults are left out, so that a later version with one setting more can go on with the run; so
@@ -236,7 +250,7 @@ def make_manifest(config: TrainConfig, scan: Scan, model: DiffusionModel, start:
     }
     free |= {
         "dataset": {"images", "edits"},
-        "train": {"save_state_seconds", "checkpointing", "recoveries", "cuda_graph", "fit"},
+        "train": {"save_state_seconds", "checkpointing", "recoveries", "recording", "fit"},
     }
     settings = config.model_dump(mode="json", exclude_defaults=True, exclude=free)
     started = {"start_from": {"LoRA": start.sha256}} if start else {}
@@ -247,6 +261,7 @@ def make_manifest(config: TrainConfig, scan: Scan, model: DiffusionModel, start:
         "base": {part: model.fingerprint(part) for part in (*model.parts(), "vae")},
         "configuration": {part: _digest(config) for part, config in model.facts.configs.items()},
         "settings": settings,
+        "kernels": device.kernels(),
         "versions": {name: _version(name) for name in ("impasto", "torch", "diffusers", "transformers", "safetensors")},
     }
 

@@ -20,7 +20,7 @@ from trainers.families import BaseModelFacts
 from trainers.formats import read_adapter
 from trainers.formats.hashes import file_hashes
 from trainers.formats.keys import KeyGroup, group_keys
-from trainers.formats.matching import match_groups, no_adapter
+from trainers.formats.matching import match_groups, no_adapter, spellings
 from trainers.formats.recognise import refuse_other_family
 from trainers.layers import layer_shapes, planned_layers
 from trainers.run_folder import absolute
@@ -54,7 +54,7 @@ def check_start(config: TrainConfig, base: BaseModelFacts) -> list[Problem]:
             raise no_adapter(header)
         refuse_other_family(groups, header.entries, base.family.name, path)
         shapes = layer_shapes(base)
-        matched, strange = match_groups(groups, shapes, base.family.name, path)
+        matched, strange = match_groups(groups, spellings(shapes, base.family.name), base.family.name, path)
     except AdapterFileError as error:
         return [Problem("error", error.what, f"{_SETTING}: {error.where}", error.hint)]
     plans = {plan.name: plan for plan in planned_layers(config, base)}

@@ -23,8 +23,8 @@ def read_tensor(handle: BinaryIO, header: Header, key: str, dtypes: Mapping[str,
     if entry.dtype not in dtypes:
         raise AdapterFileError(f"{printable(key, 120)} has dtype {entry.dtype}, which is not read here", str(header.path))
     handle.seek(header.data_start + entry.start)
-    raw = bytearray(handle.read(entry.end - entry.start))
-    if len(raw) != entry.end - entry.start:
+    raw = bytearray(entry.end - entry.start)
+    if handle.readinto(raw) != len(raw):  # type: ignore[attr-defined]
         raise AdapterFileError("The file got shorter while it was read", str(header.path), "Try again.")
     if not raw:
         return torch.empty(entry.shape, dtype=dtypes[entry.dtype])

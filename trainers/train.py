@@ -140,7 +140,7 @@ def train_from_state(run: RunFolder, emit: events.Emit, interrupted: Callable[[]
         keeper.save()  # from here on the file that it starts from is not asked for again
     outputs = Outputs(run, training, emit, keeper.began)
     outputs.start()
-    fill_cache(training, emit, unwanted)
+    hold_pictures(training, emit)
     outputs.begin_training()
     steps = training.data.steps
     loss_due = training.config.samples.every or max(1, steps // 20)
@@ -163,14 +163,14 @@ def train_from_state(run: RunFolder, emit: events.Emit, interrupted: Callable[[]
             if training.step in training.recovery.skipped:
                 training.step += 1
                 continue
-            tick, factor = time.monotonic(), factor_now(training)
+            tick, factor, encoding = time.monotonic(), factor_now(training), training.batches.seconds_encoding
             try:
                 with watchdog.step(training.step + 1, training.median), saved_if_reloaded(keeper), step_in_log(training):
                     loss, norm = update_within_memory(training, warn)
             except DivergedError as error:
                 recover(training, error, keeper, outputs)
                 continue
-            training.durations.append(time.monotonic() - tick)
+            training.durations.append(time.monotonic() - tick - (training.batches.seconds_encoding - encoding))
             due = training.step % loss_due == 0 or training.step == steps
             outputs.tell(loss, norm, factor, held_out_loss(training) if due else None)
             if outputs.sample_is_due() or flagged("sample-now"):
@@ -233,16 +233,11 @@ def stop_asked(training: Training) -> str | None:
     return (None, "pause", "stop")[min(wish, 2)]
 
 
-def fill_cache(training: Training, emit: events.Emit, unwanted: Callable[[], bool]) -> None:
-    """Encodes the pictures before the first step; a stop that is asked for meanwhile is heard."""
-
-    def told(done: int, total: int) -> bool:
-        if training.device.is_main:
-            emit(events.Stage(name="cache", done=done, total=total))
-        return not unwanted()
-
-    training.batches.fill_cache(training.data.held_out, told)
-    training.device.wait_for_all()
+def hold_pictures(training: Training, emit: events.Emit) -> None:
+    """Makes sure of the pictures before the first step; each is encoded in the first step that wants it."""
+    total = training.batches.hold_pictures(training.data.held_out)
+    if total:
+        emit(events.Stage(name="cache", detail=f"{total} pictures are encoded as they are first shown"))
 
 
 def recover(training: Training, error: DivergedError, keeper: StateKeeper, outputs: Outputs) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import sys
@@ -11,7 +12,7 @@ from typing import Any
 
 from trainers.adapters.inject import find_layers
 from trainers.adapters.layer import AdaptedLayer
-from trainers.attach import attach_files
+from trainers.attach import Layers, attach_file, find
 from trainers.device import choose_device
 from trainers.errors import AdapterFileError
 from trainers.families import BaseModelFacts, denoiser_bytes, load_family, weight_files
@@ -32,7 +33,8 @@ class Warm:
     def __init__(self) -> None:
         self._base: tuple[Mark, ...] = ()
         self._model: DiffusionModel | None = None
-        self._loras: dict[Mark, str] = {}  # the last used one last
+        self._layers: Layers | None = None
+        self._loras: dict[Mark, list[AdaptedLayer]] = {}  # with the layers that have each; the last used one last
         self._tidied: set[Path] = set()
 
     def tidy(self, folder: Path) -> None:
@@ -53,7 +55,7 @@ class Warm:
         marks = base_marks(base)
         if self._model is None or self._base != marks:
             tell({"event": "loading"})
-            self._model = None  # before the next is read: two bases may not fit into memory
+            self._model = self._layers = None  # before the next is read: two bases may not fit into memory
             self._loras.clear()
             gc.collect()
             device = choose_device("auto", denoiser_bytes(base))
@@ -62,24 +64,22 @@ class Warm:
 
     def adapter(self, model: DiffusionModel, lora: Mark, tell: Tell) -> str:
         """Name of the LoRA's adapter in the loaded base. Raises AdapterFileError, with the base left as it was."""
+        if self._layers is None or self._layers.model is not model:
+            self._loras.clear()
+            self._layers = find(model)
+        name = str(lora)
         if lora not in self._loras:
             tell({"event": "loading"})
-            (given,) = attach_files(model, [Path(lora[0])], lambda remark: print(remark, file=sys.stderr))
-            name = str(lora)  # attach_files counts from 0 each time
-            for layer in adapted_layers(model):
-                if given in layer.adapters:
-                    layer.adapters[name] = layer.adapters.pop(given)
-                    layer.strengths[name] = layer.strengths.pop(given)
-            self._loras[lora] = name
+            told = functools.partial(print, file=sys.stderr)
+            self._loras[lora] = attach_file(self._layers, Path(lora[0]), name, told)
         self._loras[lora] = self._loras.pop(lora)
         # Of a file that a training has just written again, only the new state is of use.
         stale = [mark for mark in self._loras if mark[0] == lora[0] and mark != lora]
         for old in stale or list(self._loras)[:-KEPT_LORAS]:
-            name = self._loras.pop(old)
-            for layer in adapted_layers(model):
-                layer.adapters.pop(name, None)
-                layer.strengths.pop(name, None)
-        return self._loras[lora]
+            gone = str(old)
+            for layer in self._loras.pop(old):
+                del layer.adapters[gone], layer.strengths[gone]
+        return name
 
 
 def adapted_layers(model: DiffusionModel) -> list[AdaptedLayer]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -19,11 +20,11 @@ RANDOM = ("dataset.flip=true", "dataset.caption_shuffle=true", "dataset.caption_
 TENSORS = ("latents", "noise", "timesteps", "weights")
 
 
-def maker(training: Training, **device: int) -> BatchMaker:
+def maker(training: Training, model: Any = None, warn: Callable[[str], None] = print, **device: int) -> BatchMaker:
     """A fresh maker for the run, as if in process `index` of `count`, with nothing in its cache."""
     config, data = training.config, training.data
     here: Device = replace(training.device, **device)  # type: ignore[arg-type]
-    return BatchMaker(training.model, config, data.training, data.plan, ContentCache(None), here)
+    return BatchMaker(model or training.model, config, data.training, data.plan, ContentCache(None), here, warn)
 
 
 def same(first: Batch, second: Batch) -> bool:
@@ -168,3 +169,65 @@ def test_held_out_pictures_are_never_trained_on(start: Any) -> None:
     trained = {caption for step in range(4) for batch in training.batches.step(step) for caption in batch.captions}
     assert len(trained) == 4
     assert trained.isdisjoint(prepared.example.caption for prepared in training.data.held_out)
+
+
+def test_pictures_that_vanish_before_their_turn_are_not_missed(start: Any) -> None:
+    training = start("dataset.flip=true", "train.batch_size=2")
+    expected = [rows(list(maker(training).step(step))) for step in range(12)]
+    told: list[str] = []
+    made = maker(training, warn=told.append)
+    assert made.hold_pictures(()) == 12, "six, and their mirror images"
+    for prepared in training.data.training:
+        prepared.example.path.unlink()
+    assert [rows(list(made.step(step))) for step in range(12)] == expected and told == []
+
+
+def test_a_file_is_kept_until_it_is_encoded_and_none_of_a_large_folder(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    training = start()
+    made = maker(training)
+    made.hold_pictures(())
+    assert len(made._files) == 6
+    for step in range(training.data.plan.steps_per_epoch):
+        list(made.step(step))
+    assert made._files == {}
+    monkeypatch.setattr("trainers.dataset.batches.HELD_BYTES", 100)
+    told: list[str] = []
+    made = maker(training, warn=told.append)
+    made.hold_pictures(())
+    assert made._files == {}
+    (gone, *_) = training.data.training
+    gone.example.path.unlink()
+    for step in range(training.data.plan.steps_per_epoch):
+        assert list(made.step(step))
+    assert len(told) == 1 and f"({gone.example.name}). It is left out" in told[0]
+
+
+def test_the_time_of_encoding_is_counted_apart(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = maker(start())
+    made.hold_pictures(())
+    assert made.seconds_to_encode(100) == 0, "not known yet"
+    clock = iter(range(100))
+    monkeypatch.setattr("trainers.dataset.batches.time.monotonic", lambda: float(next(clock)))
+    list(made.step(0))
+    assert made.seconds_encoding == 1
+    assert (made.seconds_to_encode(100), made.seconds_to_encode(2)) == (5, 2)
+    list(made.step(0))
+    assert made.seconds_encoding == 1
+
+
+def test_a_large_vae_encodes_in_bf16_in_a_bf16_run_on_a_cpu(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = start("train.precision=bf16").model
+    monkeypatch.setattr("trainers.families.latent_diffusion._LARGE_ENCODER", 1000)
+    assert start("train.precision=fp32").model.encodes_in == plain.encodes_in == "float32"
+    training = start("train.precision=bf16")
+    pixels = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    assert training.model.encodes_in == "bfloat16"
+    for half, whole in zip(training.model.encode_pixels(pixels), plain.encode_pixels(pixels), strict=True):
+        assert half.dtype == torch.float32 and not torch.equal(half, whole)
+        assert (half - whole).norm() < 0.03 * whole.norm()
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(training.model.decode_latents(latents), plain.decode_latents(latents))
+    assert training.model.fingerprint("vae") == plain.fingerprint("vae")
+    (one, *_) = training.data.training
+    names = {maker(training)._name(one, False), maker(training, plain)._name(one, False)}
+    assert len(names) == 2

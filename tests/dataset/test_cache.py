@@ -128,6 +128,21 @@ def test_an_entry_larger_than_the_bound_is_still_served() -> None:
     assert cache.get("a", lambda: {"mean": torch.ones(100)})["mean"].sum() == 100
 
 
+def test_little_is_held_of_what_lies_in_a_folder_and_more_where_it_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache_module, "HELD_BESIDE", 1024)
+    monkeypatch.setattr(cache_module, "HELD_ALONE", 8192)
+    (tmp_path / "blocked").write_text("a file where the folder should be")
+    held = {}
+    for name, folder in (("folder", tmp_path / "cache"), ("none", None), ("blocked", tmp_path / "blocked")):
+        cache = ContentCache(folder)
+        for number in range(8):
+            cache.get(f"{number:02d}", lambda: {"mean": torch.zeros(256)})
+        held[name] = sum(key in cache._held for key in (f"{number:02d}" for number in range(8)))
+    assert held == {"folder": 1, "none": 8, "blocked": 8}
+
+
 def fill(folder: Path, *days_ago: float) -> list[Path]:
     """One entry for each age, all of one size; returns their files."""
     paths = []

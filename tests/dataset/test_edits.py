@@ -159,6 +159,7 @@ def test_training_sees_edited_captions_and_the_manifest_tells_when_they_change(
     training = set_up(config, run, lambda event: None)
     held = {prepared.example.name: prepared.example.caption for prepared in training.data.training}
     assert held["00.png"] == "a yellow pear" and "05.png" not in held
+    training.check_manifest()
     manifest = json.loads(run.manifest.read_text())
     assert "05.png" not in manifest["captions"] and "edits" not in manifest["settings"].get("dataset", {})
     moved = path.rename(tmp_path / "moved.json")

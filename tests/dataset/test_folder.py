@@ -8,11 +8,13 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
 from tests.bad_input import GOOD, SILENT, make_bad_folder, make_picture, unlock
+from trainers.dataset import folder as folder_module
 from trainers.dataset.folder import Example, Scan, scan_folder
 from trainers.dataset.pictures import hash_file, load_pixels, read_picture
 from trainers.errors import DatasetError
@@ -264,3 +266,42 @@ def test_a_deleted_picture_is_refused_by_name(tmp_path: Path) -> None:
     for read in (load_pixels, hash_file):
         with pytest.raises(DatasetError, match=r"cannot be read: .*gone\.png"):
             read(tmp_path / "gone.png")
+
+
+def _damage_in_the_middle(path: Path) -> None:
+    """The header and the end stay whole; pixels are gone."""
+    data = bytearray(path.read_bytes())
+    middle = data.index(b"IDAT") + 8
+    data[middle : middle + 20] = bytes(20)
+    path.write_bytes(data)
+
+
+def test_a_large_folder_is_not_decoded_and_a_damaged_picture_is_left_out_when_its_turn_comes(
+    pictures: Path, start: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _damage_in_the_middle(pictures / "03.png")
+    monkeypatch.setattr(folder_module, "MOST_DECODED", 5)
+    assert len(scan_folder(pictures).examples) == 6
+    thorough = scan_folder(pictures, read=folder_module.decode_picture)
+    assert [problem.where for problem in thorough.problems if "damaged" in problem.what] == ["03.png"]
+    training = start("train.batch_size=2")
+    told: list[str] = []
+    training.batches._warn = told.append
+    for step in range(training.data.plan.steps_per_epoch):
+        assert list(training.batches.step(step))
+    assert len(told) == 1 and "(03.png). It is left out" in told[0] and "damaged" in told[0]
+    monkeypatch.setattr(folder_module, "MOST_DECODED", 6)
+    assert len(scan_folder(pictures).examples) == 5
+
+
+def test_a_second_scan_reads_only_what_has_changed(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, read = scan_folder(pictures), []
+    real = folder_module.read_picture
+    monkeypatch.setattr(
+        folder_module, "read_picture", lambda path, decode: (read.append(path.name), real(path, decode=decode))[1]
+    )
+    assert scan_folder(pictures) == first and read == []
+    with Image.open(pictures / "02.png") as image:
+        changed = image.transpose(Image.Transpose.ROTATE_90)
+    changed.save(pictures / "02.png")
+    assert scan_folder(pictures) != first and read == ["02.png"]

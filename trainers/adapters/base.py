@@ -20,8 +20,9 @@ Factors = Mapping[str, "torch.Tensor"]
 class AdapterKind(Protocol):
     """One adapter type. Weights are (out, in) or (out, in, kh, kw); the change of a weight at strength 1 is its delta.
 
-    A type that can be trained has `factor_shapes`, `initialise` and `export_alpha` too, and may have `joined`, which gives
-    frozen(x) and what `forward` adds to it in one autograd node, or None where it cannot (see adapters/lora.py).
+    A type that can be trained has `factor_shapes`, `initialise` and `export_alpha` too, and may have
+    `joined(frozen, x, [(factors, scale), ...])`, which gives frozen(x) and what `forward` adds to it in one autograd node, for
+    one layer or for several that read the same x, or None where it cannot (see adapters/lora.py).
     """
 
     @property

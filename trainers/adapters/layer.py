@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
 from trainers.adapters.base import AdapterKind
 from trainers.errors import SettingError
-from trainers.frozen import FrozenLayer
+from trainers.frozen import FrozenLayer, SharedRows
 
 Strength = float | torch.Tensor  # one number, or (B,) with one strength for each row of the batch
 
@@ -27,11 +26,6 @@ class Adapter:
     def delta(self, weight: torch.Tensor | None = None) -> torch.Tensor:
         """The update at strength 1 in float64, of the shape of the frozen `weight`, which only a DoRA has to see."""
         return self.kind.delta({k: v.detach() for k, v in self.factors.items()}, self.scale, weight)
-
-    def joined(self, frozen: Any, x: torch.Tensor, strength: Strength) -> torch.Tensor | None:
-        """frozen(x) with this adapter's path as one autograd node; None where the type has none for this layer."""
-        join = getattr(self.kind, "joined", None)
-        return join(frozen, x, self.factors, self.scale * strength) if join else None
 
 
 def is_zero(strength: Strength) -> bool:
@@ -66,17 +60,18 @@ class AdaptedLayer(nn.Module):
         """(B, ..., in) -> (B, ..., out), or (B, in, H, W) -> (B, out, H', W')."""
         if self._kept is not None:
             return self.frozen(x)  # type: ignore[no-any-return]
-        strengths = {name: strength for name, strength in self.strengths.items() if not is_zero(strength)}
-        if len(strengths) == 1:
-            ((name, strength),) = strengths.items()
-            joined = self.adapters[name].joined(self.frozen, x, strength)
-            if joined is not None:
-                return joined
+        active = self.active()
+        joined = _joined(self.frozen, x, [active])
+        if joined is not None:
+            return joined
         y: torch.Tensor = self.frozen(x)
-        for name, strength in strengths.items():
-            adapter = self.adapters[name]
+        for adapter, strength in active:
             y = y + adapter.kind.forward(self.frozen, x, adapter.factors, adapter.scale * strength)
         return y
+
+    def active(self) -> list[tuple[Adapter, Strength]]:
+        """The adapters that are not off, each with its strength."""
+        return [(self.adapters[name], strength) for name, strength in self.strengths.items() if not is_zero(strength)]
 
     def merge(self) -> None:
         """Puts all adapters at their present strengths into the frozen weight. `unmerge` restores its exact bits.
@@ -104,3 +99,31 @@ class AdaptedLayer(nn.Module):
             with torch.no_grad():
                 self.frozen.weight.copy_(self._kept)
             self._kept = None
+
+
+def answer_together(layers: Sequence[nn.Module], x: torch.Tensor) -> list[torch.Tensor]:
+    """What several layers answer to the same x, one by one, or one behind the other in a single (B, ..., sum of out).
+
+    The latter where their frozen weights lie one above the other, so that x is read once.
+    """
+    frozen = [layer.frozen if isinstance(layer, AdaptedLayer) else layer for layer in layers]
+    whole = frozen[0].whole if isinstance(frozen[0], SharedRows) else None
+    if whole is None or any(not isinstance(layer, SharedRows) or layer.whole is not whole for layer in frozen):
+        return [layer(x) for layer in layers]
+    answer = None
+    if all(layer is alone for layer, alone in zip(layers, frozen, strict=True)):
+        answer = whole(x)
+    elif all(isinstance(layer, AdaptedLayer) for layer in layers):
+        answer = _joined(whole, x, [layer.active() for layer in layers])  # type: ignore[operator]
+    return [layer(x) for layer in layers] if answer is None else [answer]
+
+
+def _joined(frozen: nn.Module, x: torch.Tensor, layers: Sequence[list[tuple[Adapter, Strength]]]) -> torch.Tensor | None:
+    """frozen(x) and all adapters as one node; None unless each layer has one, all of a type that knows how, at one strength."""
+    if any(len(active) != 1 or not isinstance(active[0][1], float) for active in layers):
+        return None
+    adapters = [active[0] for active in layers]
+    kind = adapters[0][0].kind
+    if not hasattr(kind, "joined") or any(adapter.kind is not kind for adapter, _ in adapters):
+        return None
+    return kind.joined(frozen, x, [(adapter.factors, adapter.scale * strength) for adapter, strength in adapters])  # type: ignore[no-any-return]

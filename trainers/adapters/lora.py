@@ -7,7 +7,7 @@ and its `up` is 1 x 1 (as in loralib and kohya's LoCon).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, field_validator
@@ -148,13 +148,16 @@ class Lora:
         return F.conv2d(inner, up) if up.dim() == 4 else F.linear(inner, up)
 
     @staticmethod
-    def joined(frozen: Any, x: torch.Tensor, factors: Factors, scale: float | torch.Tensor) -> torch.Tensor | None:
-        """frozen(x) + s B A x beside a matrix, at one scale: see lora_node.py. None beside a convolution, or per row."""
-        if factors["down"].dim() != 2 or not isinstance(scale, float):
-            return None
+    def joined(frozen: Any, x: torch.Tensor, adapters: Sequence[tuple[Factors, float]]) -> torch.Tensor | None:
+        """frozen(x) and what the adapters add, for one layer or for several side by side: see lora_node.py.
+
+        None beside a convolution.
+        """
         from trainers.adapters.lora_node import lora_beside
 
-        return lora_beside(frozen, x, factors["down"].to(x.dtype), factors["up"].to(x.dtype), scale)
+        if any(factors["down"].dim() != 2 for factors, _ in adapters):
+            return None
+        return lora_beside(frozen, x, [(f["down"].to(x.dtype), f["up"].to(x.dtype), scale) for f, scale in adapters])
 
     @staticmethod
     def delta(factors: Factors, scale: float, weight: torch.Tensor | None = None) -> torch.Tensor:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy
 import torch
@@ -12,7 +14,7 @@ from trainers.config import TrainConfig
 from trainers.dataset.buckets import place
 from trainers.dataset.cache import ContentCache, Entry, cache_key
 from trainers.dataset.captions import vary_caption
-from trainers.dataset.pictures import load_pixels
+from trainers.dataset.pictures import load_pixels, read_file
 from trainers.dataset.plan import StepPlan, random_for
 from trainers.dataset.prepare import Prepared
 from trainers.device import Device, send
@@ -22,6 +24,8 @@ from trainers.objective import draw_noise, draw_timestep
 
 PREPROCESSING = 1
 """Version of what `load_pixels` and `place` make of a picture. Raise it with them: older cached latents are then unused."""
+HELD_BYTES = 64 * 2**20
+"""Files of pictures are kept in memory until they are encoded where all of them together are no larger."""
 
 
 @dataclass(frozen=True)
@@ -64,20 +68,32 @@ class BatchMaker:
         self.at_once = at_once or config.train.batch_size
         """Pictures in one micro-batch. Less than the batch size where memory is short; the step stays the same."""
         self._lost: set[str] = set()  # names of pictures that cannot be read any more
+        self._flips = (False, True) if config.dataset.flip else (False,)
+        self._files: dict[Path, bytes] = {}
+        self._to_encode = self._encoded = 0
+        self.seconds_encoding = 0.0
+        """Seconds that encoding took until now, which is no part of what steps take later."""
 
-    def fill_cache(self, held_out: Sequence[Prepared], told: Callable[[int, int], bool]) -> None:
-        """Encodes every picture that no cache knows yet, so that one that vanishes later is not missed.
+    def hold_pictures(self, held_out: Sequence[Prepared]) -> int:
+        """Reads the files of the pictures that no cache knows yet, so that one that vanishes before its turn is not missed.
 
-        Calls `told` with how many of how many are done, which may answer False to end it there. Processes share the work.
+        A large folder is left on the disk. Returns how many are to be encoded, each when it is first wanted.
         """
-        flips = (False, True) if self._config.dataset.flip else (False,)
-        wanted = [(prepared, flip) for prepared in self._examples for flip in flips] + [(one, False) for one in held_out]
-        dealt = wanted[self._device.index :: self._device.count]  # before looking: the cache fills while others look
-        mine = [(prepared, flip) for prepared, flip in dealt if not self._cache.knows(self._name(prepared, flip))]
-        for done, (prepared, flip) in enumerate(mine):
-            if not told(done, len(mine)):
-                return
-            self._try_latents(prepared, flip, ("cache",))
+        wanted = [(prepared, flip) for prepared in self._examples for flip in self._flips] + [(one, False) for one in held_out]
+        missing = [prepared for prepared, flip in wanted if not self._cache.knows(self._name(prepared, flip))]
+        self._to_encode = len(missing)
+        examples = {prepared.example.path: prepared.example for prepared in missing}
+        if sum(_size_of(path) for path in examples) <= HELD_BYTES:
+            for path, example in examples.items():
+                try:
+                    self._files[path] = read_file(path, example.sha256)
+                except DatasetError as error:
+                    self._lose(example.name, error)
+        return len(missing)
+
+    def seconds_to_encode(self, showings: int) -> float:
+        """Seconds that encoding will take, by what it took, if so many more pictures are shown."""
+        return self.seconds_encoding / max(1, self._encoded) * min(showings, max(0, self._to_encode - self._encoded))
 
     def step(self, step: int) -> Iterator[Batch]:
         """The micro-batches of `step` that this process computes. Slots are dealt out to the processes in turn.
@@ -149,10 +165,13 @@ class BatchMaker:
         try:
             return self._latents(prepared, flip, key)
         except DatasetError as error:
-            if prepared.example.name not in self._lost:
-                self._lost.add(prepared.example.name)
-                self._warn(f"{error.what} ({prepared.example.name}). It is left out from now on; the training goes on.")
+            self._lose(prepared.example.name, error)
             return None
+
+    def _lose(self, name: str, error: DatasetError) -> None:
+        if name not in self._lost:
+            self._lost.add(name)
+            self._warn(f"{error.what} ({name}). It is left out from now on; the training goes on.")
 
     def _name(self, prepared: Prepared, flip: bool) -> str:
         """What the cache knows a picture's latents by."""
@@ -160,17 +179,23 @@ class BatchMaker:
         # A GPU's answer differs in the last bits from a CPU's: a run must not depend on who filled the cache.
         where = self._device.device.type
         exact = where == "cuda" and not torch.backends.cudnn.allow_tf32
-        encoder = (self._model.fingerprint("vae"), "float32", f"{where} exact" if exact else where)
+        encoder = (self._model.fingerprint("vae"), self._model.encodes_in, f"{where} exact" if exact else where)
         return cache_key("latents", *picture, *encoder)
 
     def _latents(self, prepared: Prepared, flip: bool, key: tuple[object, ...]) -> torch.Tensor:
         """One draw from the VAE's distribution of a picture, (C, h, w), scaled. Raises DatasetError naming the file."""
 
         def encode() -> Entry:
-            image = place(load_pixels(prepared.example.path, prepared.example.sha256), prepared.placement, flip)
+            begun, example = time.monotonic(), prepared.example
+            data = self._files.get(example.path)
+            pixels = load_pixels(example.path, example.sha256 if data is None else "", data)
+            image = place(pixels, prepared.placement, flip)
             mean, deviation = self._model.encode_pixels(pixels_of(numpy.asarray(image)))
             if not bool(torch.isfinite(mean).all() and torch.isfinite(deviation).all()):
-                raise DatasetError("The base's VAE gives numbers for this picture that are not finite", prepared.example.name)
+                raise DatasetError("The base's VAE gives numbers for this picture that are not finite", example.name)
+            self._encoded, self.seconds_encoding = self._encoded + 1, self.seconds_encoding + time.monotonic() - begun
+            if all(flip == other or self._cache.knows(self._name(prepared, other)) for other in self._flips):
+                self._files.pop(example.path, None)
             return {"mean": mean[0], "deviation": deviation[0]}
 
         entry = self._cache.get(self._name(prepared, flip), encode)
@@ -200,6 +225,13 @@ def framing_of(prepared: Prepared, flip: bool) -> tuple[int, ...]:
 def pixels_of(image: numpy.ndarray) -> torch.Tensor:
     """(H, W, 3) uint8 -> (1, 3, H, W) float32 in [-1, 1]."""
     return torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
+
+
+def _size_of(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:  # told when it is read
+        return 0
 
 
 def _shape(latents: torch.Tensor) -> tuple[int, int, int]:

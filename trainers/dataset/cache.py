@@ -22,6 +22,10 @@ from trainers.files import ASIDE, write_atomically
 
 Entry = dict[str, torch.Tensor]
 _DAY = 24 * 3600.0
+HELD_ALONE = 512 * 2**20
+"""Bytes of entries that are held in memory, at most, where they are nowhere else."""
+HELD_BESIDE = 64 * 2**20
+"""And where they lie in a folder, too."""
 
 
 def cache_key(*parts: object) -> str:
@@ -62,11 +66,14 @@ def _files_below(folder: Path) -> Iterator[os.DirEntry[str]]:
 
 
 class ContentCache:
-    """key -> named tensors: the newest in memory up to `memory_bytes`, all of them in `folder` (None: memory only)."""
+    """key -> named tensors: the newest in memory up to `memory_bytes`, all of them in `folder` (None: memory only).
 
-    def __init__(self, folder: Path | None, memory_bytes: int = 512 * 2**20) -> None:
+    What is in the folder is soon read again, so that little is held then: memory does not grow with a large set of pictures.
+    """
+
+    def __init__(self, folder: Path | None, memory_bytes: int = 0) -> None:
         self._folder = folder
-        self._limit = memory_bytes
+        self._limit = memory_bytes or (HELD_ALONE if folder is None else HELD_BESIDE)
         self._held: OrderedDict[str, Entry] = OrderedDict()
         self._bytes = 0
 
@@ -112,8 +119,10 @@ class ContentCache:
         path = self._path(key)
         if path is None:
             return
-        with contextlib.suppress(OSError):
+        try:
             write_atomically(path, save(entry), fsync=False)
+        except OSError:
+            self._limit = max(self._limit, HELD_ALONE)
 
 
 def _mark_used(path: Path) -> None:

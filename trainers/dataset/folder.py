@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -18,6 +19,8 @@ from trainers.errors import DatasetError, Problem
 
 MIN_SIDE = 16
 """Pictures with a shorter side than this many pixels are left out: enlarged they would teach blur."""
+MOST_DECODED = 1000
+"""Pictures of a folder that are decoded to prove that they can be, unless that is asked for."""
 MOST_DUPLICATES = 20
 """So many are told one by one."""
 # Pictures to a person, but in formats that are not read: named with the way out.
@@ -65,8 +68,27 @@ class _Captions:
 
 
 def decode_picture(path: Path) -> Picture:
-    """Facts about a picture, proven by decoding it, so that it cannot end a run. Raises DatasetError naming the file."""
-    return read_picture(path, decode=True)
+    """Facts about a picture, proven by decoding it. Raises DatasetError naming the file."""
+    return _read_once(path, decode=True)
+
+
+def look_at_picture(path: Path) -> Picture:
+    """Facts about a picture, by its header and its end alone. Raises DatasetError naming the file."""
+    return _read_once(path, decode=False)
+
+
+def _read_once(path: Path, decode: bool) -> Picture:
+    """A command scans before its run does: what has not changed in between is not read again."""
+    try:
+        status = path.stat()
+    except OSError:
+        return read_picture(path, decode=decode)
+    return _remembered(path, decode, status.st_size, status.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=20_000)  # some 10 MB
+def _remembered(path: Path, decode: bool, size: int, changed: int) -> Picture:
+    return read_picture(path, decode=decode)
 
 
 def scan_folder(
@@ -75,13 +97,14 @@ def scan_folder(
     trigger: str = "",
     repeats: int = 1,
     edits: Edits | None = None,
-    read: Callable[[Path], Picture] = decode_picture,
+    read: Callable[[Path], Picture] | None = None,
 ) -> Scan:
     """Reads all pictures under `folder`; never writes there. The same folder and edits always give the same Scan.
 
     `repeats` multiplies those of `10_name` folders. `edits` come before the captions beside the pictures. `read` gives
-    the facts about a picture, for a caller that knows them already. Raises DatasetError for a missing, unreadable or
-    empty folder, or one without a usable picture, with counts and the first reasons.
+    the facts about a picture: left out, `decode_picture`, and in a folder of more than MOST_DECODED `look_at_picture`; one
+    whose pixels are damaged is then found, told and left out when it is encoded. Raises DatasetError for a missing,
+    unreadable or empty folder, or one without a usable picture, with counts and the first reasons.
     """
     folder = Path(folder)
     walk = walk_folder(folder)
@@ -91,6 +114,7 @@ def scan_folder(
     left_out: list[Problem] = []
     remarks: list[Problem] = []
     edits = edits or Edits()
+    read = read or (decode_picture if len(pictures) <= MOST_DECODED else look_at_picture)
     for file in pictures:
         if file.name in edits.excluded:
             left_out.append(Problem("note", "Excluded in the edited captions; left out", file.name))

@@ -10,8 +10,9 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from io import BufferedReader
+from io import BufferedReader, BytesIO
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
@@ -28,6 +29,7 @@ MAX_SIDE = 30_000
 MAX_BYTES = 1 << 30
 """A larger file is refused unread."""
 
+_EMPTY = "The file is empty (0 bytes)"
 # What Pillow's decoders raise on damaged files: each of its parsers trips in its own way.
 _DECODER_ERRORS = (
     OSError,
@@ -100,17 +102,29 @@ def hash_file(path: Path) -> str:
         raise DatasetError(_reason(error), str(path)) from error
 
 
-def load_pixels(path: Path, sha256: str = "") -> Image.Image:
+def read_file(path: Path, sha256: str) -> bytes:
+    """A picture's file, if it still holds the bytes of that hash. Raises DatasetError naming the file."""
+    try:
+        with open_regular(path) as file:
+            data = file.read(MAX_BYTES)
+    except OSError as error:
+        raise DatasetError(_reason(error), str(path)) from error
+    if not data:
+        raise DatasetError(_EMPTY, str(path))
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise DatasetError("The picture was changed since the folder was scanned", str(path), "Start the run again.")
+    return data
+
+
+def load_pixels(path: Path, sha256: str = "", data: bytes | None = None) -> Image.Image:
     """A picture as 8-bit RGB without metadata: upright by EXIF, alpha on white, the first frame of several.
 
     16-bit, CMYK, palette and grey are converted. Peak memory is about 12 bytes per pixel of at most MAX_PIXELS.
-    With `sha256`, the file must still hold the bytes of that hash, so that nothing is cached under a stale name.
-    Raises DatasetError naming the file.
+    With `sha256`, the file must still hold the bytes of that hash, so that nothing is cached under a stale name. With
+    `data`, these are the file's bytes, and it is not opened. Raises DatasetError naming the file.
     """
-    with _open_picture(path) as (file, image):
+    with _open_picture(path, read_file(path, sha256) if sha256 else data) as (_file, image):
         image.load()
-        if sha256 and _hash_open(file) != sha256:
-            raise DatasetError("The picture was changed since the folder was scanned", str(path), "Start the run again.")
         orientation, _odd = _orientation(image)
         picture = _to_rgb(image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image)
         # A place where a photograph was taken must not travel into caches and samples.
@@ -139,16 +153,19 @@ def _hash_open(file: BufferedReader) -> str:
 
 
 @contextmanager
-def _open_picture(path: Path) -> Iterator[tuple[BufferedReader, Image.Image]]:
-    """Yields the open file and its image, of which only the header is read. Decoder errors become DatasetError."""
+def _open_picture(path: Path, data: bytes | None = None) -> Iterator[tuple[Any, Image.Image]]:
+    """Yields the open file, or its bytes as one, and its image, of which only the header is read.
+
+    Decoder errors become DatasetError.
+    """
     where = str(path)
     try:
-        with open_regular(path) as file, warnings.catch_warnings():
+        with open_regular(path) if data is None else BytesIO(data) as file, warnings.catch_warnings():
             # Our own limit is below Pillow's, and its remarks on odd metadata help nobody here.
             warnings.simplefilter("ignore")
-            size = os.fstat(file.fileno()).st_size
+            size = os.fstat(file.fileno()).st_size if data is None else len(data)
             if size == 0:
-                raise DatasetError("The file is empty (0 bytes)", where)
+                raise DatasetError(_EMPTY, where)
             if size > MAX_BYTES:
                 raise DatasetError(f"The file is larger than {MAX_BYTES >> 20} MiB", where, "Save a smaller copy.")
             with Image.open(file, formats=_FORMATS) as image:

@@ -10,7 +10,7 @@ from pathlib import Path
 from trainers.config import TrainConfig
 from trainers.dataset.buckets import Placement, assign_buckets
 from trainers.dataset.edits import read_edits
-from trainers.dataset.folder import Example, Scan, scan_folder
+from trainers.dataset.folder import Example, Scan, decode_picture, scan_folder
 from trainers.dataset.plan import StepPlan, split_holdout
 from trainers.families import BaseModelFacts
 
@@ -50,11 +50,15 @@ class TrainingSet:
         return dict(sorted(parts.items(), key=lambda item: (-item[1], item[0])))
 
 
-def scan_images(config: TrainConfig) -> Scan:
-    """Scans the run's folder of pictures. Raises DatasetError when nothing in it, or the file of edits, can be used."""
+def scan_images(config: TrainConfig, thorough: bool = False) -> Scan:
+    """Scans the run's folder of pictures; `thorough` decodes every picture also of a large folder.
+
+    Raises DatasetError when nothing in it, or the file of edits, can be used.
+    """
     settings = config.dataset
     edits = read_edits(Path(settings.edits)) if settings.edits else None
-    return scan_folder(Path(settings.images), trigger=settings.trigger, repeats=settings.repeats, edits=edits)
+    read = decode_picture if thorough else None
+    return scan_folder(Path(settings.images), trigger=settings.trigger, repeats=settings.repeats, edits=edits, read=read)
 
 
 def render_side(config: TrainConfig, base: BaseModelFacts) -> int:

@@ -51,12 +51,17 @@ class DiffusionModel(Protocol):
     objective: Objective
     scheduler_config: dict[str, Any]
     vae: nn.Module
+    encodes_in: str
+    """The number format in which pixels are encoded: float32, or bfloat16."""
 
     def parts(self) -> dict[str, nn.Module]:
         """The modules that adapters may go into, by the part's name in files: unet, text_encoder, ..."""
 
     def find_targets(self, part: str, targets: Sequence[str]) -> list[str]:
         """Paths inside `part` of the layers that the groups `targets` name."""
+
+    def begin_fingerprints(self) -> None:
+        """Begins to hash all parts as they are now, in a thread."""
 
     def fingerprint(self, part: str) -> str:
         """SHA-256 over the weights of a part (unet, vae, text_encoder, ...) as they are used."""

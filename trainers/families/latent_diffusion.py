@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from trainers.background import in_background
 from trainers.errors import BaseModelError
 from trainers.families.base import Conditioning
 from trainers.families.facts import BaseModelFacts
-from trainers.families.parts import TOKENS, load_parts, load_tokenizer
+from trainers.families.lean import library
+from trainers.families.parts import TOKENS, PartsReader, load_parts, load_tokenizer
 from trainers.families.targets import trainable_paths
 from trainers.objective import Objective
 
+_LARGE_ENCODER = 10_000_000  # parameters; Stable Diffusion's have 34 million
 Extras = Callable[[Conditioning, torch.Tensor], dict[str, Any]]
 """(conditioning, framing (B, 6)) -> further arguments of the denoiser."""
 
@@ -33,17 +38,23 @@ class LatentDiffusion:
         extras: Extras = lambda conditioning, framing: {},
     ) -> None:
         self.facts, self.scheduler_config = facts, facts.configs["scheduler"]
-        # Tokenizers and noise schedule first: what is wrong with them is found before gigabytes are read.
-        self.tokenizers = {part: load_tokenizer(facts, part) for part in facts.family.text_encoders}
-        alphas = _alphas_cumprod(facts)
-        parts = load_parts(facts, dtype, device)
+        # The files are read while the libraries are imported; what is wrong with the small ones is told first all the same.
+        with PartsReader(facts, dtype, device) as reader:
+            self.tokenizers = {part: load_tokenizer(facts, part) for part in facts.family.text_encoders}
+            alphas = _alphas_cumprod(facts)
+            parts = load_parts(facts, reader, device)
         self.text_encoders: dict[str, Any] = {part: parts[part] for part in facts.family.text_encoders}
         self.unet, self.vae = parts["unet"], parts["vae"]
         self.objective = Objective(alphas.to(device), facts.prediction_type)  # type: ignore[arg-type]
         self._encode, self._extras = encode, extras
+        # On a CPU a bf16 run encodes in bf16, too, in less than half the time; small ones would lose by the casts.
+        large = sum(parameter.numel() for parameter in self.vae.encoder.parameters()) > _LARGE_ENCODER
+        fast = dtype == torch.bfloat16 and device.type == "cpu" and large
+        self.encodes_in = "bfloat16" if fast else "float32"
         vae_config: Any = self.vae.config
         self._factor, self._shift = float(vae_config.scaling_factor), float(vae_config.shift_factor or 0.0)
-        self._fingerprints: dict[str, str] = {}
+        self._fingerprints: dict[str, Future[str]] = {}
+        self._dtype: torch.dtype = self.unet.dtype  # asked for at each step it would walk all parameters
 
     def parts(self) -> dict[str, nn.Module]:
         """unet, text_encoder, and text_encoder_2 where the family has one."""
@@ -53,21 +64,29 @@ class LatentDiffusion:
         """Paths of Linear and Conv2d layers inside the part, in module order; none that the family does not read."""
         return trainable_paths(self.facts, part, targets, [path for path, _ in self.parts()[part].named_modules()])
 
+    def begin_fingerprints(self) -> None:
+        """Takes the weights as they are now, the first time, and hashes them in a thread."""
+        if self._fingerprints:
+            return
+        modules = {"vae": self.vae, **self.text_encoders, "unet": self.unet}
+        self._fingerprints = in_background({part: partial(_digest, module.state_dict()) for part, module in modules.items()})
+
     def fingerprint(self, part: str) -> str:
-        """SHA-256 over names, dtypes and bytes of the part's own weights; taken before adapters are injected."""
-        if part not in self._fingerprints:
-            digest = hashlib.sha256()
-            module = self.vae if part == "vae" else self.parts()[part]
-            for name, tensor in module.state_dict().items():
-                digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-                digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-            self._fingerprints[part] = digest.hexdigest()
-        return self._fingerprints[part]
+        """SHA-256 over names, dtypes and bytes of the part's own weights; begun before adapters are injected."""
+        self.begin_fingerprints()
+        return self._fingerprints[part].result()
 
     @torch.no_grad()
     def encode_pixels(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """pixels -> mean, standard deviation of the unscaled latents, float32."""
-        distribution = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype)).latent_dist
+        weights = next(self.vae.encoder.parameters())
+        if self.encodes_in == "bfloat16" and weights.dtype == torch.float32:
+            self.begin_fingerprints()  # of the weights as they are in the file
+            for half in (self.vae.encoder, self.vae.quant_conv):
+                if half is not None:
+                    half.to(dtype=torch.bfloat16, memory_format=torch.channels_last)
+            weights = next(self.vae.encoder.parameters())
+        distribution = self.vae.encode(pixels.to(weights.device, weights.dtype)).latent_dist
         return distribution.mean.float(), distribution.std.float()
 
     def scale_latents(self, latents: torch.Tensor) -> torch.Tensor:
@@ -78,7 +97,7 @@ class LatentDiffusion:
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """latents -> pixels float32 in [-1, 1]."""
         unscaled = latents / self._factor + self._shift
-        pixels: torch.Tensor = self.vae.decode(unscaled.to(self.vae.dtype)).sample
+        pixels: torch.Tensor = self.vae.decode(unscaled.to(next(self.vae.decoder.parameters()).dtype)).sample
         return pixels.float().clamp(-1, 1)
 
     def encode_captions(self, captions: Sequence[str]) -> Conditioning:
@@ -105,7 +124,7 @@ class LatentDiffusion:
         self, noisy_latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning, framing: torch.Tensor
     ) -> torch.Tensor:
         """noisy latents -> epsilon or v, float32."""
-        dtype = self.unet.dtype
+        dtype = self._dtype
         text_states = conditioning.hidden_states.to(noisy_latents.device, dtype)  # they may come from a cache on the CPU
         answer = self.unet(
             noisy_latents.to(dtype),
@@ -155,6 +174,16 @@ def encode_with_one_encoder(model: LatentDiffusion, tokens: Mapping[str, torch.T
     return Conditioning(encoder.final_layer_norm(states))
 
 
+def _digest(weights: dict[str, torch.Tensor]) -> str:
+    """Takes each tensor out when it is done, as a layer may by then have its weight in another form."""
+    digest = hashlib.sha256()
+    for name in list(weights):
+        tensor = weights.pop(name)
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
 def _recomputed(module: nn.Module, *arguments: Any) -> Any:
     """Nothing in a frozen base draws random numbers: to read their state, as is usual, a GPU would be waited for each time."""
     return checkpoint(module.__call__, *arguments, use_reentrant=False, preserve_rng_state=False)
@@ -165,10 +194,8 @@ def _alphas_cumprod(facts: BaseModelFacts) -> torch.Tensor:
 
     Raises BaseModelError for settings of which it makes none.
     """
-    from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
-
     try:
-        alphas: torch.Tensor = DDPMScheduler.from_config(facts.configs["scheduler"]).alphas_cumprod.float()
+        alphas: torch.Tensor = library().scheduler.from_config(facts.configs["scheduler"]).alphas_cumprod.float()
     except Exception as error:  # whatever a library makes of settings that it does not expect
         first = (str(error) or type(error).__name__).splitlines()[0][:200]
         what = f"No noise schedule can be built from the base's configuration: {first}"

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import nn
-from transformers.models.clip.configuration_clip import CLIPTextConfig
-from transformers.models.clip.modeling_clip import CLIPTextModel, CLIPTextModelWithProjection
-from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
+from trainers.background import start_beside
 from trainers.errors import BaseModelError
 from trainers.families.expected import match_tensors
 from trainers.families.facts import ASSETS, BaseModelFacts
+from trainers.families.lean import library
 from trainers.families.stored import Stored, stored_tensors
 from trainers.families.tensor_files import TensorFiles
 from trainers.tensors import all_finite
@@ -30,45 +27,121 @@ _TEXT_SETTINGS = {
 _VOCABULARY = ASSETS / "pocket" / "tokenizer"
 
 
-def load_parts(facts: BaseModelFacts, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """vae, text_encoder, ... and unet, frozen, in `dtype` but for the VAE, which is float32: in half precision SDXL's
-    overflows, and others lose colours.
+class PartsReader:
+    """Reads the tensors of a base in a thread of its own, in the number format of each part, from when it is entered.
 
-    All parts are checked by their tensors' names and shapes before any is read, and the small ones are read first, so that
-    what is wrong is found before gigabytes are read. Raises BaseModelError.
+    The VAE is float32: in half precision SDXL's overflows, and others lose colours. Small parts come first.
     """
-    modules = {part: build_part(facts, part) for part in ("vae", *facts.family.text_encoders, "unet")}
-    stored = {part: _find_tensors(module, facts, part) for part, module in modules.items()}
+
+    def __init__(self, facts: BaseModelFacts, dtype: torch.dtype, device: torch.device) -> None:
+        self._facts, self._device = facts, device
+        self._dtypes = {part: torch.float32 if part == "vae" else dtype for part in parts_of(facts)}
+        self._read: dict[tuple[str, str], torch.Tensor | BaseModelError] = {}
+        self._news = threading.Condition()
+        self._failed: Exception | None = None
+        self._stopped = False
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> PartsReader:
+        self._thread = start_beside(self._run)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopped = True
+        if self._thread:
+            self._thread.join()
+        self._read.clear()
+
+    def take(self, part: str, name: str) -> torch.Tensor:
+        """A tensor by its name in the files' headers, without text_model. Raises what stood in the way."""
+        with self._news:
+            self._news.wait_for(lambda: (part, name) in self._read or self._failed is not None)
+            found = self._read.pop((part, name), self._failed)
+        if isinstance(found, torch.Tensor):
+            return found
+        assert found is not None
+        raise found
+
+    def _run(self) -> None:
+        try:
+            with TensorFiles() as files:
+                for part, dtype in self._dtypes.items():
+                    stored = stored_tensors(self._facts, part)
+                    for name in sorted(stored, key=lambda name: (str(stored[name].file), stored[name].entry.start)):
+                        if self._stopped:
+                            return
+                        tensor = files.read(stored[name])
+                        self._tell(part, name, _checked(tensor, part, name, stored[name], dtype, self._device))
+        except Exception as error:  # told to whoever waits for a tensor
+            with self._news:
+                self._failed = error
+                self._news.notify_all()
+
+    def _tell(self, part: str, name: str, found: torch.Tensor | BaseModelError) -> None:
+        with self._news:
+            self._read[part, name] = found
+            self._news.notify_all()
+
+
+def _checked(
+    tensor: torch.Tensor, part: str, name: str, stored: Stored, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor | BaseModelError:
+    if all_finite(tensor):
+        return tensor.to(device, dtype)
+    what = f"{part}: {name} holds numbers that are NaN or infinite"
+    return BaseModelError(what, where=str(stored.file), hint="Such a model draws black pictures; download it again.")
+
+
+def parts_of(facts: BaseModelFacts) -> tuple[str, ...]:
+    """vae, text_encoder, ... and unet."""
+    return ("vae", *facts.family.text_encoders, "unet")
+
+
+def load_parts(facts: BaseModelFacts, reader: PartsReader, device: torch.device) -> dict[str, Any]:
+    """vae, text_encoder, ... and unet, frozen, made of what `reader` reads.
+
+    All parts are checked by their tensors' names and shapes first, so that what is wrong is told before gigabytes are
+    read. Raises BaseModelError.
+    """
+    modules = {part: build_part(facts, part) for part in parts_of(facts)}
+    names = {part: _find_tensors(module, facts, part) for part, module in modules.items()}
     for part, module in modules.items():
-        _fill(module, part, stored[part], torch.float32 if part == "vae" else dtype, device)
+        shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
+        tensors = {name: reader.take(part, plain).reshape(shapes[name]) for name, plain in names[part].items()}
+        module.load_state_dict(tensors, assign=True)
+        module.requires_grad_(False)
+        module.to(device)  # buffers
+        module.eval()
     return modules
 
 
 def build_part(facts: BaseModelFacts, part: str) -> Any:
     """A part without memory for its parameters. Raises BaseModelError for a configuration that builds none."""
-    config = dict(facts.configs[part])
+    from accelerate import init_empty_weights
+
+    config, made = dict(facts.configs[part]), library()
     try:
         with init_empty_weights(include_buffers=False):
             if part == "unet":
-                return UNet2DConditionModel.from_config(config)
+                return made.denoiser.from_config(config)
             if part == "vae":
-                return AutoencoderKL.from_config(config)
-            kind = CLIPTextModel if part == "text_encoder" else CLIPTextModelWithProjection
-            return kind(CLIPTextConfig.from_dict({name: config[name] for name in config if name in _TEXT_SETTINGS}))
+                return made.vae.from_config(config)
+            kind = made.text_encoder if part == "text_encoder" else made.text_encoder_with_projection
+            return kind(made.text_config.from_dict({name: config[name] for name in config if name in _TEXT_SETTINGS}))
     except Exception as error:  # whatever a library makes of settings that it does not expect
         what = f"No {part} can be built from the base's configuration: {(str(error) or repr(error)).splitlines()[0][:200]}"
         raise BaseModelError(what, where=str(facts.source), hint="Is it a Stable Diffusion model?") from error
 
 
-def _find_tensors(module: nn.Module, facts: BaseModelFacts, part: str) -> dict[str, Stored]:
-    """Where each of a module's tensors is stored. Raises BaseModelError for missing and misfitting ones."""
+def _find_tensors(module: nn.Module, facts: BaseModelFacts, part: str) -> dict[str, str]:
+    """A module's tensors by the names in the headers. Raises BaseModelError for missing and misfitting ones."""
     plain = {name: name.removeprefix("text_model.") for name in module.state_dict()}
     wanted = {plain[name]: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    found = match_tensors(facts, part, wanted, stored_tensors(facts, part))
-    return {name: found[plain[name]] for name in plain}
+    match_tensors(facts, part, wanted, stored_tensors(facts, part))
+    return plain
 
 
-def load_tokenizer(facts: BaseModelFacts, part: str) -> CLIPTokenizer:
+def load_tokenizer(facts: BaseModelFacts, part: str) -> Any:
     """The tokenizer of a text encoder. A single file has CLIP's own, which ships, with the family's padding.
 
     Raises BaseModelError for one that is not CLIP's: transformers builds an empty one without a word when its files are
@@ -80,7 +153,8 @@ def load_tokenizer(facts: BaseModelFacts, part: str) -> CLIPTokenizer:
     if facts.checkpoint is not None:  # OpenCLIP pads with token 0, CLIP with its end mark
         extra["pad_token"] = "!" if _is_open_clip(facts, part) else "<|endoftext|>"
     try:
-        tokenizer = CLIPTokenizer.from_pretrained(str(vocabulary), local_files_only=True, model_max_length=TOKENS, **extra)
+        kind = library().tokenizer
+        tokenizer = kind.from_pretrained(str(vocabulary), local_files_only=True, model_max_length=TOKENS, **extra)
         known = tokenizer(CANARY[0]).input_ids == CANARY[1]
     except Exception as error:  # its library raises plain Exceptions
         what = f"The tokenizer could not be loaded: {(str(error) or type(error).__name__).splitlines()[0]}"
@@ -93,21 +167,3 @@ def load_tokenizer(facts: BaseModelFacts, part: str) -> CLIPTokenizer:
 
 def _is_open_clip(facts: BaseModelFacts, part: str) -> bool:
     return facts.family.name == "sd2" or part == "text_encoder_2"
-
-
-def _fill(module: nn.Module, part: str, stored: dict[str, Stored], dtype: torch.dtype, device: torch.device) -> None:
-    """Reads a part's tensors into its module. Raises BaseModelError for numbers that are not finite."""
-    shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
-    tensors = {}
-    with TensorFiles() as files:
-        for name in sorted(stored, key=lambda name: (str(stored[name].file), stored[name].entry.start)):
-            tensor = files.read(stored[name])
-            if not all_finite(tensor):
-                what = f"{part}: {name} holds numbers that are NaN or infinite"
-                hint = "Such a model draws black pictures; download it again."
-                raise BaseModelError(what, where=str(stored[name].file), hint=hint)
-            tensors[name] = tensor.reshape(shapes[name]).to(device, dtype)
-    module.load_state_dict(tensors, assign=True)
-    module.requires_grad_(False)
-    module.to(device)  # buffers
-    module.eval()

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from trainers.formats.weights import AdapterFile, ModuleWeights
 
-__all__ = ["AdapterFile", "FileDtype", "FileForm", "ModuleWeights", "read_adapter", "read_without_base", "write_adapter"]
+if TYPE_CHECKING:
+    from trainers.formats.reading import LoadedBase
+
+__all__ = [
+    "AdapterFile", "FileDtype", "FileForm", "ModuleWeights", "base_for", "read_adapter", "read_for", "read_without_base",
+    "write_adapter",
+]  # fmt: skip
 
 FileDtype = Literal["fp16", "bf16", "fp32"]
 FileForm = Literal["kohya", "peft"]
@@ -47,9 +53,29 @@ def read_adapter(
     that is damaged, is no safetensors, is a kind of adapter that is not known here, holds NaN, was made for another
     family, misfits the base, or matches none of it.
     """
+    return read_for(path, base_for(known, shapes, family))
+
+
+def base_for(
+    known: Iterable[str], shapes: Mapping[str, tuple[int, ...]] | None = None, family: str = "sd1", device: str = "cpu"
+) -> LoadedBase:
+    """A base to read one file after the other for: what is the same for all of them is done once. Arguments as above.
+
+    A file of plain LoRA whose tensors lie as in one before is read at once. `device`: where its factors are wanted.
+    """
+    import torch
+
+    from trainers.formats.matching import spellings
+    from trainers.formats.reading import LoadedBase
+
+    return LoadedBase(family, spellings(known, family), shapes, torch.device(device))
+
+
+def read_for(path: Path, base: LoadedBase) -> AdapterFile:
+    """As `read_adapter`, for a base that is kept."""
     from trainers.formats.reading import read
 
-    return read(path, known, shapes, family)
+    return read(path, base, base.family)
 
 
 def read_without_base(path: Path, family: str | None = None) -> AdapterFile:
@@ -59,4 +85,4 @@ def read_without_base(path: Path, family: str | None = None) -> AdapterFile:
     """
     from trainers.formats.reading import read
 
-    return read(path, None, None, family)
+    return read(path, None, family)

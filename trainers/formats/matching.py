@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from trainers.container import Header
@@ -43,11 +43,18 @@ def no_adapter(header: Header) -> AdapterFileError:
     return AdapterFileError(f"There is no LoRA in the file; it holds {name_list(names)}", where, "Choose a LoRA file.")
 
 
+def spellings(known: Iterable[str], family: str) -> dict[tuple[str, str], str]:
+    """Every flat name by which files of the family call a layer -> its canonical name."""
+    return {flat: name for name in known for flat in flat_names(name, family)}
+
+
 def match_groups(
-    groups: list[KeyGroup], known: Iterable[str] | None, family: str, path: Path
+    groups: list[KeyGroup], table: Mapping[tuple[str, str], str] | None, family: str, path: Path
 ) -> tuple[dict[str, KeyGroup], list[str]]:
-    """(groups by canonical name, prefixes that match nothing). Raises AdapterFileError if none match or one does twice."""
-    table = None if known is None else {flat: name for name in known for flat in flat_names(name, family)}
+    """(groups by canonical name, prefixes that match nothing). Raises AdapterFileError if none match or one does twice.
+
+    table: the base's `spellings`; None takes what the names tell by themselves.
+    """
     matched: dict[str, KeyGroup] = {}
     unmatched: list[str] = []
     for group in groups:

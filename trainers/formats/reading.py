@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
+
+import torch
 
 from trainers.adapters import ADAPTERS
 from trainers.adapters.base import AdapterKind
 from trainers.adapters.dora import MAGNITUDE
 from trainers.container import Header, open_file, read_header
 from trainers.errors import AdapterFileError
+from trainers.formats.again import Layout, layout_of, read_again
 from trainers.formats.keys import KeyGroup, group_keys
 from trainers.formats.kohya import factors_of
 from trainers.formats.matching import match_groups, no_adapter, sure_family
@@ -27,29 +31,50 @@ LARGEST = 2**28
 KIND_NAMES = {"oft": "an OFT"}
 
 
-def read(
-    path: Path, known: Iterable[str] | None, shapes: Mapping[str, tuple[int, ...]] | None, family: str | None
-) -> AdapterFile:
+@dataclass
+class LoadedBase:
+    """What files are read for: a base's spellings, and the weight shapes of its layers where the files are held to them.
+
+    `last` is how the last file of plain LoRA was laid out, as the next one mostly is like it.
+    """
+
+    family: str
+    table: Mapping[tuple[str, str], str]
+    shapes: Mapping[str, tuple[int, ...]] | None
+    device: torch.device
+    last: Layout | None = None
+
+
+def read(path: Path, base: LoadedBase | None, family: str | None) -> AdapterFile:
     """See trainers.formats.read_adapter and read_without_base."""
     with open_file(path) as handle:
-        header = read_header(handle, path)
+        last = None if base is None else base.last
+        header = read_header(handle, path, None if last is None else last.header)
+        if base is not None and last is not None:
+            again = read_again(handle, header, last, base.device)
+            if again is not None:
+                return again
         groups, foreign = group_keys(header.entries)
         if not any(group.kinds for group in groups):
             raise no_adapter(header)
-        if known is not None and family is not None:
+        if base is not None:
+            family = base.family
             refuse_other_family(groups, header.entries, family, path)
-        if family is None:
+        elif family is None:
             family = sure_family(header, groups)
-        matched, unmatched = match_groups(groups, known, family, path)
+        matched, unmatched = match_groups(groups, None if base is None else base.table, family, path)
         scaling = read_scaling(header.metadata, str(path))
         modules: dict[str, ModuleWeights] = {}
         for name, group in matched.items():
             weights = read_module(handle, header, group, scaling)
-            if shapes is not None and name in shapes:
-                weights = fit_to_layer(name, weights, shapes[name], str(path))
+            if base is not None and base.shapes is not None and name in base.shapes:
+                weights = fit_to_layer(name, weights, base.shapes[name], str(path))
             check_module(name, weights, str(path))
             modules[name] = weights
-    return AdapterFile(modules, dict(header.metadata), tuple([*unmatched, *foreign]), family)
+    file = AdapterFile(modules, dict(header.metadata), tuple([*unmatched, *foreign]), family)
+    if base is not None:
+        base.last = layout_of(header, matched, file) or base.last
+    return file
 
 
 def read_module(handle: BinaryIO, header: Header, group: KeyGroup, scaling: Mapping[str, PeftScaling]) -> ModuleWeights:

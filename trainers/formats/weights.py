@@ -36,7 +36,8 @@ class ModuleWeights:
     @property
     def scale(self) -> float:
         """alpha / rank, the factor in front of the rest; 1 without a rank."""
-        return self.alpha / self.rank if self.rank else 1.0
+        rank = self.rank
+        return self.alpha / rank if rank else 1.0
 
     @property
     def shape(self) -> tuple[int, ...]:
