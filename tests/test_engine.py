@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ from torch import nn
 from tests.tiny_models import WIDTH, WIDTH_2, tiny_sd2_unet, tiny_sdxl_unet, tiny_text_encoder, tiny_unet
 from trainers.attention import Attend
 from trainers.blocked import BlockedLayer, can_be_blocked, spread, turned
-from trainers.engine import make_fast, make_plain
+from trainers.engine import compile_blocks, make_fast, make_plain
 from trainers.frozen import FrozenLayer, KeptLayer
 from trainers.fused import Gated, NormSilu, attend
 from trainers.kernels import Kernels
@@ -240,3 +242,22 @@ def test_a_gpus_norm_reads_plain_form_whatever_the_convolution_before_it_answers
     x = torch.empty(1, 8, 4, 4, device="meta").contiguous(memory_format=torch.channels_last).requires_grad_()
     norm(x).sum().backward()
     assert forms == [True, True]
+
+
+def test_compiled_blocks_compute_alike_and_become_plain_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    plain, other = tiny_unet().requires_grad_(False), tiny_unet().requires_grad_(False)
+    make_fast({"unet": plain}, Kernels())
+    undo = make_fast({"unet": other}, Kernels())
+    compile_blocks({"unet": other, "text_encoder": tiny_text_encoder()}, tmp_path, undo, "aot_eager")
+    blocks = [module for module in other.modules() if module._compiled_call_impl is not None]
+    assert {type(block).__name__ for block in blocks} == {"BasicTransformerBlock"} and len(blocks) > 1
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path)
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    for found, wanted in zip(both_ways(other, torch.float32), both_ways(plain, torch.float32), strict=True):
+        assert apart(found, wanted) < 1e-5
+    make_plain({"unet": other}, undo)
+    assert not [module for module in other.modules() if module._compiled_call_impl is not None]
+    again, usual = (both_ways(unet, torch.float32) for unet in (other, tiny_unet()))
+    assert all(torch.equal(found, wanted) for found, wanted in zip(again, usual, strict=True))

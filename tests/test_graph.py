@@ -152,6 +152,6 @@ def test_a_step_waits_for_its_numbers_once(start: Any, monkeypatch: pytest.Monke
     assert asked == [("tolist", (3,))]
 
 
-def test_without_an_nvidia_gpu_or_when_it_is_off_nothing_is_recorded() -> None:
-    for setting, kind in (("auto", "cpu"), ("auto", "mps"), ("off", "cuda")):
-        assert isinstance(choose_runner(setting, torch.device(kind), lambda _: None), Eager)
+def test_nothing_is_recorded_when_it_is_off_or_layers_are_large() -> None:
+    for setting, kind, small in (("auto", "cpu", False), ("auto", "mps", True), ("off", "cuda", True), ("off", "cpu", True)):
+        assert isinstance(choose_runner(setting, torch.device(kind), small, lambda _: None), Eager)

@@ -88,3 +88,22 @@ def test_the_fast_path_learns_what_the_plain_one_learns(start: Any, monkeypatch:
     assert float(plain.norm()) > 0
     for weights in found.values():
         assert float((weights - plain).norm() / plain.norm()) < 1e-3
+
+
+def test_fp32_that_is_asked_for_keeps_its_digits_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    from trainers.device import choose_device
+
+    matmul, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    try:
+        for precision, exact in (("fp32", True), ("auto", False), ("bf16", False)):
+            choose_device(precision, 1 << 30)
+            assert torch.backends.cudnn.allow_tf32 is not exact
+            assert (torch.get_float32_matmul_precision() == "highest") is exact
+        before = {"matmul": "highest", "dtype": "bf16", "threads": 1, "processes": 1}
+        choose_device("auto", 1 << 30, before)
+        assert not torch.backends.cudnn.allow_tf32, "a resumed run computes as it did"
+    finally:
+        torch.set_float32_matmul_precision(matmul)
+        torch.backends.cudnn.allow_tf32 = convolutions

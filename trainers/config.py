@@ -125,6 +125,8 @@ class TrainSettings(Settings):
     """Gradient checkpointing: less memory, about a third more time."""
     fit: bool = True
     """When memory is too small for a step, save some: checkpointing, fewer pictures at once, an int8 base. Told."""
+    compile: Literal["off", "on"] = "off"
+    """Have torch.compile fuse repeated blocks: a minute or more at the first start, slower on a CPU, other last digits."""
     recording: Literal["auto", "off"] = "auto"
     """On an NVIDIA GPU, and for a small base on a CPU: record a step of each size once, and do it again as a whole."""
     save_state_seconds: float = Field(default=30.0, ge=0, le=30)

@@ -149,8 +149,8 @@ def choose_device(precision: str, denoiser_bytes: int, before: Mapping[str, Any]
         # product gets, which a resumed process chose differently, in the last bit of a result.
         # Sums are cut into as many parts as there are threads, so a resumed run needs as many as before.
         torch.set_num_threads(before["threads"] if before else torch.get_num_threads())
-    if before:
-        torch.set_float32_matmul_precision(before["matmul"])
+    if before or device.type == "cuda":
+        _settle_tf32(before["matmul"] if before else "highest" if precision == "fp32" else "high")
     half = _half_precision(device)
     if precision == "bf16" and half != "bf16":
         other = half or "fp32"
@@ -165,6 +165,15 @@ def choose_device(precision: str, denoiser_bytes: int, before: Mapping[str, Any]
         reason = f"{device.type}, {precision} as set"
     fast = Kernels(**{name: before[name] for name in asdict(Kernels()) if name in before}) if before else Kernels()
     return Device(device, DTYPES[precision], reason, index, count, group, fast)
+
+
+def _settle_tf32(matmul: str) -> None:
+    """TF32, 10 bits of a factor's digits in place of 23, for a GPU's float32 products and convolutions but at "highest".
+
+    Whoever asks for fp32 wants its digits. Else float32 is left to the VAE and to bases that are too small for 16 bits.
+    """
+    torch.set_float32_matmul_precision(matmul)
+    torch.backends.cudnn.allow_tf32 = matmul != "highest"
 
 
 def _half_precision(device: torch.device) -> str | None:

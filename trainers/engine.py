@@ -6,7 +6,9 @@ go in before or after: they hold whatever layer they were put beside.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,6 +45,19 @@ def make_fast(parts: Mapping[str, nn.Module], kernels: Kernels) -> Undo:
         for parent, leaf, layer in list(_frozen_leaves(part)):
             setattr(parent, leaf, keep(layer))
     return undo
+
+
+def compile_blocks(parts: Mapping[str, Any], folder: Path, undo: Undo, backend: str = "inductor") -> None:
+    """Has torch.compile compile the blocks that a part names as its repeated ones, when they are first computed.
+
+    What it makes is kept in `folder`, so that the next start takes seconds. Adds to `undo` how they become plain again.
+    """
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
+    for part in parts.values():
+        for module in part.modules():
+            if type(module).__name__ in (getattr(part, "_repeated_blocks", None) or ()):
+                module.compile(backend=backend)
+                undo.append(lambda block=module: setattr(block, "_compiled_call_impl", None))  # type: ignore[misc]
 
 
 @torch.no_grad()

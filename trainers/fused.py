@@ -160,9 +160,10 @@ class _Products(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         heads, number = ctx.heads, len(ctx.needs_input_grad) - 1
-        parts = ctx.saved_tensors[-number:]
+        saved = ctx.saved_tensors  # read once, as with checkpointing each reading would compute all anew
+        parts = saved[-number:]
         query, key, value = (_of_heads(states, heads).flatten(0, 1) for states in _cut(parts))
-        probabilities = ctx.saved_tensors[0] if len(ctx.saved_tensors) > number else _probabilities(query, key)
+        probabilities = saved[0] if len(saved) > number else _probabilities(query, key)
         gradient = _of_heads(gradient, heads).flatten(0, 1)
         to_scores = torch.bmm(gradient, value.transpose(1, 2))
         to_scores = torch._softmax_backward_data(to_scores, probabilities, -1, probabilities.dtype)

@@ -27,7 +27,7 @@ from trainers.dataset.cache import ContentCache, prune
 from trainers.dataset.folder import Scan
 from trainers.dataset.prepare import TrainingSet, prepare, render_side, scan_images
 from trainers.device import SMALL, Device, check_device, choose_device, other_kernels
-from trainers.engine import Undo, make_fast, make_plain
+from trainers.engine import Undo, compile_blocks, make_fast, make_plain
 from trainers.errors import Problem
 from trainers.families import BaseModelFacts, denoiser_bytes, load_family, recognise_base
 from trainers.families.base import DiffusionModel
@@ -123,7 +123,7 @@ def set_up(
     if device.is_main and run.manifest.exists():
         check_manifest()
     learning = {name: part for name, part in model.parts().items() if name == "unet" or config.text_encoder_rate > 0}
-    undo = make_fast(learning, device.fast)
+    undo = _make_fast(config, learning, device)
     data = prepare(config, base, scan.examples, prior_examples(model, config, run.prior, device, emit, interrupted))
     checked = [*check_device(device), *check_settings(config, base), *(start.problems if start else ())]
     _tell(checked + check_pictures(config, base, scan, data), emit)
@@ -150,14 +150,26 @@ def set_up(
         loss_scale=LossScale.of(device.dtype_name),
         undo=undo,
         fit=fit,
-        runner=choose_runner(config.train.recording, device.device, denoiser_bytes(base) <= SMALL, warn),
+        runner=choose_runner(config.train.recording, device.device, _is_small(config, base), warn),
         check_manifest=check_manifest,
     )
+
+
+def _make_fast(config: TrainConfig, learning: dict[str, torch.nn.Module], device: Device) -> Undo:
+    undo = make_fast(learning, device.fast)
+    if config.train.compile == "on":
+        compile_blocks(learning, home_folder() / "cache" / "compiled", undo)
+    return undo
 
 
 def _check_manifest(run: RunFolder, make: Callable[[], dict[str, Any]], emit: events.Emit, force: bool) -> None:
     for change in run.check_manifest(make(), force):
         _warn(emit, f"Since this run began, {change}; it goes on all the same.")
+
+
+def _is_small(config: TrainConfig, base: BaseModelFacts) -> bool:
+    """Whether a CPU issues the base's operations faster from a recording, which a compiled block cannot go into."""
+    return denoiser_bytes(base) <= SMALL and config.train.compile == "off"
 
 
 def _warn(emit: events.Emit, message: str) -> None:

@@ -177,7 +177,9 @@ class BatchMaker:
         """What the cache knows a picture's latents by."""
         picture = (PREPROCESSING, prepared.example.sha256, prepared.placement, flip)
         # A GPU's answer differs in the last bits from a CPU's: a run must not depend on who filled the cache.
-        encoder = (self._model.fingerprint("vae"), self._model.encodes_in, self._device.device.type)
+        where = self._device.device.type
+        exact = where == "cuda" and not torch.backends.cudnn.allow_tf32
+        encoder = (self._model.fingerprint("vae"), self._model.encodes_in, f"{where} exact" if exact else where)
         return cache_key("latents", *picture, *encoder)
 
     def _latents(self, prepared: Prepared, flip: bool, key: tuple[object, ...]) -> torch.Tensor:
