@@ -60,12 +60,11 @@ def test_shapes_are_those_of_the_levels_with_attention() -> None:
 def test_a_resumed_run_computes_with_the_kernels_that_it_began_with(
     tiny_base: Path, pictures: Path, tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chosen = [Kernels(blocked=True, matrices=True, products=1 << 20)]
-    monkeypatch.setattr("trainers.setup.choose_kernels", lambda *given: chosen[0])
+    monkeypatch.setattr("trainers.setup.FOR_SMALL", Kernels(blocked=True, matrices=True, products=1 << 20))
     words = ("train", pictures, "--base", tiny_base, *TINY, "--steps", "2", "--output", tmp_path / "run")
     assert impasto(*words) == 0
     run = RunFolder(tmp_path / "run")
-    chosen[0] = Kernels()
+    monkeypatch.setattr("trainers.setup.FOR_SMALL", Kernels())
     before = load_state(run)
     assert before is not None
     training = set_up(read_config(run.config), run, lambda event: None, before=before)
@@ -79,7 +78,7 @@ def test_the_fast_path_learns_what_the_plain_one_learns(start: Any, monkeypatch:
     found = {}
     for kernels in (Kernels(blocked=True, matrices=True, products=1 << 20), Kernels(), None):
         with monkeypatch.context() as patch:
-            patch.setattr("trainers.setup.choose_kernels", lambda *given, kernels=kernels: kernels or Kernels())
+            patch.setattr("trainers.setup.FOR_SMALL", kernels or Kernels())
             if kernels is None:  # diffusers' own modules, and the adapter beside them as it is written in the paper
                 patch.setattr("trainers.setup.make_fast", lambda parts, kernels: [])
                 patch.delattr("trainers.adapters.lora.Lora.joined")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
@@ -22,8 +23,8 @@ def in_background(work: Mapping[str, Callable[[], T]]) -> dict[str, Future[T]]:
     futures: dict[str, Future[T]] = {name: Future() for name in waiting}
 
     def run() -> None:
-        if threading.current_thread() is not threading.main_thread():
-            with contextlib.suppress(OSError, AttributeError):  # only Linux knows a thread's own priority
+        if threading.current_thread() is not threading.main_thread() and sys.platform == "linux":
+            with contextlib.suppress(OSError):  # only there a thread has a priority of its own
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _YIELDING)
         for name in tuple(waiting):
             piece = waiting.pop(name)

@@ -111,6 +111,8 @@ def can_be_blocked(layer: nn.Module) -> bool:
         return False
     if layer.weight.dtype not in (torch.float32, torch.bfloat16) or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
+    if layer.weight.dtype == torch.bfloat16 and not _KERNELS._is_mkldnn_bf16_supported():
+        return False  # oneDNN's operators refuse it on an older processor, where PyTorch's plain ones compute all the same
     if isinstance(layer, nn.Linear):
         return layer.weight.dtype == torch.bfloat16 or layer.weight.numel() >= SMALL
     if layer.padding_mode != "zeros" or isinstance(layer.padding, str) or layer.groups != 1 or layer.dilation != (1, 1):

@@ -163,8 +163,8 @@ def choose_device(precision: str, denoiser_bytes: int, before: Mapping[str, Any]
         reason = f"{device.type}, {precision} chosen for a denoiser of {denoiser_bytes / 1e6:.0f} MB"
     else:
         reason = f"{device.type}, {precision} as set"
-    fast = Kernels(**{name: before[name] for name in asdict(Kernels()) if name in before}) if before else Kernels()
-    return Device(device, DTYPES[precision], reason, index, count, group, fast)
+    kept = {name: before[name] for name in asdict(Kernels()) if name in before} if before and device.type == "cpu" else {}
+    return Device(device, DTYPES[precision], reason, index, count, group, Kernels(**kept))
 
 
 def _settle_tf32(matmul: str) -> None:

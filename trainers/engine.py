@@ -67,10 +67,14 @@ def make_plain(parts: Mapping[str, nn.Module], undo: Undo) -> None:
         step()
     undo.clear()
     for part in parts.values():
-        for path, layer in list(part.named_modules()):
-            if isinstance(layer, FrozenLayer) and not isinstance(layer, PackedLayer):
-                parent, _, leaf = path.rpartition(".")
-                setattr(part.get_submodule(parent), leaf, plain_layer(layer, layer.weight))
+        for path in [path for path, layer in part.named_modules() if _is_replaced(layer)]:  # no list that keeps the layers
+            parent, _, leaf = path.rpartition(".")
+            layer: Any = part.get_submodule(path)
+            setattr(part.get_submodule(parent), leaf, plain_layer(layer, layer.weight))
+
+
+def _is_replaced(layer: nn.Module) -> bool:
+    return isinstance(layer, FrozenLayer) and not isinstance(layer, PackedLayer)
 
 
 def _frozen_leaves(part: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear | nn.Conv2d]]:
@@ -114,6 +118,7 @@ def _fuse(module: Any, silu: SiluOfVectors, undo: Undo) -> None:
 def _stand_in(parent: nn.Module, leaf: str, new: nn.Module, inner: str, undo: Undo) -> None:
     """Replaces a module that holds the layer `inner`; what has become of that layer meanwhile goes back with it."""
     old = getattr(parent, leaf)
+    setattr(old, inner, None)  # or the plain weight would lie beside its other form
     setattr(parent, leaf, new)
 
     def put_back() -> None:

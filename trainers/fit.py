@@ -112,7 +112,13 @@ def fit_before_first_step(training: Training, warn: Callable[[str], None], forwa
     """On a CPU: makes room until the largest step is estimated to fit. `forward` gives a batch's loss, with its graph."""
     if training.device.device.type != "cpu" or not can_fit(training) or _fits_by_far(training):
         return
+    unet = training.model.parts()["unet"]
+    checkpointed = bool(getattr(unet, "is_gradient_checkpointing", False))
+    if checkpointed:  # which hides from the count what it recomputes
+        unet.disable_gradient_checkpointing()  # type: ignore[operator]
     kept = bytes_of_a_picture(training, forward)
+    if checkpointed:
+        training.model.enable_checkpointing()
     while True:
         rows = min(training.fit.at_once or training.config.train.batch_size, training.config.examples_per_step)
         needed = int(BESIDE * rows * kept * (RECOMPUTED if training.config.train.checkpointing else 1))

@@ -70,7 +70,7 @@ class SharedRows(FrozenLayer):
 
     def __init__(self, layer: nn.Linear, whole: FrozenLayer, start: int) -> None:
         super().__init__(layer)
-        # Not as a sub-module: the first of them has it as one.
+        # Not as a sub-module, so that it is no layer by a name of its own that an adapter could be put beside.
         self.start, self.__dict__["whole"] = start, whole
 
     whole: FrozenLayer

@@ -1,4 +1,6 @@
-"""One micro-batch's work, forward and backward, recorded once for each shape and done again as a whole: a CUDA graph.
+"""One micro-batch's work, forward and backward, recorded once for each shape and done again as a whole.
+
+On a GPU it is recorded as a CUDA graph, on a CPU, for small bases, as a list of operations (tape.py).
 
 A step of Stable Diffusion is thousands of small operations, and issuing them from Python takes a fast GPU longer than
 computing them. A recorded step is issued at once. It reads its inputs where they lay when it was recorded, so each shape
@@ -11,6 +13,8 @@ which a recording does not allow. What cannot be recorded is computed as usual t
 
 from __future__ import annotations
 
+import logging
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -26,6 +30,8 @@ WARM_UP = 2
 """Batches of a shape that are computed before it is recorded."""
 ON_CPU = 8
 """The same on a CPU, where recording takes as long as some twenty steps save."""
+LATENTS_ON_CPU = 1 << 16
+"""Numbers in a batch's latents up to which it is recorded there: while it is, all that a step computes lies in memory."""
 MOST = 16
 """Shapes that are recorded at the most: each recording holds some megabytes for its thousands of kernels."""
 
@@ -67,7 +73,9 @@ class Graphed:
         warn: Callable[[str], None],
         beside: Callable[[], AbstractContextManager[None]] = nullcontext,
         warm_up: int = WARM_UP,
+        largest: float = math.inf,
     ) -> None:
+        self._largest = largest
         self._record, self._warn, self._beside, self._warm_up = record, warn, beside, warm_up
         self._seen: Counter[object] = Counter()
         self._recorded: dict[object, tuple[dict[str, torch.Tensor], Work]] = {}
@@ -75,7 +83,7 @@ class Graphed:
 
     def __call__(self, learn: Learn, batch: Batch, condition: Condition, factor: torch.Tensor) -> torch.Tensor:
         """See Runner."""
-        if self._given_up:
+        if self._given_up or batch.latents.numel() > self._largest:
             return learn(batch, condition, factor)
         text = condition.read(batch.captions)
         given = _tensors(batch, factor) | {f"text {name}": tensor for name, tensor in text.items()}
@@ -105,8 +113,8 @@ class Graphed:
     def _give_up(self, reason: str) -> None:
         self._given_up = True
         self.forget()
-        what = "The step cannot be recorded, and is computed operation by operation: the same result, slower"
-        self._warn(f"{what} ({reason.splitlines()[0][:200]}).")
+        logging.getLogger("impasto").info("the step cannot be recorded: %s", reason.splitlines()[0][:200])
+        self._warn("The step is computed operation by operation, as it cannot be recorded: the same result, somewhat slower.")
 
 
 def _tensors(batch: Batch, factor: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -137,7 +145,7 @@ def choose_runner(setting: str, device: torch.device, small: bool, warn: Callabl
         cuda = _Cuda(device)
         return Graphed(cuda.record, warn, cuda.beside)
     # Elsewhere it pays where layers are small; a recording is made once a run has proved to be longer than a trial.
-    return Graphed(tape.record, warn, warm_up=ON_CPU) if small and device.type == "cpu" else Eager()
+    return Graphed(tape.record, warn, warm_up=ON_CPU, largest=LATENTS_ON_CPU) if small and device.type == "cpu" else Eager()
 
 
 class _Cuda:

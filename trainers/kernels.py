@@ -41,6 +41,10 @@ class Kernels:
     products: int = 0
 
 
+FOR_SMALL = Kernels(blocked=True)
+"""Of a base whose layers are so small that a measurement would say more about the moment than about the kernels."""
+
+
 @dataclass(frozen=True)
 class Shapes:
     """What is measured: `levels` of (tokens, channels, heads) of the denoiser's attention, and channels of its convolutions."""
@@ -128,10 +132,11 @@ def _processor_name() -> str:
 
 def shapes_of(config: Mapping[str, Any], side: int) -> Shapes:
     """Of a UNet's configuration and latents of `side` by `side`."""
-    widths, heads = config["block_out_channels"], config["attention_head_dim"]
-    heads = config.get("num_attention_heads") or heads
+    widths = config["block_out_channels"]
+    heads = config.get("num_attention_heads") or config.get("attention_head_dim", 8)
     counts = heads if isinstance(heads, list | tuple) else [heads] * len(widths)
     sides = [max(1, side >> level) for level in range(len(widths))]
-    levels = [(side * side, width, count) for side, width, count in zip(sides, widths, counts, strict=True)]
-    attended = [level for level, kind in zip(levels, config["down_block_types"], strict=True) if "Attn" in kind]
+    levels = [(side * side, width, count) for side, width, count in zip(sides, widths, counts, strict=False)]
+    kinds = config.get("down_block_types", ["CrossAttnDownBlock2D"] * len(levels))
+    attended = [level for level, kind in zip(levels, kinds, strict=False) if "Attn" in kind]
     return Shapes(tuple(attended), (widths[-1], sides[-1]))

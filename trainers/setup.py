@@ -33,7 +33,7 @@ from trainers.families import BaseModelFacts, denoiser_bytes, load_family, recog
 from trainers.families.base import DiffusionModel
 from trainers.fit import Fit
 from trainers.graph import Eager, Runner, choose_runner
-from trainers.kernels import choose_kernels, shapes_of
+from trainers.kernels import FOR_SMALL, choose_kernels, shapes_of
 from trainers.layers import plan_layers
 from trainers.loss_scale import LossScale
 from trainers.prior import prior_examples
@@ -82,7 +82,7 @@ class Training:
         return statistics.median(self.durations) if self.durations else 0.0
 
     def take_out(self) -> None:
-        """Leaves the base as it was loaded, without the adapter that is trained; no step can follow."""
+        """Leaves the denoiser and the text encoders as they were loaded, without the adapter; no step can follow."""
         self.runner.forget()
         restore_layers(self.model.parts())
         make_plain(self.model.parts(), self.undo)
@@ -168,8 +168,8 @@ def _check_manifest(run: RunFolder, make: Callable[[], dict[str, Any]], emit: ev
 
 
 def _is_small(config: TrainConfig, base: BaseModelFacts) -> bool:
-    """Whether a CPU issues the base's operations faster from a recording, which a compiled block cannot go into."""
-    return denoiser_bytes(base) <= SMALL and config.train.compile == "off"
+    """Whether a CPU gains by a recording: a compiled block cannot go into one, and what is recomputed would be held by it."""
+    return denoiser_bytes(base) <= SMALL and config.train.compile == "off" and not config.train.checkpointing
 
 
 def _warn(emit: events.Emit, message: str) -> None:
@@ -203,7 +203,11 @@ def _device_for(config: TrainConfig, base: BaseModelFacts, before: TrainingState
 
 
 def _with_kernels(config: TrainConfig, base: BaseModelFacts, device: Device) -> Device:
-    """The device with the kernels that compute this base fastest on it; the first of several processes measures."""
+    """The device with the kernels that compute this base fastest on it; the first process of a machine measures."""
+    if device.device.type != "cpu":
+        return device
+    if denoiser_bytes(base) <= SMALL:
+        return replace(device, fast=FOR_SMALL)
     shapes = shapes_of(base.configs["unet"], render_side(config, base) // base.pixels_per_latent)
     folder = home_folder() / "cache" / "kernels"
     if not device.is_main:

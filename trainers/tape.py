@@ -25,9 +25,11 @@ def record(work: Work) -> Work:
     for a work whose operations depend on numbers that only a run knows, or that draws random numbers.
     """
     tape = _Tape()
-    with tape:
-        answer = work()
-    tape.undo()
+    try:
+        with tape:
+            answer = work()
+    finally:
+        tape.undo()
     module = tape.program(answer)
 
     def again() -> torch.Tensor:

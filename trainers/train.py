@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -120,8 +121,9 @@ def train(run: RunFolder, emit: events.Emit, interrupted: Callable[[], bool] = l
     Raises TrainingError in words when it cannot go on; the last training state and checkpoints then stay as they are.
     """
     while True:
-        with contextlib.suppress(ReloadBase):  # it is saved; all that it held is gone with its frame
+        with contextlib.suppress(ReloadBase):  # it is saved
             return train_from_state(run, emit, interrupted, force)
+        gc.collect()  # the base, which is about to be read again, hangs in a circle
 
 
 def train_from_state(run: RunFolder, emit: events.Emit, interrupted: Callable[[], bool], force: bool) -> bool:

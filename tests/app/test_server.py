@@ -84,7 +84,7 @@ def test_no_page_describes_the_routes_to_strangers(client: TestClient) -> None:
 def test_making_the_app_writes_and_starts_nothing(home: Path) -> None:
     before, threads = sorted(home.rglob("*")), threading.active_count()
     make_app(home, PORT)
-    assert sorted(home.rglob("*")) == before and threading.active_count() == threads
+    assert sorted(home.rglob("*")) == before and threading.active_count() <= threads
 
 
 class Wish(BaseModel):

@@ -209,7 +209,8 @@ def test_prediction_brings_the_text_states_to_the_latents_device() -> None:
     seen: list[torch.Tensor] = []
 
     class Unet:
-        dtype = torch.bfloat16
+        def parameters(self) -> Iterator[torch.Tensor]:
+            yield torch.zeros(1, dtype=torch.bfloat16)
 
         def __call__(self, latents: torch.Tensor, timesteps: torch.Tensor, **more: Any) -> tuple[torch.Tensor]:
             seen.extend((latents, more["encoder_hidden_states"]))

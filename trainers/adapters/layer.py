@@ -111,7 +111,7 @@ def answer_together(layers: Sequence[nn.Module], x: torch.Tensor) -> list[torch.
     if whole is None or any(not isinstance(layer, SharedRows) or layer.whole is not whole for layer in frozen):
         return [layer(x) for layer in layers]
     answer = None
-    if all(layer is alone for layer, alone in zip(layers, frozen, strict=True)):
+    if not any(isinstance(layer, AdaptedLayer) and layer.active() for layer in layers):
         answer = whole(x)
     elif all(isinstance(layer, AdaptedLayer) for layer in layers):
         answer = _joined(whole, x, [layer.active() for layer in layers])  # type: ignore[operator]

@@ -21,6 +21,7 @@ from trainers.bench.rounds import Rounds, Spread, Step, run_rounds
 from trainers.bench.synthetic import synthetic_pictures
 from trainers.device import DTYPES
 from trainers.families.targets import match_targets
+from trainers.graph import Eager
 from trainers.setup import Training
 from trainers.train import fill_gradient
 
@@ -78,6 +79,7 @@ def without_adapters(training: Training) -> Step:
     begin = parts["unet"].get_submodule(first_layer(training).rpartition(".")[0])
 
     def step(number: int) -> None:
+        training.runner = Eager()  # a recording would not hear of the strength
         set_strength(parts, TRAINED, 0.0)
         hook = begin_at(begin)
         try:

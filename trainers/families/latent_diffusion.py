@@ -54,7 +54,6 @@ class LatentDiffusion:
         vae_config: Any = self.vae.config
         self._factor, self._shift = float(vae_config.scaling_factor), float(vae_config.shift_factor or 0.0)
         self._fingerprints: dict[str, Future[str]] = {}
-        self._dtype: torch.dtype = self.unet.dtype  # asked for at each step it would walk all parameters
 
     def parts(self) -> dict[str, nn.Module]:
         """unet, text_encoder, and text_encoder_2 where the family has one."""
@@ -124,7 +123,7 @@ class LatentDiffusion:
         self, noisy_latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning, framing: torch.Tensor
     ) -> torch.Tensor:
         """noisy latents -> epsilon or v, float32."""
-        dtype = self._dtype
+        dtype = next(self.unet.parameters()).dtype  # the module's own property walks all of them
         text_states = conditioning.hidden_states.to(noisy_latents.device, dtype)  # they may come from a cache on the CPU
         answer = self.unet(
             noisy_latents.to(dtype),
