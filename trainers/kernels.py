@@ -27,7 +27,7 @@ LARGEST = 1 << 22
 """Scores of one head above which products are never tried: they would take the memory that the kernel saves."""
 CLEARLY = 0.97
 """Share of the usual kernel's time below which another is taken."""
-WORTH_A_COPY = 0.92
+WORTH_A_COPY = 0.85
 """The same for Linear layers, whose blocks cost a second copy of every weight: plain, one serves both directions."""
 
 
@@ -83,7 +83,7 @@ def measure_kernels(shapes: Shapes, dtype: torch.dtype) -> Kernels:
     kernel, matrix = nn.Conv2d(channels, channels, 3, padding=1), nn.Linear(channels, channels)
     pixels = (1, channels, side, side)
     blocked = _blocks_win(kernel, pixels, dtype, CLEARLY)
-    return Kernels(blocked, blocked and _blocks_win(matrix, (side * side, channels), dtype, WORTH_A_COPY), products)
+    return Kernels(blocked, blocked and _blocks_win(matrix, (4 * side * side, channels), dtype, WORTH_A_COPY), products)
 
 
 def _products_win(tokens: int, channels: int, heads: int, dtype: torch.dtype) -> bool:

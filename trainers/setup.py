@@ -117,7 +117,6 @@ def set_up(
     fit = Fit.of(before.facts.get("fit") if before else None)
     given, config = config, fit.applied(config)
     model = _load(config, base, device, emit)
-    model.begin_fingerprints()  # of the frozen weights, before anything is injected
     manifest = partial(make_manifest, given, scan, model, device, start)
     check_manifest = cache(partial(_check_manifest, run, manifest, emit, force))
     if device.is_main and run.manifest.exists():
@@ -227,7 +226,6 @@ def _load(config: TrainConfig, base: BaseModelFacts, device: Device, emit: event
     # Read into the machine's memory and packed layer by layer: a GPU for which this is done may not hold it in full.
     model = load_family(base, device.dtype, torch.device("cpu"))
     parts = model.parts()
-    model.fingerprint("unet")  # and of all, as they are in the file
     sizes = [quantise(part, kind, device.device) for part in parts.values()]
     for module in (*parts.values(), model.vae):
         module.to(device.device)

@@ -60,9 +60,6 @@ class DiffusionModel(Protocol):
     def find_targets(self, part: str, targets: Sequence[str]) -> list[str]:
         """Paths inside `part` of the layers that the groups `targets` name."""
 
-    def begin_fingerprints(self) -> None:
-        """Begins to hash all parts as they are now, in a thread."""
-
     def fingerprint(self, part: str) -> str:
         """SHA-256 over the weights of a part (unet, vae, text_encoder, ...) as they are used."""
 

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
-from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from trainers.background import in_background
 from trainers.errors import BaseModelError
 from trainers.families.base import Conditioning
 from trainers.families.facts import BaseModelFacts
 from trainers.families.lean import library
-from trainers.families.parts import TOKENS, PartsReader, load_parts, load_tokenizer
+from trainers.families.parts import TOKENS, PartsReader, fingerprint_of, load_parts, load_tokenizer
 from trainers.families.targets import trainable_paths
 from trainers.objective import Objective
 
@@ -53,7 +49,7 @@ class LatentDiffusion:
         self.encodes_in = "bfloat16" if fast else "float32"
         vae_config: Any = self.vae.config
         self._factor, self._shift = float(vae_config.scaling_factor), float(vae_config.shift_factor or 0.0)
-        self._fingerprints: dict[str, Future[str]] = {}
+        self._fingerprints = {part: fingerprint_of(module, part, reader.digests) for part, module in parts.items()}
 
     def parts(self) -> dict[str, nn.Module]:
         """unet, text_encoder, and text_encoder_2 where the family has one."""
@@ -63,24 +59,15 @@ class LatentDiffusion:
         """Paths of Linear and Conv2d layers inside the part, in module order; none that the family does not read."""
         return trainable_paths(self.facts, part, targets, [path for path, _ in self.parts()[part].named_modules()])
 
-    def begin_fingerprints(self) -> None:
-        """Takes the weights as they are now, the first time, and hashes them in a thread."""
-        if self._fingerprints:
-            return
-        modules = {"vae": self.vae, **self.text_encoders, "unet": self.unet}
-        self._fingerprints = in_background({part: partial(_digest, module.state_dict()) for part, module in modules.items()})
-
     def fingerprint(self, part: str) -> str:
-        """SHA-256 over names, dtypes and bytes of the part's own weights; begun before adapters are injected."""
-        self.begin_fingerprints()
-        return self._fingerprints[part].result()
+        """SHA-256 over names, formats, shapes and contents of the part's own weights, as they were read."""
+        return self._fingerprints[part]
 
     @torch.no_grad()
     def encode_pixels(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """pixels -> mean, standard deviation of the unscaled latents, float32."""
         weights = next(self.vae.encoder.parameters())
         if self.encodes_in == "bfloat16" and weights.dtype == torch.float32:
-            self.begin_fingerprints()  # of the weights as they are in the file
             for half in (self.vae.encoder, self.vae.quant_conv):
                 if half is not None:
                     half.to(dtype=torch.bfloat16, memory_format=torch.channels_last)
@@ -171,16 +158,6 @@ def encode_with_one_encoder(model: LatentDiffusion, tokens: Mapping[str, torch.T
         return Conditioning(encoder(ids).last_hidden_state)
     states = encoder(ids, output_hidden_states=True).hidden_states[-skip]
     return Conditioning(encoder.final_layer_norm(states))
-
-
-def _digest(weights: dict[str, torch.Tensor]) -> str:
-    """Takes each tensor out when it is done, as a layer may by then have its weight in another form."""
-    digest = hashlib.sha256()
-    for name in list(weights):
-        tensor = weights.pop(name)
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _recomputed(module: nn.Module, *arguments: Any) -> Any:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -37,6 +39,8 @@ class PartsReader:
         self._facts, self._device = facts, device
         self._dtypes = {part: torch.float32 if part == "vae" else dtype for part in parts_of(facts)}
         self._read: dict[tuple[str, str], torch.Tensor | BaseModelError] = {}
+        self.digests: dict[tuple[str, str], str] = {}
+        """SHA-256 of each tensor's bytes, as it is used: taken here, as later it may have another form in memory."""
         self._news = threading.Condition()
         self._failed: Exception | None = None
         self._stopped = False
@@ -70,8 +74,11 @@ class PartsReader:
                     for name in sorted(stored, key=lambda name: (str(stored[name].file), stored[name].entry.start)):
                         if self._stopped:
                             return
-                        tensor = files.read(stored[name])
-                        self._tell(part, name, _checked(tensor, part, name, stored[name], dtype, self._device))
+                        found = _checked(files.read(stored[name]), part, name, stored[name], dtype)
+                        if isinstance(found, torch.Tensor):
+                            self.digests[part, name] = _digest(found)
+                            found = found.to(self._device)
+                        self._tell(part, name, found)
         except Exception as error:  # told to whoever waits for a tensor
             with self._news:
                 self._failed = error
@@ -83,11 +90,13 @@ class PartsReader:
             self._news.notify_all()
 
 
-def _checked(
-    tensor: torch.Tensor, part: str, name: str, stored: Stored, dtype: torch.dtype, device: torch.device
-) -> torch.Tensor | BaseModelError:
+def _digest(tensor: torch.Tensor) -> str:
+    return hashlib.sha256(tensor.contiguous().flatten().view(torch.uint8).numpy().data).hexdigest()
+
+
+def _checked(tensor: torch.Tensor, part: str, name: str, stored: Stored, dtype: torch.dtype) -> torch.Tensor | BaseModelError:
     if all_finite(tensor):
-        return tensor.to(device, dtype)
+        return tensor.to(dtype)
     what = f"{part}: {name} holds numbers that are NaN or infinite"
     return BaseModelError(what, where=str(stored.file), hint="Such a model draws black pictures; download it again.")
 
@@ -139,6 +148,14 @@ def _find_tensors(module: nn.Module, facts: BaseModelFacts, part: str) -> dict[s
     wanted = {plain[name]: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     match_tensors(facts, part, wanted, stored_tensors(facts, part))
     return plain
+
+
+def fingerprint_of(module: nn.Module, part: str, digests: Mapping[tuple[str, str], str]) -> str:
+    """SHA-256 over names, formats, shapes and contents of the weights that a part was filled with."""
+    whole = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        whole.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {digests[part, name.removeprefix('text_model.')]}".encode())
+    return whole.hexdigest()
 
 
 def load_tokenizer(facts: BaseModelFacts, part: str) -> Any:
