@@ -12,6 +12,7 @@ from functools import partial
 import torch
 
 from trainers import events
+from trainers.allocator import give_back_at_once, keep_for_the_next_step
 from trainers.condition import Condition
 from trainers.config import read_config
 from trainers.dataset.batches import Batch
@@ -121,6 +122,7 @@ def train(run: RunFolder, emit: events.Emit, interrupted: Callable[[], bool] = l
     Raises TrainingError in words when it cannot go on; the last training state and checkpoints then stay as they are.
     """
     while True:
+        give_back_at_once()
         with contextlib.suppress(ReloadBase):  # it is saved
             return train_from_state(run, emit, interrupted, force)
         gc.collect()  # the base, which is about to be read again, hangs in a circle
@@ -172,6 +174,7 @@ def train_from_state(run: RunFolder, emit: events.Emit, interrupted: Callable[[]
             except DivergedError as error:
                 recover(training, error, keeper, outputs)
                 continue
+            keep_for_the_next_step()
             training.durations.append(time.monotonic() - tick - (training.batches.seconds_encoding - encoding))
             due = training.step % loss_due == 0 or training.step == steps
             outputs.tell(loss, norm, factor, held_out_loss(training) if due else None)
