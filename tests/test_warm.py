@@ -63,7 +63,8 @@ def adapter(warm: Warm, model: Any, path: str) -> str:
 def bytes_held() -> int:
     """Of all tensors that are there, each storage counted once."""
     gc.collect()
-    tensors = [one for one in gc.get_objects() if isinstance(one, torch.Tensor)]
+    plain = (torch.Tensor, torch.nn.Parameter)  # others, which stand in for tensors, have no memory
+    tensors = [one for one in gc.get_objects() if type(one) in plain and one.layout == torch.strided]
     return sum({one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors}.values())
 
 

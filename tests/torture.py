@@ -131,7 +131,7 @@ def _events(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
-def stage_of_death(run: Path, home: Path) -> str:
+def stage_of_death(run: Path) -> str:
     """Where a killed process was, by its last word and by the files that it left half-written."""
     left = [path.parent for path in run.rglob(".*.tmp")]
     if run / "state" in left:
@@ -199,7 +199,8 @@ class Torture:
             if self._run(home, "resume", run, "--json", killed=(run, aim)) == 0:  # it was done before
                 print(f"  chain {number}: aimed at {stage}, ended by itself", flush=True)
                 continue
-            hit.append(stage_of_death(run, home))
+            # Pictures are encoded in the steps that first show them: only the aim tells that from the rest of a step.
+            hit.append("cache" if stage == "cache" and not aim.delay else stage_of_death(run))
             self.hit[hit[-1]] += 1
             done_steps = max((event["step"] for event in _events(run) if event["type"] == "step"), default=0)
             print(f"  chain {number}: killed in {hit[-1]} (aimed at {stage}), step {done_steps}", flush=True)
