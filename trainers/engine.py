@@ -94,7 +94,7 @@ def _replace(parent: nn.Module, leaf: str, new: nn.Module, undo: Undo) -> None:
 
 
 def _fuse(module: Any, silu: SiluOfVectors, undo: Undo) -> None:
-    """A GroupNorm with the SiLU after it, a gated unit: by diffusers' names."""
+    """A GroupNorm with the SiLU after it, a gated unit, an upsampler with its convolution: by diffusers' names."""
     name = type(module).__name__
     if name == "ResnetBlock2D" and isinstance(module.nonlinearity, nn.SiLU) and module.time_embedding_norm == "default":
         for norm in ("norm1", "norm2"):

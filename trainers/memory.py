@@ -10,14 +10,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from trainers.blocked import BlockedLayer
+from trainers.frozen import SharedRows
+
 if TYPE_CHECKING:
     from trainers.setup import Training
 
 
 def parts_in_words(training: Training) -> str:
-    """What the base, the adapter and its optimizer hold. Weights that a CPU's kernels have laid out anew are not counted."""
+    """What the base, the adapter and its optimizer hold. Second copies of weights, for the way back, are not there yet."""
     modules = (*training.model.parts().values(), training.model.vae)
     base = bytes_of(tensor for module in modules for tensor in (*module.parameters(), *module.buffers()))
+    # These keep their weights elsewhere than among a module's parameters.
+    apart = [layer for module in modules for layer in module.modules() if isinstance(layer, BlockedLayer | SharedRows)]
+    base += sum(layer.shape.numel() * layer.dtype.itemsize for layer in apart)
     flat = training.flat
     state = [tensor for state in training.optimizer.state.values() for tensor in state.values()]
     # The optimizer's state is there from the first step on; before, it is told as the two moments that most keep.

@@ -74,7 +74,7 @@ class Training:
     """The sum of all processes' wishes at the last step, where there are several."""
     durations: deque[float] = field(default_factory=lambda: deque(maxlen=30))
     check_manifest: Callable[[], None] = lambda: None
-    """Holds the run's manifest against what goes into it, once; of a new run it writes it, when all is hashed."""
+    """Holds the run's manifest against what goes into it, once; of a new run it writes it, by the first step."""
 
     @property
     def median(self) -> float:
