@@ -37,6 +37,16 @@ def test_what_does_not_exist_is_refused(words: tuple[str, ...], capsys: pytest.C
     assert "There is no" in capsys.readouterr().err
 
 
+def test_no_place_for_the_figures_is_told_before_minutes_of_measuring(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for file in (tmp_path / "no folder" / "x.json", tmp_path):
+        assert impasto("bench", "--case", "smallest", "--json", file) == 2
+        told = capsys.readouterr().err
+        assert "--json" in told and "16 pictures" not in told
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("make", [train_command, script_command])
 def test_a_start_is_split_into_its_parts_and_its_memory_seen(make: type, tmp_path: Path) -> None:
     case = find_case("smallest")

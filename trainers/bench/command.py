@@ -41,6 +41,8 @@ def bench(
         for name in given:
             if name not in known:
                 raise SettingError(f"There is no {name!r}", option, f"One of {', '.join(known)}.")
+    if json_file is not None and (json_file.is_dir() or not json_file.absolute().parent.is_dir()):
+        raise SettingError(f"No file can be written there ({json_file})", "--json", "Name a file in a folder that is there.")
     facts = run_bench(
         chosen, batch=batch, rank=rank, rounds=rounds, precisions=precision or (), full=full, parts=parts, progress=to_stderr()
     )
