@@ -107,6 +107,8 @@ def _fuse(module: Any, silu: SiluOfVectors, undo: Undo) -> None:
     ):
         _replace(module, "conv_norm_out", NormSilu(module.conv_norm_out), undo)
         _replace(module, "conv_act", nn.Identity(), undo)
+    elif name == "Transformer2DModel" and isinstance(module.norm, nn.GroupNorm) and module.norm.weight.is_cuda:
+        _replace(module, "norm", NormSilu(module.norm, silu=False), undo)
     elif name == "FeedForward" and type(module.net[0]).__name__ == "GEGLU":
         _stand_in(module.net, "0", Gated(module.net[0].proj), "proj", undo)
     elif name == "UpBlock2D" or name == "CrossAttnUpBlock2D":

@@ -5,6 +5,8 @@ Between a frozen layer and the next nothing needs its input again, so what is ch
 
 from __future__ import annotations
 
+import functools
+import importlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,12 +21,32 @@ FEW = 64
 _GROUP_NORM_BACKWARD = torch.ops.aten.native_group_norm_backward
 
 
-class NormSilu(nn.Module):
-    """SiLU after a frozen GroupNorm: (B, C, H, W) -> the same. Only the input is kept; the norm's answer is made anew."""
+@functools.cache
+def _triton_kernels() -> Any:
+    """The module of kernels for NVIDIA GPUs, or None where there is no Triton, as on Windows."""
+    try:
+        return importlib.import_module("trainers.fused_gpu")
+    except ImportError:
+        return None
 
-    def __init__(self, norm: nn.GroupNorm) -> None:
+
+def gpu_kernels(states: torch.Tensor) -> Any:
+    """What computes these states in one or two kernels; None where PyTorch's own operations do, or its compiler sees them."""
+    if not states.is_cuda or states.dtype == torch.float64 or torch.compiler.is_compiling():
+        return None
+    return _triton_kernels()
+
+
+class NormSilu(nn.Module):
+    """SiLU after a frozen GroupNorm: (B, C, H, W) -> the same. Only the input is kept; the norm's answer is made anew.
+
+    Without `silu` the norm alone, for a GPU, where this one does not turn channels-last states.
+    """
+
+    def __init__(self, norm: nn.GroupNorm, silu: bool = True) -> None:
         super().__init__()
         self.weight, self.bias, self.num_groups, self.eps = norm.weight, norm.bias, norm.num_groups, norm.eps
+        self.silu = silu
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """silu(norm(x))."""
@@ -35,22 +57,31 @@ class NormSilu(nn.Module):
 class _NormSilu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, norm: NormSilu) -> torch.Tensor:
-        y, mean, rstd = _group_norm(x, norm)
+        kernels = gpu_kernels(x)
+        if kernels is not None:
+            y, mean, rstd = kernels.normalise(x, norm.weight, norm.bias, norm.num_groups, norm.eps, norm.silu)
+        else:
+            y, mean, rstd = _group_norm(x, norm)
+            y = F.silu(y, inplace=True) if norm.silu else y
         ctx.norm = norm
         ctx.save_for_backward(x, mean, rstd)
-        return F.silu(y, inplace=True)
+        return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, mean, rstd = ctx.saved_tensors
-        norm = ctx.norm
-        gradient = torch.ops.aten.silu_backward(gradient, _group_norm(x, norm)[0])
+        norm, kernels = ctx.norm, gpu_kernels(x)
+        if kernels is not None:
+            return kernels.normalise_backward(gradient, x, norm.weight, norm.bias, mean, rstd, norm.silu), None
+        if norm.silu:
+            gradient = torch.ops.aten.silu_backward(gradient, _group_norm(x, norm)[0])
         batch, channels, *size = x.shape
         pixels = size[0] * size[1]
-        # On a CPU the kernel is up to ten times as fast in plain form as in channels-last; both must lie alike.
+        # On a CPU the kernel is up to ten times as fast in plain form as in channels-last; both must lie alike. A GPU's
+        # refuses the latter.
         alike = all(states.is_contiguous(memory_format=torch.channels_last) for states in (x, gradient))
-        if not alike or (pixels > FEW and x.device.type == "cpu"):
+        if not alike or pixels > FEW or x.device.type != "cpu":
             x, gradient = x.contiguous(), gradient.contiguous()
         wanted = [True, False, False]
         to_x = _GROUP_NORM_BACKWARD(gradient, x, mean, rstd, norm.weight, batch, channels, pixels, norm.num_groups, wanted)[0]
@@ -102,6 +133,9 @@ class _Gated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, both: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(both)
+        kernels = gpu_kernels(both)
+        if kernels is not None:
+            return kernels.gate(both)  # type: ignore[no-any-return]
         value, gate = both.chunk(2, dim=-1)
         return F.gelu(gate.contiguous()).mul_(value)  # of a half that lies apart it is twice as fast
 
@@ -109,6 +143,9 @@ class _Gated(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
         (both,) = ctx.saved_tensors
+        kernels = gpu_kernels(both)
+        if kernels is not None:
+            return kernels.gate_backward(gradient, both)  # type: ignore[no-any-return]
         value, gate = both.chunk(2, dim=-1)
         gate = gate.contiguous()
         to_both = torch.empty_like(both)
