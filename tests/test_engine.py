@@ -11,10 +11,11 @@ import torch
 from torch import nn
 
 from tests.tiny_models import WIDTH, WIDTH_2, tiny_sd2_unet, tiny_sdxl_unet, tiny_text_encoder, tiny_unet
+from trainers import fused
 from trainers.attention import Attend
 from trainers.blocked import BlockedLayer, can_be_blocked, spread, turned
 from trainers.engine import compile_blocks, make_fast, make_plain
-from trainers.frozen import FrozenLayer, KeptLayer
+from trainers.frozen import FrozenLayer, KeptLayer, is_pointwise
 from trainers.fused import Gated, NormSilu, attend
 from trainers.kernels import Kernels
 from trainers.upsampled import Upsampled, quarters_of
@@ -231,17 +232,39 @@ def test_only_plain_attention_gets_another_processor() -> None:
 
 
 def test_a_gpus_norm_reads_plain_form_whatever_the_convolution_before_it_answers_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    forms, real = [], torch.native_group_norm
+    forms, real, real_backward = [], torch.native_group_norm, fused._GROUP_NORM_BACKWARD
 
     def kernel(x: torch.Tensor, *words: Any) -> Any:
         forms.append(x.is_contiguous())
         return real(x, *words)
 
+    def backward(gradient: torch.Tensor, x: torch.Tensor, *words: Any) -> Any:
+        forms.extend([gradient.is_contiguous(), x.is_contiguous()])
+        return real_backward(gradient, x, *words)
+
     monkeypatch.setattr(torch, "native_group_norm", kernel)
+    monkeypatch.setattr(fused, "_GROUP_NORM_BACKWARD", backward)
     norm = NormSilu(nn.GroupNorm(2, 8).requires_grad_(False)).to("meta")
-    x = torch.empty(1, 8, 4, 4, device="meta").contiguous(memory_format=torch.channels_last).requires_grad_()
-    norm(x).sum().backward()
-    assert forms == [True, True]
+    x = torch.empty(2, 8, 4, 4, device="meta").contiguous(memory_format=torch.channels_last).requires_grad_()
+    norm(x).backward(torch.empty_like(x))
+    assert forms == [True, True, True, True]
+
+
+def test_on_a_gpu_a_kernel_of_one_pixel_is_a_matrix_and_nothing_is_turned() -> None:
+    plain = nn.Conv2d(6, 5, 1).requires_grad_(False).double()
+    x = torch.randn(2, 6, 3, 4, dtype=torch.float64).contiguous(memory_format=torch.channels_last).requires_grad_()
+    given = torch.randn(2, 5, 3, 4, dtype=torch.float64)
+    (wanted,) = torch.autograd.grad(plain(x), x, given)
+    kept = KeptLayer(plain)
+    assert not kept.is_matrix, "a CPU's convolution does as well"
+    kept.is_matrix = True
+    y = kept(x)
+    (found,) = torch.autograd.grad(y, x, given.contiguous(memory_format=torch.channels_last))
+    torch.testing.assert_close(y, plain(x))
+    torch.testing.assert_close(found, wanted)
+    assert all(states.is_contiguous(memory_format=torch.channels_last) for states in (y, found))
+    others = (nn.Conv2d(6, 6, 1, groups=2), nn.Conv2d(6, 6, 1, stride=2), nn.Conv2d(6, 6, 1, padding=1), nn.Conv2d(6, 6, 3))
+    assert is_pointwise(plain) and not any(is_pointwise(layer) for layer in others)
 
 
 def test_compiled_blocks_compute_alike_and_become_plain_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

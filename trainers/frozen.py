@@ -52,13 +52,25 @@ class KeptLayer(FrozenLayer):
     def __init__(self, layer: nn.Linear | nn.Conv2d) -> None:
         super().__init__(layer)
         self.kept = layer.weight
+        self.is_matrix = False
         if self.kept.dim() == 4 and self.kept.device.type == "cuda":
             self.kept.data = self.kept.data.contiguous(memory_format=torch.channels_last)
+            self.is_matrix = is_pointwise(layer)
 
     @property
     def weight(self) -> torch.Tensor:
         """The layer's own."""
         return self.kept
+
+    def answer(self, x: torch.Tensor) -> torch.Tensor:
+        """See FrozenLayer."""
+        return apply_pointwise(self, x, self.kept) if self.is_matrix else super().answer(x)
+
+    def to_input(self, gradient: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+        """See FrozenLayer."""
+        if self.is_matrix:
+            return (gradient.permute(0, 2, 3, 1) @ self.kept[:, :, 0, 0]).permute(0, 3, 1, 2)
+        return super().to_input(gradient, shape)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """As `answer`, with a graph. Of a frozen matrix PyTorch's own node keeps no input either, and costs less."""
@@ -100,6 +112,20 @@ def apply_plain(layer: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tens
     if weight.dim() == 2:
         return F.linear(x, weight, layer.bias)
     return F.conv2d(x, weight, layer.bias, layer.stride, layer.padding, layer.dilation, layer.groups)
+
+
+def is_pointwise(layer: Any) -> bool:
+    """Whether a convolution is a matrix for each pixel by itself."""
+    return bool(layer.weight.shape[2:] == (1, 1) and layer.stride == (1, 1) and layer.padding == (0, 0) and layer.groups == 1)
+
+
+def apply_pointwise(layer: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The same as `apply_plain` of such a convolution, as the matrix product that it is, in channels-last form.
+
+    A 1x1 kernel lies alike in either form, and a GPU's convolution then takes the other one, and turns what it is given.
+    """
+    pixels = x.permute(0, 2, 3, 1).contiguous()  # of any other form the bias would be a second operation
+    return F.linear(pixels, weight[:, :, 0, 0], layer.bias).permute(0, 3, 1, 2)
 
 
 def answer_of(layer: Any, x: torch.Tensor) -> torch.Tensor:

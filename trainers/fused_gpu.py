@@ -160,7 +160,7 @@ def _sizes(x: torch.Tensor, groups: int) -> tuple[tuple[int, int, int], tuple[in
 def normalise(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, groups: int, eps: float, silu: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """GroupNorm of x (B, C, H, W), then SiLU if wanted -> the same in channels-last form; means and 1 / deviations (B, groups)."""
+    """GroupNorm of x (B, C, H, W), then SiLU if wanted -> the same in channels-last form; mean, 1 / deviation (B, groups)."""
     x = x.contiguous(memory_format=torch.channels_last)
     grid, sizes, sides, tiles = _sizes(x, groups)
     y = torch.empty_like(x)

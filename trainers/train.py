@@ -79,6 +79,7 @@ def fill_gradient(training: Training) -> tuple[float, float]:
     loss, factor = torch.zeros((), device=device.device), torch.ones((), device=device.device) * scale
     for batch in training.batches.step(training.step):
         loss += training.runner(partial(learn, training), batch, training.condition, factor)
+    training.batches.make_ready(training.step + 1)
     loss, asked = device.sum_step(gradient, loss, training.wish)
     gradient.div_(scale)
     # The one time in a step that the host waits for a GPU.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -231,3 +231,27 @@ def test_a_large_vae_encodes_in_bf16_in_a_bf16_run_on_a_cpu(start: Any, monkeypa
     (one, *_) = training.data.training
     names = {maker(training)._name(one, False), maker(training, plain)._name(one, False)}
     assert len(names) == 2
+
+
+def test_a_step_made_ahead_is_the_same_and_is_made_once(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    training = start("train.batch_size=2", *RANDOM)
+    plain, ahead = maker(training), maker(training)
+    assert not ahead.ahead, "on a CPU there is nothing to wait for"
+    ahead.ahead = True
+    made: list[int] = []
+    make = ahead._make
+
+    def making(step: int) -> Iterator[Batch]:
+        made.append(step)
+        return make(step)
+
+    monkeypatch.setattr(ahead, "_make", making)
+    for number in range(3):
+        pairs = zip(ahead.step(number), plain.step(number), strict=True)
+        assert all([same(ours, theirs) for ours, theirs in pairs])
+        ahead.make_ready(number + 1)
+    assert made == [0, 1, 2, 3]
+    list(ahead.step(1))  # another one than was made ready, as after going back
+    assert made[-1] == 1
+    ahead.at_once = 1  # as after memory was too small: what was made ready has the wrong size
+    assert all(len(batch.captions) == 1 for batch in ahead.step(3))

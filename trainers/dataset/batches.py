@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -71,6 +72,9 @@ class BatchMaker:
         self._flips = (False, True) if config.dataset.flip else (False,)
         self._files: dict[Path, bytes] = {}
         self._to_encode = self._encoded = 0
+        self.ahead = device.device.type == "cuda"
+        """Whether a step's batches are made while the device still computes the step before."""
+        self._ready: tuple[int, int, list[Batch]] | None = None
         self.seconds_encoding = 0.0
         """Seconds that encoding took until now, which is no part of what steps take later."""
 
@@ -101,6 +105,19 @@ class BatchMaker:
         A picture that cannot be read any more is told once, and another one of its size stands in for it. Raises
         DatasetError when none is left.
         """
+        if self._ready is not None and self._ready[:2] == (step, self.at_once):
+            (*_, batches), self._ready = self._ready, None
+            yield from batches
+        else:
+            yield from self._make(step)
+
+    def make_ready(self, step: int) -> None:
+        """Makes the batches of a step that is about to come, where there is time for it: see `ahead`."""
+        if self.ahead:
+            with contextlib.suppress(DatasetError):  # raised when the step is asked for
+                self._ready = step, self.at_once, list(self._make(step))
+
+    def _make(self, step: int) -> Iterator[Batch]:
         indices = self._plan.indices(step)
         mine = list(enumerate(indices))[self._device.index :: self._device.count]
         size = self.at_once
