@@ -65,7 +65,7 @@ class _NormSilu(torch.autograd.Function):
             y = F.silu(y, inplace=True) if norm.silu else y
         ctx.norm = norm
         ctx.save_for_backward(x, mean, rstd)
-        return y
+        return y  # type: ignore[no-any-return]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
