@@ -81,7 +81,8 @@ def fill_gradient(training: Training) -> tuple[float, float]:
         loss += training.runner(partial(learn, training), batch, training.condition, factor)
     training.batches.make_ready(training.step + 1)
     loss, asked = device.sum_step(gradient, loss, training.wish)
-    gradient.div_(scale)
+    if scale != 1:
+        gradient.div_(scale)
     # The one time in a step that the host waits for a GPU.
     found, norm, asked_for = torch.stack([loss, gradient.norm(), asked]).tolist()
     training.asked = int(asked_for)
