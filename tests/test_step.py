@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.tiny_runs import first_loss, shake, tiny_config, tiny_training
+from tests.tiny_runs import exported, first_loss, shake, tiny_config, tiny_training
 from trainers.errors import DivergedError, SettingError
 from trainers.export import export_adapter
 from trainers.schedule import rate_factor
@@ -116,11 +116,11 @@ def test_a_tiny_update_is_not_lost_over_a_bfloat16_base(start: Any, tmp_path: Pa
     assert (change > 5e-7).float().mean() > 0.9
     assert (before.bfloat16() == training.flat.weights.bfloat16()).float().mean() > 0.9
     path = tmp_path / "out.safetensors"
-    export_adapter(path, training.flat, training.exported, training.plans, training.config, {})
+    export_adapter(path, exported(training), training.config, {})
     name = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
-    exported = load_file(path)["lora_" + name.replace(".", "_") + ".lora_down.weight"]
-    assert exported.dtype == torch.float32
-    assert torch.equal(exported, training.flat.views[name]["down"].detach())
+    written = load_file(path)["lora_" + name.replace(".", "_") + ".lora_down.weight"]
+    assert written.dtype == torch.float32
+    assert torch.equal(written, training.flat.views[name]["down"].detach())
 
 
 def test_a_bfloat16_base_gives_nearly_the_gradient_of_a_float32_one(start: Any) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.tiny_runs import first_loss, shake
+from tests.tiny_runs import exported, first_loss, shake
 from trainers.adapters.inject import find_layers
 from trainers.adapters.layer import AdaptedLayer
 from trainers.export import export_adapter
@@ -80,7 +80,12 @@ def test_with_rate_zero_nothing_of_the_text_encoder_is_injected_or_exported(star
     layers = find_layers({"text_encoder": training.model.parts()["text_encoder"]}).values()
     assert layers and not any(isinstance(layer, AdaptedLayer) for layer in layers)
     shake(training)
-    export_adapter(tmp_path / "out.safetensors", training.flat, training.exported, training.plans, training.config, {})
+    export_adapter(
+        tmp_path / "out.safetensors",
+        exported(training),
+        training.config,
+        {},
+    )
     keys = load_file(tmp_path / "out.safetensors").keys()
     assert keys and all(key.startswith("lora_unet_") for key in keys)
 
@@ -88,7 +93,12 @@ def test_with_rate_zero_nothing_of_the_text_encoder_is_injected_or_exported(star
 def test_both_parts_are_exported_when_both_learn(start: Any, tmp_path: Path) -> None:
     training = start()
     shake(training)
-    export_adapter(tmp_path / "out.safetensors", training.flat, training.exported, training.plans, training.config, {})
+    export_adapter(
+        tmp_path / "out.safetensors",
+        exported(training),
+        training.config,
+        {},
+    )
     keys = load_file(tmp_path / "out.safetensors").keys()
     modules = {key.split(".")[0] for key in keys}
     assert len([module for module in modules if module.startswith("lora_te_")]) == 12

@@ -14,10 +14,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tests.test_cli import impasto
-from tests.tiny_runs import shake, tiny_config, tiny_training
+from tests.tiny_runs import exported, shake, tiny_config, tiny_training
 from trainers.config import write_config
 from trainers.errors import AdapterFileError
-from trainers.export import export_adapter, trained_modules
+from trainers.export import export_adapter
 from trainers.families import BaseOptions
 from trainers.formats import ModuleWeights
 from trainers.run_folder import RunFolder
@@ -76,9 +76,15 @@ def test_every_family_is_read_whole(
     rate = "text_encoder.learning_rate=" + ("0.01" if text else "0")
     training = tiny_training(base, pictures, tmp_path / "run", targets, rate, f"output.dtype={dtype}", "adapter.alpha=3.5")
     shake(training)
-    modules = trained_modules(training.flat, training.exported, training.plans, training.config)
+    modules = exported(training).modules
     path = tmp_path / "x.safetensors"
-    export_adapter(path, training.flat, training.exported, training.plans, training.config, {}, family)
+    export_adapter(
+        path,
+        exported(training),
+        training.config,
+        {},
+        family,
+    )
     training.take_out()
     proof = verify(training.model, path, modules, "a cat")
     assert proof.problems == () and len(modules) == proof.read_by_diffusers == proof.read_here == proof.modules
@@ -95,9 +101,15 @@ def test_a_base_in_16_bits_in_which_diffusers_rounds_the_factors_passes(
         tiny_base, pictures, tmp_path / "run", "text_encoder.learning_rate=0.01", f"train.precision={dtype}"
     )
     shake(training)
-    modules = trained_modules(training.flat, training.exported, training.plans, training.config)
+    modules = exported(training).modules
     path = tmp_path / "x.safetensors"
-    export_adapter(path, training.flat, training.exported, training.plans, training.config, {}, "sd1")
+    export_adapter(
+        path,
+        exported(training),
+        training.config,
+        {},
+        "sd1",
+    )
     training.take_out()
     proof = verify(training.model, path, modules, "a cat")
     assert proof.problems == () and proof.modules == proof.read_by_diffusers
@@ -221,9 +233,15 @@ def test_layers_that_were_left_at_zero_are_told(tiny_base: Path, pictures: Path,
         for name, factors in training.flat.views.items():
             if name.startswith("text_encoder"):
                 factors["up"].zero_()
-    modules = trained_modules(training.flat, training.exported, training.plans, training.config)
+    modules = exported(training).modules
     path = tmp_path / "x.safetensors"
-    export_adapter(path, training.flat, training.exported, training.plans, training.config, {}, "sd1")
+    export_adapter(
+        path,
+        exported(training),
+        training.config,
+        {},
+        "sd1",
+    )
     training.take_out()
     proof: Proof = verify(training.model, path, modules)
     assert proof.ok and proof.zero["text_encoder"] == proof.parts["text_encoder"] and proof.zero["unet"] == 0

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from trainers.config import TrainConfig, build_config, parse_override
+from trainers.export import Exported, trained_modules
 from trainers.run_folder import RunFolder
 from trainers.settings import merge
 from trainers.setup import Training, set_up
@@ -27,6 +28,11 @@ def tiny_training(base: Path, pictures: Path, run: Path, *overrides: str) -> Tra
     """A run ready for its first update, in the folder `run`."""
     run.mkdir(parents=True, exist_ok=True)
     return set_up(tiny_config(base, pictures, *overrides), RunFolder(run), lambda event: None)
+
+
+def exported(training: Training) -> Exported:
+    """What a file of the run's weights would hold."""
+    return trained_modules(training.flat, training.exported, training.plans, training.config, training.model)
 
 
 def shake(training: Training, size: float = 0.05) -> None:

@@ -129,6 +129,10 @@ class OutputSettings(Settings):
     """Number format of the exported file."""
     form: Literal["kohya", "peft"] = "kohya"
     """Names in the file: `kohya`, which every program reads, or `peft`, diffusers' own, which few others do."""
+    kind: Literal["plain", "native"] = "plain"
+    """`plain`: a LoRA, which every program reads, whatever was trained; `native`: DoRA, LoHa and LoKr as they are."""
+    most_rank: int = Field(default=64, ge=1, le=1024)
+    """Highest rank of a plain file of what has no low rank itself; a lower one is taken where it comes within 1 %."""
     verify: bool = True
     """Read the finished file back, through diffusers too, and compare it with what was trained; a difference is an error."""
     author: str = ""
@@ -164,10 +168,11 @@ class TrainConfig(Settings):
 
     @model_validator(mode="before")
     @classmethod
-    def _an_optimizer_without_type_is_the_usual_one(cls, values: Any) -> Any:
-        given = values.get("optimizer") if isinstance(values, dict) else None
-        if isinstance(given, dict) and "type" not in given:
-            return {**values, "optimizer": {"type": "adamw", **given}}
+    def _a_group_without_type_is_the_usual_one(cls, values: Any) -> Any:
+        for group, usual in (("optimizer", "adamw"), ("adapter", "lora")):
+            given = values.get(group) if isinstance(values, dict) else None
+            if isinstance(given, dict) and "type" not in given:
+                values = {**values, group: {"type": usual, **given}}
         return values
 
     @model_validator(mode="after")

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import math
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from trainers.adapters import ADAPTERS
-from trainers.adapters.inject import FlatParameters
+from trainers.adapters.inject import FlatParameters, find_layers
+from trainers.adapters.lora import LORA
 from trainers.adapters.plan import LayerPlan
 from trainers.config import TrainConfig
 from trainers.dataset.prepare import TrainingSet
 from trainers.families import BaseModelFacts
+from trainers.families.base import DiffusionModel
 from trainers.formats import ModuleWeights, write_adapter
 from trainers.formats.metadata import RunFacts, build_metadata
+from trainers.formats.plain import to_lora
 
 
 def file_name(config: TrainConfig, base: BaseModelFacts) -> str:
@@ -25,34 +32,83 @@ def file_name(config: TrainConfig, base: BaseModelFacts) -> str:
     return f"{folder}-{base.name[:40]}-r{config.adapter.rank}"
 
 
-def export_adapter(
-    path: Path,
-    flat: FlatParameters,
-    weights: torch.Tensor,
-    plans: list[LayerPlan],
-    config: TrainConfig,
-    metadata: dict[str, str],
-    family: str = "sd1",
-) -> None:
-    """Writes `weights` (N,), the masters or their running mean, as the settings say. Raises AdapterFileError if not finite."""
-    modules = trained_modules(flat, weights, plans, config)
-    write_adapter(path, modules, metadata, config.output.dtype, config.output.form, family)
+NEAR = 0.01
+"""How near, relative to what was trained, a plain file comes where its rank is not given by the type."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What goes into a file: `modules` by canonical name, and how far they lie from what was trained, relative to it."""
+
+    modules: dict[str, ModuleWeights]
+    error: float = 0.0
+
+    @property
+    def rank(self) -> int:
+        """The highest of its modules."""
+        return max((module.rank for module in self.modules.values()), default=0)
+
+    def sentence(self) -> str:
+        """What a person should know of a file that is not what was trained; "" where it is."""
+        if not self.error:
+            return ""
+        return f"a plain LoRA of rank {self.rank} at the most, {self.error:.1%} away from what was trained"
+
+
+def export_adapter(path: Path, exported: Exported, config: TrainConfig, metadata: dict[str, str], family: str = "sd1") -> None:
+    """Writes what `trained_modules` gave, as the settings say. Raises AdapterFileError if not finite."""
+    write_adapter(
+        path, exported.modules, metadata | _own_facts(exported, config), config.output.dtype, config.output.form, family
+    )
+
+
+def _own_facts(exported: Exported, config: TrainConfig) -> dict[str, str]:
+    """What the file says of its form where that is not the trained LoRA's own, in kohya's and LyCORIS' words."""
+    if config.adapter.trained is LORA:
+        return {}
+    ranks, alphas = ({getattr(module, name) for module in exported.modules.values()} for name in ("rank", "alpha"))
+    facts = {
+        "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",
+        "ss_network_alpha": str(alphas.pop()) if len(alphas) == 1 else "Dynamic",
+    }
+    kinds = {module.kind for module in exported.modules.values()}
+    if kinds == {"lora"}:
+        return facts
+    algorithm = {"algo": "lora", "dora_wd": "True"} if "dora" in kinds else {"algo": kinds.pop()}
+    return facts | {"ss_network_module": "lycoris.kohya", "ss_network_args": json.dumps(algorithm)}
+
+
+def weight_of(model: DiffusionModel, name: str) -> torch.Tensor:
+    """The frozen weight of a layer, with an adapter beside it or without."""
+    layer: Any = find_layers(model.parts())[name]
+    weight: torch.Tensor = layer.weight
+    return weight
 
 
 def trained_modules(
-    flat: FlatParameters, weights: torch.Tensor, plans: list[LayerPlan], config: TrainConfig
-) -> dict[str, ModuleWeights]:
-    """`weights` (N,) as one module for each plan, by canonical name, float32 on the CPU."""
-    kind = ADAPTERS[config.adapter.type]
-    factors = flat.split(weights.detach())
-    return {
-        plan.name: ModuleWeights(
-            {name: tensor.cpu().contiguous() for name, tensor in factors[plan.name].items()},
-            kind.export_alpha(plan.scale, plan.rank),
-            config.adapter.type,
-        )
-        for plan in plans
-    }
+    flat: FlatParameters, weights: torch.Tensor, plans: list[LayerPlan], config: TrainConfig, model: DiffusionModel
+) -> Exported:
+    """`weights` (N,), the masters or their running mean, as one module for each plan, float32 on the CPU.
+
+    With `output.kind` plain all are LoRAs: exact where the delta has a low rank, else by its singular values.
+    """
+    kind, factors = config.adapter.trained, flat.split(weights.detach())
+    modules, away, size = {}, 0.0, 0.0
+    for plan in plans:
+        known = {**factors[plan.name], **flat.constants.get(plan.name, {})}
+        name, own, scale = kind.exported({part: tensor.cpu().contiguous() for part, tensor in known.items()}, plan.scale)
+        module = ModuleWeights(own, scale * (ADAPTERS[name].rank(own) or 1), name)
+        rank = kind.file_rank(plan.rank)
+        # What lies in its file as a difference of large parts is factored anew: see adapters/symmetric.py.
+        if config.output.kind == "plain" if name != "lora" else module.rank > plan.rank:
+            base = weight_of(model, plan.name).detach().float().cpu() if module.needs_base else None
+            most, within = (rank, 0.0) if rank else (config.output.most_rank, NEAR)
+            plain, error = to_lora(plan.name, module, most, base, within)
+            length = plain.delta_norm() or 0.0
+            away, size = away + (0.0 if rank else (error * length) ** 2), size + length**2
+            module = plain
+        modules[plan.name] = module
+    return Exported(modules, math.sqrt(away / size) if away else 0.0)
 
 
 def describe_run(
@@ -91,7 +147,7 @@ def describe_run(
             base_hash_new=new_hash or None,
             text_encoder_rank=config.text_encoder_rank if learns_text else None,
             text_encoder_alpha=_text_alpha(config) if learns_text else None,
-            network_args={"targets": list(adapter.targets), "scaling": adapter.scaling},
+            network_args={"targets": list(adapter.targets), "scaling": adapter.scaling} | _kind_of(config),
             buckets=tuple((width, height, count) for (height, width), count in data.bucket_counts().items()),
             dataset_dirs=_dataset_dirs(folder, data),
             tag_frequency={folder.name: words} if words else None,
@@ -115,6 +171,12 @@ def describe_run(
             session_id=_session(config),
         )
     )
+
+
+def _kind_of(config: TrainConfig) -> dict[str, str]:
+    """What was trained, where it is not a LoRA that starts as usual."""
+    facts = {"type": config.adapter.type, "init": getattr(config.adapter, "init", "gaussian")}
+    return {name: value for name, value in facts.items() if value not in ("lora", "gaussian")}
 
 
 def _dataset_dirs(folder: Path, data: TrainingSet) -> dict[str, tuple[int, int]]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from trainers.adapters import ADAPTERS
+from trainers.adapters.lora import LORA
 from trainers.adapters.plan import LayerPlan, canonical_name
 from trainers.config import TrainConfig
 from trainers.families import BaseModelFacts, stored_tensors
@@ -50,13 +50,21 @@ def plan_layers(config: TrainConfig, parts: Sequence[str], find: Callable[[str, 
 
 def adapter_size(config: TrainConfig, base: BaseModelFacts) -> AdapterSize:
     """How large the adapter of these settings is on this base. Raises BaseModelError for a damaged weight file."""
-    plans, named = planned_layers(config, base), layer_shapes(base)
+    plans, named, kind = planned_layers(config, base), layer_shapes(base), config.adapter.trained
+    parameters = _numbers(kind.factor_shapes(named[plan.name], plan.rank) for plan in plans)
+    native = config.output.kind == "native"
+    # A plain LoRA where the delta has a low rank, else one of the most that is written.
+    ranks = [kind.file_rank(plan.rank) or config.output.most_rank for plan in plans]
     factors = [
-        shape for plan in plans for shape in ADAPTERS[config.adapter.type].factor_shapes(named[plan.name], plan.rank).values()
+        kind.factor_shapes(named[plan.name], plan.rank) if native else LORA.factor_shapes(named[plan.name], rank)
+        for plan, rank in zip(plans, ranks, strict=True)
     ]
-    parameters = sum(math.prod(shape) for shape in factors)
-    header = (len(factors) + len(plans)) * _ENTRY + _METADATA  # each layer has its alpha too
-    return AdapterSize(len(plans), parameters, parameters * _BYTES[config.output.dtype] + header)
+    header = sum(len(shapes) + 1 for shapes in factors) * _ENTRY + _METADATA  # each layer has its alpha too
+    return AdapterSize(len(plans), parameters, _numbers(factors) * _BYTES[config.output.dtype] + header)
+
+
+def _numbers(layers: Iterable[Mapping[str, tuple[int, ...]]]) -> int:
+    return sum(math.prod(shape) for shapes in layers for shape in shapes.values())
 
 
 def planned_layers(config: TrainConfig, base: BaseModelFacts) -> list[LayerPlan]:

@@ -17,7 +17,7 @@ from trainers.adapters.inject import TRAINED
 from trainers.background import in_background
 from trainers.dataset.prepare import render_side
 from trainers.errors import AdapterFileError
-from trainers.export import describe_run, export_adapter, file_name, trained_modules
+from trainers.export import Exported, describe_run, export_adapter, file_name, trained_modules
 from trainers.families import weight_files
 from trainers.files import write_atomically
 from trainers.formats.hashes import base_file_hashes
@@ -202,38 +202,39 @@ class Outputs:
         self._emit(events.Stage(name="export", detail=name))
         proof = ""
         if self._training.device.is_main:
-            self._export(self._run.path, name)
+            exported = self._export(self._run.path, name)
+            if exported.sentence():
+                self._emit(events.Stage(name="export", detail=f"{name}: {exported.sentence()}"))
             if self._training.config.output.verify:
-                proof = self._verify(self._run.path / name)
+                proof = self._verify(self._run.path / name, exported)
         self._run.take_flag("stop")
         drawn = [event for event in events.read_since(self._run.events)[0] if event.get("type") == "sample"]
         drawing = sum(float(event.get("seconds") or 0.0) for event in drawn)
         self._emit(events.Finished(step=self._training.step, path=name, seconds=seconds, sample_seconds=drawing, proof=proof))
 
-    def _verify(self, path: Path) -> str:
+    def _verify(self, path: Path, exported: Exported) -> str:
         """Reads the finished file back; the training's own adapters are taken out for it. Raises AdapterFileError."""
         training = self._training
         self._emit(events.Stage(name="verify", detail="as diffusers and as this program reads it"))
-        trained = trained_modules(training.flat, training.exported, training.plans, training.config)
         training.take_out()
         training.optimizer.state.clear()  # saved, and room for the picture
-        proof = verify(training.model, path, trained, next(iter(self._prompts), ""))
+        proof = verify(training.model, path, exported.modules, next(iter(self._prompts), ""))
         write_proof(proof, self._run.proof)
         if not proof.ok:
             what = f"The LoRA is written, but would not be read as it was trained: {proof.problems[0]}"
             raise AdapterFileError(what, str(path), f"All that was found stands in {self._run.proof.name}.")
         return proof.sentence
 
-    def _export(self, folder: Path, name: str) -> None:
+    def _export(self, folder: Path, name: str) -> Exported:
         training = self._training
         folder.mkdir(parents=True, exist_ok=True)
         base, step = training.model.facts, training.step
         hashes = self._base_hashes.result() if self._base_hashes else ("", "")
         how = (self._started_at, training.device.dtype_name, hashes)
         metadata = describe_run(training.config, base, training.data, step, *how)
-        export_adapter(
-            folder / name, training.flat, training.exported, training.plans, training.config, metadata, base.family.name
-        )
+        exported = trained_modules(training.flat, training.exported, training.plans, training.config, training.model)
+        export_adapter(folder / name, exported, training.config, metadata, base.family.name)
+        return exported
 
 
 def _hashes_of(base: Path) -> tuple[str, str]:

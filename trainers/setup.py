@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 from trainers import events
-from trainers.adapters import ADAPTERS
 from trainers.adapters.inject import FlatParameters, inject_trainable, restore_layers
 from trainers.adapters.plan import LayerPlan
 from trainers.checks import check_pictures, check_settings
@@ -128,7 +127,7 @@ def set_up(
     _tell(checked + check_pictures(config, base, scan, data), emit)
     # The text states are cached only while nothing about the text encoder learns; both facts are settled here.
     plans = plan_layers(config, list(model.parts()), model.find_targets)
-    kind, seed = ADAPTERS[config.adapter.type], config.train.seed
+    kind, seed = config.adapter.trained, config.train.seed
     flat = inject_trainable(model.parts(), plans, kind, seed, device.device, start.given if start else None)
     if config.train.checkpointing:
         model.enable_checkpointing()

@@ -17,8 +17,7 @@ from typing import Any
 
 import torch
 
-from trainers.adapters import ADAPTERS
-from trainers.adapters.inject import find_layers, lay_out
+from trainers.adapters.inject import find_layers, lay_out, start_of
 from trainers.config import TrainConfig
 from trainers.container import open_file, read_header
 from trainers.errors import AdapterFileError, TrainingError
@@ -167,9 +166,14 @@ def read_trained(
         return None
     plans = plan_layers(config, list(model.parts()), model.find_targets)
     layers: Any = find_layers(model.parts())
-    flat = lay_out(plans, layers, ADAPTERS[config.adapter.type], torch.device("cpu"))
+    kind = config.adapter.trained
+    flat = lay_out(plans, layers, kind, torch.device("cpu"))
     weights = state.weights if state.mean is None else state.mean
-    return trained_modules(flat, weights, plans, config) if weights.numel() == flat.weights.numel() else None
+    if weights.numel() != flat.weights.numel():
+        return None
+    for plan in plans:
+        flat.constants[plan.name] = start_of(plan, kind, config.train.seed, layers[plan.name]).constants
+    return trained_modules(flat, weights, plans, config, model).modules
 
 
 def _faults_of_the_file(path: Path) -> list[str]:

@@ -15,6 +15,7 @@ from trainers.adapters.inject import TRAINED, inject_trainable
 from trainers.adapters.layer import AdaptedLayer, Adapter
 from trainers.adapters.lora import LORA, LoraSettings
 from trainers.adapters.plan import LayerPlan
+from trainers.formats.weights import ModuleWeights
 from trainers.objective import generator_for
 
 RANK, SCALE = 3, 0.7
@@ -284,4 +285,5 @@ def test_the_alpha_in_a_file_gives_readers_the_scale_that_was_trained(scaling: s
     settings = LoraSettings.model_validate({"rank": 16, "alpha": 8, "scaling": scaling})
     ours = settings.scale_of(settings.effective_alpha, settings.rank)
     assert ours == scale
-    assert LORA.export_alpha(ours, settings.rank) / settings.rank == scale
+    name, factors, told = LORA.exported({"down": torch.zeros(16, 8), "up": torch.zeros(8, 16)}, ours)
+    assert ModuleWeights(factors, told * settings.rank, name).scale == scale

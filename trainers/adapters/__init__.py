@@ -6,15 +6,20 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from trainers.adapters.dora import DORA, DORA_LOHA, DORA_LOKR
+from trainers.adapters.additive import AdditiveSettings
+from trainers.adapters.dora import DORA, DORA_LOHA, DORA_LOKR, DoraSettings
 from trainers.adapters.full import FULL
-from trainers.adapters.loha import LOHA
-from trainers.adapters.lokr import LOKR
+from trainers.adapters.loha import LOHA, LohaSettings
+from trainers.adapters.lokr import LOKR, LokrSettings
 from trainers.adapters.lora import LORA, LoraSettings
 
-AdapterConfig = Annotated[LoraSettings, Field()]
+AdapterConfig = Annotated[
+    LoraSettings | DoraSettings | LohaSettings | LokrSettings | AdditiveSettings,
+    Field(discriminator="type"),
+]
+"""What can be trained; `trained` of the settings is the mathematics of it."""
 
-# All of them are loaded, blended, merged and converted; those whose settings stand in AdapterConfig are trained too.
+# What files hold: all of them are loaded, blended, merged and converted.
 ADAPTERS: dict[str, Any] = {
     "lora": LORA,
     "dora": DORA,

@@ -8,21 +8,22 @@ Torch-free at import.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     import torch
 
 Factors = Mapping[str, "torch.Tensor"]
+Weight = Callable[[], "torch.Tensor"]
 
 
 class AdapterKind(Protocol):
     """One adapter type. Weights are (out, in) or (out, in, kh, kw); the change of a weight at strength 1 is its delta.
 
-    A type that can be trained has `factor_shapes`, `initialise` and `export_alpha` too, and may have
-    `joined(frozen, x, [(factors, scale), ...])`, which gives frozen(x) and what `forward` adds to it in one autograd node, for
-    one layer or for several that read the same x, or None where it cannot (see adapters/lora.py).
+    A type may have `joined(frozen, x, [(factors, scale), ...])`, which gives frozen(x) and what `forward` adds to it in one
+    autograd node, for one layer or for several that read the same x, or None where it cannot (see adapters/lora.py).
     """
 
     @property
@@ -56,6 +57,41 @@ class AdapterKind(Protocol):
 
     def norm(self, factors: Factors, scale: float) -> float | None:
         """Frobenius norm of the delta; None where that depends on the frozen weight."""
+
+
+@dataclass(frozen=True)
+class Started:
+    """An adapter at its start: the factors that learn, the scale that `forward` gets at strength 1, and the tensors that
+    `forward` needs beside the factors and that never change. They are made again, the same, when a run goes on."""
+
+    factors: dict[str, torch.Tensor]
+    scale: float
+    constants: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+class Trained(Protocol):
+    """What of a type is trained: `settings.trained`. Files know it as one of the table ADAPTERS, which `exported` names.
+
+    `forward` and `delta` as of AdapterKind, with the constants among the factors.
+    """
+
+    def factor_shapes(self, weight: tuple[int, ...], rank: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of what learns beside a frozen weight (out, in) or (out, in, kh, kw)."""
+
+    def start(self, shape: tuple[int, ...], rank: int, scale: float, generator: torch.Generator, weight: Weight) -> Started:
+        """At the start the delta is zero. `scale` is alpha / rank; `weight()` gives the frozen weight, float32, on the CPU."""
+
+    def forward(self, frozen: Any, x: torch.Tensor, factors: Factors, scale: float | torch.Tensor) -> torch.Tensor:
+        """What is added to frozen(x)."""
+
+    def delta(self, factors: Factors, scale: float, weight: torch.Tensor | None = None) -> torch.Tensor:
+        """The change in float64."""
+
+    def exported(self, factors: Factors, scale: float) -> tuple[str, Factors, float]:
+        """(entry of ADAPTERS, its factors, its scale), given the constants among the factors and alpha / rank."""
+
+    def file_rank(self, rank: int) -> int | None:
+        """Rank of the plain LoRA that holds the delta exactly; None where none of a low rank does."""
 
 
 def scaled(y: torch.Tensor, scale: float | torch.Tensor) -> torch.Tensor:

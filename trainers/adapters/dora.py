@@ -6,12 +6,13 @@ one for each input (1, in). The delta at strength 1 is W' - W, and a strength go
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from trainers.adapters.base import AdapterKind, Factors, scaled
+from trainers.adapters.base import AdapterKind, Factors, Started, Weight, scaled
 from trainers.adapters.loha import LOHA
 from trainers.adapters.lokr import LOKR
 from trainers.adapters.lora import LORA
+from trainers.adapters.settings import LowRankSettings
 
 if TYPE_CHECKING:
     import torch
@@ -20,6 +21,20 @@ MAGNITUDE = "dora_scale"
 """m, in the shape of the weight with 1 for every axis but one."""
 GAIN = "gain"
 """m / ||W + dW||, once the adapter stands beside its layer."""
+SQUARES, INNER = "squares", "inner_scale"
+"""||W||^2 of each output (out,), and alpha / r: what a DoRA in training keeps beside its factors."""
+
+
+class DoraSettings(LowRankSettings):
+    """DoRA: a LoRA on the direction of each output's weights, and a magnitude of its own for each output."""
+
+    type: Literal["dora"] = "dora"
+    """Kind of adapter."""
+
+    @property
+    def trained(self) -> Any:
+        """The mathematics that is trained."""
+        return TRAINED_DORA
 
 
 class Dora:
@@ -102,6 +117,66 @@ class Dora:
         return gain
 
 
+class TrainedDora:
+    """See base.Trained: down and up as LoRA's, and dora_scale m (out, 1[, 1, 1]), which starts as the rows' norms ||W||.
+
+    The norm of W + s B A takes no part in the gradient, as in the paper's section 4.3 and in peft. Its square is formed from
+    three small products and never from the matrix: ||W||^2 + 2 s B . (W A^T) + s^2 (B A A^T) . B, row by row.
+    """
+
+    def factor_shapes(self, weight: tuple[int, ...], rank: int) -> dict[str, tuple[int, ...]]:
+        """Those of LoRA, and one magnitude for each output."""
+        return {**LORA.factor_shapes(weight, rank), MAGNITUDE: (weight[0], *(1 for _ in weight[1:]))}
+
+    def start(self, shape: tuple[int, ...], rank: int, scale: float, generator: torch.Generator, weight: Weight) -> Started:
+        """A LoRA's start beside m = ||W||. `scale` belongs to the inner LoRA, as W' - W is not linear in it."""
+        import torch
+
+        squares = weight().double().flatten(1).pow(2).sum(1)
+        magnitude = squares.float().sqrt().reshape(self.factor_shapes(shape, rank)[MAGNITUDE])
+        inner = LORA.start(shape, rank, scale, generator, weight).factors
+        constants = {SQUARES: squares, INNER: torch.tensor(scale, dtype=torch.float64)}
+        return Started({**inner, MAGNITUDE: magnitude}, 1.0, constants)
+
+    def forward(self, frozen: Any, x: torch.Tensor, factors: Factors, scale: float | torch.Tensor) -> torch.Tensor:
+        """(W' - W) x = (g - 1) W x + g s B A x."""
+        gain, plain = self._gain(frozen, factors), _without_bias(frozen, x)
+        shape = (-1, 1, 1) if factors[MAGNITUDE].dim() == 4 else (-1,)
+        learnt = LORA.forward(frozen, x, factors, 1.0) * factors[INNER]
+        wide_gain = gain.reshape(shape)
+        return scaled(plain * (wide_gain - 1).to(x.dtype) + learnt * wide_gain.to(x.dtype), scale)
+
+    def delta(self, factors: Factors, scale: float, weight: torch.Tensor | None = None) -> torch.Tensor:
+        """W' - W in float64. Raises ValueError without the frozen weight."""
+        _, own, inner = self.exported(factors, scale)
+        return DORA.delta(own, inner, weight)
+
+    def exported(self, factors: Factors, scale: float) -> tuple[str, Factors, float]:
+        """A DoRA as files have it; `scale` is the inner LoRA's."""
+        own = {name: factor for name, factor in factors.items() if name in DORA.parts}
+        return "dora", own, float(factors[INNER]) if INNER in factors else scale
+
+    def file_rank(self, rank: int) -> None:
+        """The delta has the weight's own rank."""
+        return None
+
+    def _gain(self, frozen: Any, factors: Factors) -> torch.Tensor:
+        """m / ||W + s B A|| (out,), float32 or wider; 1 where W is its own start, to the bit."""
+        import torch
+
+        magnitude, scale = factors[MAGNITUDE].flatten(), factors[INNER]
+        least = torch.promote_types(torch.float32, magnitude.dtype)
+        magnitude = magnitude.to(least)
+        with torch.no_grad():
+            up, down = (factors[name].to(least).flatten(1) for name in ("up", "down"))
+            weight = frozen.weight.to(least).flatten(1)
+            cross = (up * (weight @ down.T)).sum(1)
+            squared = factors[SQUARES].to(least) + 2 * scale * cross + scale**2 * ((up @ (down @ down.T)) * up).sum(1)
+            norm = squared.clamp_min(0).sqrt()
+        gain: torch.Tensor = magnitude / norm.where(norm > 0, 1.0)
+        return gain
+
+
 def _axis(magnitude: torch.Tensor) -> int:
     """The axis of the weight that a magnitude belongs to: 0 for outputs (also of a plain list of numbers), 1 for inputs."""
     return 1 if magnitude.dim() > 1 and magnitude.shape[1] > 1 else 0
@@ -126,3 +201,4 @@ def _without_bias(frozen: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 DORA, DORA_LOHA, DORA_LOKR = Dora(LORA), Dora(LOHA), Dora(LOKR)
+TRAINED_DORA = TrainedDora()

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
 
-from trainers.adapters.base import AdapterKind, Factors
+from trainers.adapters.base import AdapterKind, Factors, Started
 from trainers.adapters.layer import AdaptedLayer, Adapter, Strength
 from trainers.adapters.plan import LayerPlan, canonical_name
 from trainers.frozen import FrozenLayer
@@ -33,6 +34,7 @@ class FlatParameters:
     views: dict[str, dict[str, nn.Parameter]]  # layer name -> factor name -> view
     shapes: dict[str, dict[str, tuple[int, slice, tuple[int, ...]]]]
     used: dict[str, dict[str, torch.Tensor]]  # what the layers compute with: the views, or within `working` their copies
+    constants: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)  # what they compute with beside them, by layer
 
     def parameters(self, group: str, as_views: bool) -> list[nn.Parameter]:
         """What an optimizer gets for `group`: its factors as matrices, or one flat parameter that shares their memory."""
@@ -147,25 +149,42 @@ def inject_trainable(
     Every layer draws from its own generator, so a layer's start does not depend on which others are adapted. A layer that
     `given` has, by name, goes on from those factors and their scale.
     """
-    from trainers.objective import generator_for
-
     for module in parts.values():
         module.requires_grad_(False)
     layers = adapt_layers(parts, [plan.name for plan in plans])
     flat = lay_out(plans, layers, kind, device)
     for plan in plans:
-        factors = flat.views[plan.name]
-        start = {factor: torch.empty(view.shape) for factor, view in factors.items()}
-        kind.initialise(start, generator_for(seed, "adapter", plan.name))  # type: ignore[attr-defined]
+        layer = layers[plan.name]
+        started = start_of(plan, kind, seed, layer)
         if given is not None and plan.name in given:
             own, scale = given[plan.name]
-            kind.continue_from(start, own, scale / plan.scale)  # type: ignore[attr-defined]
+            kind.continue_from(started.factors, own, scale / plan.scale)  # type: ignore[attr-defined]
         with torch.no_grad():
-            for factor, view in factors.items():
-                view.copy_(start[factor])
-        layers[plan.name].adapters[TRAINED] = Adapter(kind, flat.used[plan.name], plan.scale)  # type: ignore[arg-type]
-        layers[plan.name].strengths[TRAINED] = 1.0
+            for factor, view in flat.views[plan.name].items():
+                view.copy_(started.factors[factor])
+        flat.constants[plan.name] = {name: _sent(constant, device) for name, constant in started.constants.items()}
+        flat.used[plan.name].update(flat.constants[plan.name])
+        layer.adapters[TRAINED] = Adapter(kind, flat.used[plan.name], started.scale)  # type: ignore[arg-type]
+        layer.strengths[TRAINED] = 1.0
     return flat
+
+
+def start_of(plan: LayerPlan, kind: object, seed: int, layer: Any) -> Started:
+    """How an adapter begins: the same for the same seed, layer and frozen weight, whatever else is adapted."""
+    from trainers.objective import generator_for
+
+    started: Started = kind.start(  # type: ignore[attr-defined]
+        tuple(layer.weight.shape),
+        plan.rank,
+        plan.scale,
+        generator_for(seed, "adapter", plan.name),
+        lambda: layer.weight.detach().float().cpu(),
+    )
+    return started
+
+
+def _sent(constant: torch.Tensor, device: torch.device) -> torch.Tensor:
+    return constant.float().to(device) if device.type == "mps" else constant.to(device)  # Apple's GPUs have no float64
 
 
 def attach(layer: AdaptedLayer, name: str, kind: AdapterKind, factors: Mapping[str, torch.Tensor], scale: float) -> None:

@@ -6,12 +6,25 @@ W1a, W2a (r, out) and W1b, W2b (r, in) (proposition 3). Names and layouts are th
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from trainers.adapters.base import Factors, apply_weight, product, scaled, unfolded, wide
+from trainers.adapters.base import Factors, Started, Weight, apply_weight, product, scaled, unfolded, wide
+from trainers.adapters.settings import LowRankSettings
 
 if TYPE_CHECKING:
     import torch
+
+
+class LohaSettings(LowRankSettings):
+    """LoHa: the elementwise product of two low-rank matrices, of rank up to rank * rank."""
+
+    type: Literal["loha"] = "loha"
+    """Kind of adapter."""
+
+    @property
+    def trained(self) -> Any:
+        """The mathematics that is trained."""
+        return LOHA
 
 
 class LoHa:
@@ -70,6 +83,32 @@ class LoHa:
     def forward(frozen: Any, x: torch.Tensor, factors: Factors, scale: float | torch.Tensor) -> torch.Tensor:
         """x through the product, which is formed for this one call from the small factors."""
         return scaled(apply_weight(frozen, x, _weight(wide(factors, x.dtype))), scale)
+
+    @staticmethod
+    def factor_shapes(weight: tuple[int, ...], rank: int) -> dict[str, tuple[int, ...]]:
+        """w1_a, w2_a (out, r) and w1_b, w2_b (r, in[, kh, kw])."""
+        return {
+            f"w{half}_{part}": size for half in "12" for part, size in (("a", (weight[0], rank)), ("b", (rank, *weight[1:])))
+        }
+
+    @staticmethod
+    def start(shape: tuple[int, ...], rank: int, scale: float, generator: torch.Generator, weight: Weight) -> Started:
+        """As LyCORIS and peft: w1_a of deviation 0.1, both _b of 1, w2_a zero, so that step 0 is the base."""
+        import torch
+
+        deviations = {"w1_a": 0.1, "w1_b": 1.0, "w2_a": 0.0, "w2_b": 1.0}
+        sizes = LOHA.factor_shapes(shape, rank)
+        return Started({name: deviations[name] * torch.randn(size, generator=generator) for name, size in sizes.items()}, scale)
+
+    @staticmethod
+    def exported(factors: Factors, scale: float) -> tuple[str, Factors, float]:
+        """As it is."""
+        return "loha", factors, scale
+
+    @staticmethod
+    def file_rank(rank: int) -> None:
+        """Its rank is up to r * r."""
+        return None
 
     @staticmethod
     def delta(factors: Factors, scale: float, weight: torch.Tensor | None = None) -> torch.Tensor:

@@ -7,12 +7,29 @@ with a core t2 (r, r, kh, kw) between w2_a (r, o2) and w2_b (r, i2). The scale i
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from trainers.adapters.base import Factors, apply_weight, product, same_layer, scaled, unfolded, wide
+from pydantic import Field
+
+from trainers.adapters.base import Factors, Started, Weight, apply_weight, product, same_layer, scaled, unfolded, wide
+from trainers.adapters.settings import LowRankSettings
 
 if TYPE_CHECKING:
     import torch
+
+
+class LokrSettings(LowRankSettings):
+    """LoKr: a Kronecker product of two small matrices, of a high rank for few numbers."""
+
+    type: Literal["lokr"] = "lokr"
+    """Kind of adapter."""
+    factor: int = Field(default=8, ge=2, le=64)
+    """Both widths of a layer are divided by about this much: larger is fewer numbers in the large half, more in the small."""
+
+    @property
+    def trained(self) -> Any:
+        """The mathematics that is trained."""
+        return TrainedLoKr(self.factor)
 
 
 class LoKr:
@@ -103,6 +120,49 @@ class LoKr:
         """The product of the halves' norms."""
         factors = {name: factor.double() for name, factor in factors.items()}
         return abs(scale) * math.prod(float(half.norm()) for half in (_w1(factors), _w2(factors)))
+
+
+class TrainedLoKr:
+    """See base.Trained: w1 (o1, i1) whole, with o1 and i1 the largest divisors of the widths up to `factor`; w2 in two
+    factors of the rank, or whole where that is less. Where both are whole there is no alpha, and the scale is 1."""
+
+    def __init__(self, factor: int) -> None:
+        self.factor = factor
+
+    def factor_shapes(self, weight: tuple[int, ...], rank: int) -> dict[str, tuple[int, ...]]:
+        """w1, and w2 or w2_a and w2_b."""
+        out, inner, *kernel = weight
+        out_1, in_1 = (max(n for n in range(1, self.factor + 1) if width % n == 0) for width in (out, inner))
+        out_2, rest = out // out_1, (inner // in_1, *kernel)
+        if rank * (out_2 + math.prod(rest)) >= out_2 * math.prod(rest):
+            return {"w1": (out_1, in_1), "w2": (out_2, *rest)}
+        return {"w1": (out_1, in_1), "w2_a": (out_2, rank), "w2_b": (rank, *rest)}
+
+    def start(self, shape: tuple[int, ...], rank: int, scale: float, generator: torch.Generator, weight: Weight) -> Started:
+        """w1 and w2_b Gaussian of variance 1 / width; w2_a, or the whole w2, zero, so that step 0 is the base."""
+        import torch
+
+        made = {}
+        for name, size in self.factor_shapes(shape, rank).items():
+            deviation = 0.0 if name in ("w2", "w2_a") else 1 / math.sqrt(math.prod(size[1:]))
+            made[name] = deviation * torch.randn(size, generator=generator)
+        return Started(made, scale if "w2_a" in made else 1.0)
+
+    def forward(self, frozen: Any, x: torch.Tensor, factors: Factors, scale: float | torch.Tensor) -> torch.Tensor:
+        """See LoKr."""
+        return LOKR.forward(frozen, x, factors, scale)
+
+    def delta(self, factors: Factors, scale: float, weight: torch.Tensor | None = None) -> torch.Tensor:
+        """See LoKr."""
+        return LOKR.delta(factors, self.exported(factors, scale)[2])
+
+    def exported(self, factors: Factors, scale: float) -> tuple[str, Factors, float]:
+        """As it is."""
+        return "lokr", factors, scale if "w2_a" in factors else 1.0
+
+    def file_rank(self, rank: int) -> None:
+        """Its rank is that of one half times the other's."""
+        return None
 
 
 def _shape_of_w1(factors: Factors) -> tuple[int, int]:

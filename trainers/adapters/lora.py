@@ -10,48 +10,40 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import model_validator
 
-from trainers.adapters.base import Factors, apply_weight, product, same_layer, scaled
-from trainers.settings import Settings
+from trainers.adapters.base import Factors, Started, Weight, apply_weight, product, same_layer, scaled
+from trainers.adapters.settings import LowRankSettings
+from trainers.adapters.symmetric import Symmetric
 
 if TYPE_CHECKING:
     import torch
 
-Target = Literal["attention", "cross_attention", "self_attention", "feed_forward", "projections", "convolutions"]
 
-
-class LoraSettings(Settings):
+class LoraSettings(LowRankSettings):
     """LoRA on the denoiser."""
 
     type: Literal["lora"] = "lora"
     """Kind of adapter."""
-    rank: int = Field(default=16, ge=1, le=1024)
-    """Inner width of the adapter: how much it can learn, and the size of the file."""
-    alpha: float | None = Field(default=None, gt=0, le=4096)
-    """The update is scaled by alpha / rank. Unset: equal to the rank, so the scale is 1."""
-    scaling: Literal["standard", "rslora"] = "standard"
-    """`standard`: alpha / rank. `rslora`: alpha / sqrt(rank) (arXiv 2312.03732), for high ranks."""
-    targets: tuple[Target, ...] = ("attention",)
-    """Which layers learn: attention (cross_attention and self_attention), feed_forward, projections, convolutions."""
-    start_from: str = ""
-    """LoRA file to train on from, of this rank or a lower one. Empty: from nothing, so that step 0 is the base."""
+    init: Literal["gaussian", "symmetric", "pissa", "olora"] = "gaussian"
+    """How the factors start: gaussian, with the up side zero; else both non-zero and their start's part taken away again:
+    symmetric (at random), pissa (the weight's first singular directions, arXiv 2404.02948), olora (its QR, 2406.01775)."""
 
-    @field_validator("targets")
+    @model_validator(mode="after")
+    def _starts_from_one_thing(self) -> LoraSettings:
+        if self.start_from and self.init != "gaussian":
+            raise ValueError(f"adapter.init = {self.init} starts from numbers of its own, so adapter.start_from must be empty")
+        return self
+
     @classmethod
-    def _some_target(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        if not value:
-            raise ValueError("name at least one group of layers, for example attention")
-        return value
+    def starts_from_files(cls) -> bool:
+        """See LowRankSettings."""
+        return True
 
     @property
-    def effective_alpha(self) -> float:
-        """Alpha, resolved: the rank where it is unset."""
-        return float(self.rank) if self.alpha is None else self.alpha
-
-    def scale_of(self, alpha: float, rank: int) -> float:
-        """Factor on the low-rank path."""
-        return alpha / (rank if self.scaling == "standard" else math.sqrt(rank))
+    def trained(self) -> Any:
+        """The mathematics that is trained."""
+        return LORA if self.init == "gaussian" else Symmetric(self.init)
 
 
 class Lora:
@@ -113,6 +105,25 @@ class Lora:
         factors["up"].zero_()
 
     @staticmethod
+    def start(shape: tuple[int, ...], rank: int, scale: float, generator: torch.Generator, weight: Weight) -> Started:
+        """See base.Trained."""
+        import torch
+
+        factors = {name: torch.empty(size) for name, size in LORA.factor_shapes(shape, rank).items()}
+        LORA.initialise(factors, generator)
+        return Started(factors, scale)
+
+    @staticmethod
+    def exported(factors: Factors, scale: float) -> tuple[str, Factors, float]:
+        """As it is."""
+        return "lora", factors, scale
+
+    @staticmethod
+    def file_rank(rank: int) -> int:
+        """Its own."""
+        return rank
+
+    @staticmethod
     def continue_from(factors: Mapping[str, torch.Tensor], given: Factors, ratio: float) -> None:
         """Makes the delta of initialised `factors` that of `given` times `ratio`, exact but for the rounding of `ratio`.
 
@@ -170,11 +181,6 @@ class Lora:
         up, down = factors["up"].double().flatten(1), factors["down"].double().flatten(1)
         squared = float(((up.T @ up) * (down @ down.T)).sum())
         return abs(scale) * math.sqrt(max(squared, 0.0))
-
-    @staticmethod
-    def export_alpha(scale: float, rank: int) -> float:
-        """Alpha for a file, whose readers all compute alpha / rank, whatever scaling was used here."""
-        return scale * rank
 
 
 LORA = Lora()

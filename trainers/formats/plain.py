@@ -10,12 +10,13 @@ from trainers.text import printable
 
 
 def to_lora(
-    name: str, weights: ModuleWeights, rank: int, base_weight: torch.Tensor | None = None
+    name: str, weights: ModuleWeights, rank: int, base_weight: torch.Tensor | None = None, within: float = 0.0
 ) -> tuple[ModuleWeights, float]:
     """(a LoRA of at most `rank`, its relative error ||difference|| / ||delta|| as it is stored, in float32).
 
     `weights` must be fitted to its layer where that is a convolution, so that the kernel is known. A rank above what the
-    delta has is cut to it, and the LoRA is then exact but for rounding. alpha is the rank, the scale 1. Raises
+    delta has is cut to it, and the LoRA is then exact but for rounding; of a relative error `within`, a lower one is taken that
+    comes so near. alpha is the rank, the scale 1. Raises
     AdapterFileError for a DoRA without `base_weight`, and for numbers that are not finite.
     """
     if weights.needs_base and base_weight is None:
@@ -25,13 +26,13 @@ def to_lora(
     if not bool(delta.isfinite().all()):
         raise AdapterFileError(f"{printable(name, 120)} holds NaN or infinite numbers", hint="Take an earlier checkpoint.")
     size = float(delta.norm())
-    up, down = _factored(weights, delta, rank)
+    up, down = _factored(weights, delta, rank, within)
     ones = (1,) * (delta.ndim - 2)
     made = ModuleWeights({"down": down.reshape(-1, *delta.shape[1:]), "up": up.reshape(*up.shape, *ones)}, float(down.shape[0]))
     return made, float((made.delta() - delta).norm()) / size if size else 0.0
 
 
-def _factored(weights: ModuleWeights, delta: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _factored(weights: ModuleWeights, delta: torch.Tensor, rank: int, within: float) -> tuple[torch.Tensor, torch.Tensor]:
     """up (out, r) and down (r, in * kernel) of equal sizes, float32, contiguous; r is at least 1."""
     matrix = delta.flatten(1)
     if weights.kind == "lora" and weights.rank < min(matrix.shape):
@@ -40,9 +41,16 @@ def _factored(weights: ModuleWeights, delta: torch.Tensor, rank: int) -> tuple[t
         left, values, right = torch.linalg.svd(matrix, full_matrices=False)
     # What lies below float64's rounding is no direction of the delta's.
     present = int((values > values[0] * 1e-13 * max(matrix.shape)).sum()) if float(values[0]) else 1
-    keep = max(1, min(rank, present))
+    keep = max(1, min(rank, present, rank_within(values, within) if within else present))
     roots = values[:keep].sqrt()
     return (left[:, :keep] * roots).float().contiguous(), (roots[:, None] * right[:keep]).float().contiguous()
+
+
+def rank_within(values: torch.Tensor, error: float) -> int:
+    """The lowest rank at which what is left of a matrix with these singular values, falling, is at most `error` of it."""
+    squares = values.double().square()
+    left = squares.flip(0).cumsum(0).flip(0)  # from each place on
+    return int((left > error**2 * squares.sum()).sum())
 
 
 def _svd_of_product(weights: ModuleWeights) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
