@@ -13,8 +13,9 @@ from typing import Any, get_args
 
 from pydantic_core import PydanticUndefined
 
+from trainers.adapters import AdapterConfig
 from trainers.config import TrainConfig
-from trainers.optimizers.base import OptimizerSettings
+from trainers.optimizers import OptimizerConfig
 from trainers.settings import iterate_fields
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -58,6 +59,9 @@ def file_tree() -> str:
     return "\n".join(lines + [f"  {name:{width}}{phrase}" for name, phrase in entries.items()])
 
 
+UNIONS = {"adapter": AdapterConfig, "optimizer": OptimizerConfig}
+
+
 def settings_table() -> str:
     """Every setting with its default and its help."""
     rows = ["| setting | default | |", "| --- | --- | --- |"]
@@ -72,12 +76,11 @@ def settings_table() -> str:
 
 def _choices(name: str, field: Any) -> str:
     """The values a setting may take, where its help does not already name them."""
-    annotation = OptimizerSettings if name == "optimizer.type" else field.annotation
-    values = (
-        [group.model_fields["type"].default for group in OptimizerSettings.__subclasses__()]
-        if annotation is OptimizerSettings
-        else [value for value in get_args(annotation) if isinstance(value, str)]
-    )
+    group, _, last = name.rpartition(".")
+    if last == "type" and group in UNIONS:
+        values = [member.model_fields["type"].default for member in get_args(get_args(UNIONS[group])[0])]
+    else:
+        values = [value for value in get_args(field.annotation) if isinstance(value, str)]
     missing = [value for value in values if value not in (field.description or "")]
     return f" One of: {', '.join(f'`{value}`' for value in values)}." if missing else ""
 

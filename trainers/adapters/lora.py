@@ -26,8 +26,7 @@ class LoraSettings(LowRankSettings):
     type: Literal["lora"] = "lora"
     """Kind of adapter."""
     init: Literal["gaussian", "symmetric", "pissa", "olora"] = "gaussian"
-    """How the factors start: gaussian, with the up side zero; else both non-zero and their start's part taken away again:
-    symmetric (at random), pissa (the weight's first singular directions, arXiv 2404.02948), olora (its QR, 2406.01775)."""
+    """How it starts: `gaussian` with the up side zero; `symmetric`, `pissa` and `olora` with both sides at numbers of their own."""
 
     @model_validator(mode="after")
     def _starts_from_one_thing(self) -> LoraSettings:
