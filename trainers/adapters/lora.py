@@ -26,7 +26,7 @@ class LoraSettings(LowRankSettings):
     type: Literal["lora"] = "lora"
     """Kind of adapter."""
     init: Literal["gaussian", "symmetric", "pissa", "olora"] = "gaussian"
-    """How it starts: `gaussian` with the up side zero; `symmetric`, `pissa` and `olora` with both sides at numbers of their own."""
+    """How it starts: `gaussian` with the up side zero; `symmetric`, `pissa` and `olora` with both sides non-zero."""
 
     @model_validator(mode="after")
     def _starts_from_one_thing(self) -> LoraSettings:
