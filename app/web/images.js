@@ -1,6 +1,7 @@
 // Images: drop a folder, look over the captions, leave out what does not fit.
 import { UNNAMED, address, copyButton, el, errorCard, get, go, onShow, patch, plural, post, put, tell, toast } from "/web/core.js";
 import { chosenFiles, startUpload, takeDrops, watchUpload } from "/web/drop.js";
+import { startOrQueue } from "/web/queue.js";
 
 const FILTERS = [
   ["all", "All", () => true],
@@ -113,8 +114,8 @@ function makeScreen(room, project) {
     start.disabled = true;
     await saving;
     try {
-      const run = await post(`${base}/runs`);
-      go("train", project, run.id);
+      const run = await startOrQueue(base);
+      if (run) go("train", project, run.id);
     } catch (error) {
       if (error.problems?.length) go("recipe", project);
       else tell(trouble, error);
