@@ -59,7 +59,12 @@ class Scanner:
         settings = config.dataset
         with self._scanning:
             return scan_folder(
-                Path(settings.images), trigger=settings.trigger, repeats=settings.repeats, edits=edits, read=self._read
+                Path(settings.images),
+                trigger=settings.trigger,
+                repeats=settings.repeats,
+                edits=edits,
+                read=self._read,
+                masks=settings.masks,
             )
 
     def find_picture(self, project: Project, name: str) -> Path:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from trainers.settings import Settings
@@ -26,6 +28,8 @@ class DatasetSettings(Settings):
     """Keep each picture's shape by aspect-ratio buckets; off crops everything to a square."""
     flip: bool = False
     """Show every picture mirrored half of the time. Off for text, faces with a parting, or anything with a side."""
+    masks: Literal["off", "files", "alpha", "auto"] = "off"
+    """What of a picture is learnt: all, what the mask file beside it or its own alpha shows, or `auto`, whichever it has."""
     caption_shuffle: bool = False
     """Shuffle the comma-separated parts of a caption, anew at each step."""
     caption_keep: int = Field(default=1, ge=0, le=100)

@@ -255,17 +255,22 @@ def make_manifest(
         "train": {"save_state_seconds", "checkpointing", "recoveries", "recording", "fit"},
     }
     settings = config.model_dump(mode="json", exclude_defaults=True, exclude=free)
-    started = {"start_from": {"LoRA": start.sha256}} if start else {}
-    return started | {
-        "images": {example.name: example.sha256 for example in scan.examples},
-        "captions": {example.name: hashlib.sha256(example.caption.encode()).hexdigest() for example in scan.examples},
-        "repeats": {example.name: example.repeats for example in scan.examples},
-        "base": {part: model.fingerprint(part) for part in (*model.parts(), "vae")},
-        "configuration": {part: _digest(config) for part, config in model.facts.configs.items()},
-        "settings": settings,
-        "kernels": device.kernels(),
-        "versions": {name: _version(name) for name in ("impasto", "torch", "diffusers", "transformers", "safetensors")},
-    }
+    started: dict[str, Any] = {"start_from": {"LoRA": start.sha256}} if start else {}
+    masks = {example.name: example.mask.sha256 or "its alpha channel" for example in scan.examples if example.mask}
+    return (
+        started
+        | ({"masks": masks} if masks else {})
+        | {
+            "images": {example.name: example.sha256 for example in scan.examples},
+            "captions": {example.name: hashlib.sha256(example.caption.encode()).hexdigest() for example in scan.examples},
+            "repeats": {example.name: example.repeats for example in scan.examples},
+            "base": {part: model.fingerprint(part) for part in (*model.parts(), "vae")},
+            "configuration": {part: _digest(config) for part, config in model.facts.configs.items()},
+            "settings": settings,
+            "kernels": device.kernels(),
+            "versions": {name: _version(name) for name in ("impasto", "torch", "diffusers", "transformers", "safetensors")},
+        }
+    )
 
 
 def _digest(values: dict[str, Any]) -> str:

@@ -58,7 +58,14 @@ def scan_images(config: TrainConfig, thorough: bool = False) -> Scan:
     settings = config.dataset
     edits = read_edits(Path(settings.edits)) if settings.edits else None
     read = decode_picture if thorough else None
-    return scan_folder(Path(settings.images), trigger=settings.trigger, repeats=settings.repeats, edits=edits, read=read)
+    return scan_folder(
+        Path(settings.images),
+        trigger=settings.trigger,
+        repeats=settings.repeats,
+        edits=edits,
+        read=read,
+        masks=settings.masks,
+    )
 
 
 def render_side(config: TrainConfig, base: BaseModelFacts) -> int:
