@@ -48,6 +48,7 @@ from app.run_routes import answer_run
 from app.runs import Standing
 from app.studio_routes import ROUTES as STUDIO_ROUTES
 from app.thumbnails import make_thumbnail
+from app.version_routes import ROUTES as VERSION_ROUTES
 from trainers.demo import PROMPTS
 from trainers.errors import TrainingError
 from trainers.families import ASSETS
@@ -67,7 +68,15 @@ def router(home: Path) -> APIRouter:
         request.state.desk = desk
 
     api = APIRouter(prefix="/api", lifespan=lifespan, route_class=Route, dependencies=[Depends(lay_out)])
-    for method, path, endpoint in (*ROUTES, *PLAN_ROUTES, *QUEUE_ROUTES, *RECIPE_ROUTES, *RUN_ROUTES, *STUDIO_ROUTES):
+    for method, path, endpoint in (
+        *ROUTES,
+        *PLAN_ROUTES,
+        *QUEUE_ROUTES,
+        *RECIPE_ROUTES,
+        *RUN_ROUTES,
+        *STUDIO_ROUTES,
+        *VERSION_ROUTES,
+    ):
         kind = UploadRoute if endpoint is post_images else None
         status = 201 if endpoint in (post_project, post_sample, post_run, post_to_queue) else None
         api.add_api_route(path, endpoint, methods=[method], status_code=status, route_class_override=kind)

@@ -19,6 +19,7 @@ from app.projects import Project, add_run, make_slug
 from app.queue_file import QueueFile
 from app.refusals import CONFLICT, NOT_FOUND, Refusal
 from app.scanning import Scanner
+from app.versions import pin
 from trainers import events
 from trainers.dataset.edits import write_edits
 from trainers.files import write_atomically
@@ -156,6 +157,7 @@ class Runs:
             run = new_run(path)
             try:
                 write_atomically(run.path / "edits.json", write_edits(edits))
+                write_atomically(run.dataset, pin(project, scanner, edits))
                 write_atomically(run.config, plan.toml().encode())
                 add_run(project, run.path.name)
             except Exception:

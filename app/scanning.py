@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +12,12 @@ from app.refusals import NOT_FOUND, Refusal
 from trainers.config import TrainConfig
 from trainers.dataset.edits import Edits
 from trainers.dataset.folder import Example, Scan, scan_folder
+from trainers.dataset.masks import Masks
 from trainers.dataset.pictures import Picture, read_picture
 from trainers.errors import DatasetError, Problem
 from trainers.run_folder import absolute
 
+_ABOUT_MASKS = re.compile(r"mask|alpha channel", re.IGNORECASE)
 _REMEMBERED = 50_000
 """Files whose facts are kept; about 30 MB."""
 
@@ -66,6 +69,24 @@ class Scanner:
                 read=self._read,
                 masks=settings.masks,
             )
+
+    def beside(self, project: Project) -> dict[str, str]:
+        """The captions in files beside the pictures, by name, whatever was edited since."""
+        with self._scanning:
+            try:
+                scan = scan_folder(project.images, read=self._read)
+            except DatasetError:
+                return {}
+        return {example.name: example.caption for example in scan.examples if example.caption_source == "file"}
+
+    def masks(self, project: Project, setting: Masks) -> tuple[list[Example], list[Problem]]:
+        """The pictures with the masks that a run with this setting would use, and what is said about masks."""
+        with self._scanning:
+            try:
+                scan = scan_folder(project.images, read=self._read, masks=setting)
+            except DatasetError as error:
+                return [], [_said(error)]
+        return list(scan.examples), [problem for problem in scan.problems if _ABOUT_MASKS.search(problem.what)]
 
     def find_picture(self, project: Project, name: str) -> Path:
         """The file of a picture by its name in the scan: what a request names is looked up, never joined to a folder.

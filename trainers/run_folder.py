@@ -64,6 +64,11 @@ class RunFolder:
         return self.path / "manifest.json"
 
     @property
+    def dataset(self) -> Path:
+        """The version of the dataset that the window pinned for it, as trainers.dataset.versions writes it."""
+        return self.path / "dataset.json"
+
+    @property
     def proof(self) -> Path:
         """What reading the finished LoRA back has shown."""
         return self.path / "verification.json"

@@ -1,7 +1,9 @@
 // Images: drop a folder, look over the captions, leave out what does not fit.
 import { UNNAMED, address, copyButton, el, errorCard, get, go, onShow, patch, plural, post, put, tell, toast } from "/web/core.js";
 import { chosenFiles, startUpload, takeDrops, watchUpload } from "/web/drop.js";
+import { makeMasks } from "/web/masks.js";
 import { startOrQueue } from "/web/queue.js";
+import { makeVersions } from "/web/versions.js";
 
 const FILTERS = [
   ["all", "All", () => true],
@@ -46,6 +48,7 @@ function makeScreen(room, project) {
   let saving = Promise.resolve(); // captions that are being saved: Start waits for them
 
   room.replaceChildren(el("div", { class: "row head" }, el("h1", {}, "Images"), next), trouble, zone, news, work);
+  work.insertBefore(el("div", { class: "row about-set" }, makeMasks(base, grid), makeVersions(base, load)), bulk);
   const receive = (files, unread = []) => {
     tell(trouble, null);
     if (files.length || unread.length) {

@@ -12,7 +12,9 @@ from trainers.dataset.buckets import Placement, assign_buckets
 from trainers.dataset.edits import read_edits
 from trainers.dataset.folder import Example, Scan, decode_picture, scan_folder
 from trainers.dataset.plan import StepPlan, split_holdout
+from trainers.dataset.versions import name_version, version_of
 from trainers.families import BaseModelFacts
+from trainers.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,13 @@ def scan_images(config: TrainConfig, thorough: bool = False) -> Scan:
         read=read,
         masks=settings.masks,
     )
+
+
+def dataset_version(config: TrainConfig, scan: Scan, run: RunFolder) -> str:
+    """The name of the version of the dataset that a run trains on: the one pinned for it, else the scanned folder as it is."""
+    if run.dataset.is_file():
+        return name_version(run.dataset.read_bytes())
+    return name_version(version_of(scan, read_edits(Path(config.dataset.edits)) if config.dataset.edits else None))
 
 
 def render_side(config: TrainConfig, base: BaseModelFacts) -> int:
