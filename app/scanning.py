@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import re
 import threading
 from dataclasses import dataclass
 from pathlib import Path
 
+from app.masks import mask_setting
 from app.projects import Project, load_edits
 from app.refusals import NOT_FOUND, Refusal
 from trainers.config import TrainConfig
 from trainers.dataset.edits import Edits
 from trainers.dataset.folder import Example, Scan, scan_folder
-from trainers.dataset.masks import Masks
 from trainers.dataset.pictures import Picture, read_picture
 from trainers.errors import DatasetError, Problem
 from trainers.run_folder import absolute
 
-_ABOUT_MASKS = re.compile(r"mask|alpha channel", re.IGNORECASE)
 _REMEMBERED = 50_000
 """Files whose facts are kept; about 30 MB."""
 
@@ -51,7 +49,8 @@ class Scanner:
         edits = load_edits(project)
         with self._scanning:  # two at once would read the same files twice
             try:
-                scan = scan_folder(project.images, edits=Edits(edits.captions), read=self._read)
+                masks = mask_setting(project)
+                scan = scan_folder(project.images, edits=Edits(edits.captions), read=self._read, masks=masks)
             except DatasetError as error:
                 scan = Scan(project.images, (), (*self._unreadable(project), _said(error)))
         self._paths[project.images] = {example.name: example.path for example in scan.examples}
@@ -78,15 +77,6 @@ class Scanner:
             except DatasetError:
                 return {}
         return {example.name: example.caption for example in scan.examples if example.caption_source == "file"}
-
-    def masks(self, project: Project, setting: Masks) -> tuple[list[Example], list[Problem]]:
-        """The pictures with the masks that a run with this setting would use, and what is said about masks."""
-        with self._scanning:
-            try:
-                scan = scan_folder(project.images, read=self._read, masks=setting)
-            except DatasetError as error:
-                return [], [_said(error)]
-        return list(scan.examples), [problem for problem in scan.problems if _ABOUT_MASKS.search(problem.what)]
 
     def find_picture(self, project: Project, name: str) -> Path:
         """The file of a picture by its name in the scan: what a request names is looked up, never joined to a folder.

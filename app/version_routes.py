@@ -10,9 +10,7 @@ from urllib.parse import quote
 from fastapi import Response
 from pydantic import BaseModel
 
-from app.answers import ProblemAnswer
 from app.desk import ThePlace
-from app.image_list import answer_problem
 from app.masks import draw_mask, mask_setting
 from app.refusals import NOT_FOUND, Refusal
 from app.versions import Pinned, go_back, list_versions, pin, present_name
@@ -65,7 +63,6 @@ class MasksAnswer(BaseModel):
 
     setting: str
     masks: dict[str, str]
-    problems: list[ProblemAnswer]
 
 
 def get_versions(place: ThePlace) -> VersionsAnswer:
@@ -89,22 +86,20 @@ def post_back(name: str, place: ThePlace) -> BackAnswer:
 
 
 def get_masks(place: ThePlace) -> MasksAnswer:
-    """Which pictures have a mask by the recipe's setting, and what is wrong with those that have none for a reason."""
-    setting = mask_setting(place.project)
-    found, problems = place.desk.scanner.masks(place.project, setting)
+    """Which pictures have a mask by the recipe's setting. One whose mask cannot be used is told with the folder's health."""
+    found = place.desk.scanner.look(place.project).examples.values()
     address = f"/api/projects/{place.project.id}/mask/"
     urls = {
         one.name: f"{address}{quote(one.name, errors='surrogatepass')}?v={(one.mask.sha256 or one.sha256)[:16]}"
         for one in found
         if one.mask
     }
-    return MasksAnswer(setting=setting, masks=urls, problems=[answer_problem(problem) for problem in problems])
+    return MasksAnswer(setting=mask_setting(place.project), masks=urls)
 
 
 def get_mask(rel: str, place: ThePlace) -> Response:
     """A mask as it lies over its picture: dark where nothing is learnt, clear where all is; PNG."""
-    found, _ = place.desk.scanner.masks(place.project, mask_setting(place.project))
-    example = next((one for one in found if one.name == rel and one.mask), None)
+    example = place.desk.scanner.look(place.project).examples.get(rel)
     if example is None or example.mask is None:
         raise Refusal("There is no such mask", rel[:200], "Load the page again.", status=NOT_FOUND)
     data = io.BytesIO()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,7 +32,7 @@ class Pinned:
 
     name: str
     pinned: float
-    """When it was pinned last, in seconds since 1970."""
+    """When it was first pinned, in seconds since 1970."""
     version: Version
     changes: Changes | None
     """None of the first one."""
@@ -45,9 +44,7 @@ def pin(project: Project, scanner: Scanner, edits: Edits | None = None) -> bytes
     """Writes down the dataset as it is, once for each content, `edits` being those of `take_edits`. Returns the bytes."""
     data = _present(project, scanner, edits)
     path = _folder(project) / f"{name_version(data)}.json"
-    if path.is_file():
-        os.utime(path)
-    else:
+    if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, data)
     return data

@@ -25,7 +25,7 @@ from trainers.config import TrainConfig
 from trainers.dataset.batches import BatchMaker
 from trainers.dataset.cache import ContentCache, prune
 from trainers.dataset.folder import Scan
-from trainers.dataset.prepare import TrainingSet, dataset_version, prepare, render_side, scan_images
+from trainers.dataset.prepare import TrainingSet, dataset_version, planned_prior, prepare, render_side, scan_images
 from trainers.device import SMALL, Device, check_device, choose_device, other_kernels
 from trainers.engine import Undo, compile_blocks, make_fast, make_plain
 from trainers.errors import Problem
@@ -257,10 +257,13 @@ def make_manifest(
     }
     free |= {
         "dataset": {"images", "edits"},
+        "prior": {"folder"},
         "train": {"save_state_seconds", "checkpointing", "recoveries", "recording", "fit"},
     }
     settings = config.model_dump(mode="json", exclude_defaults=True, exclude=free)
     started: dict[str, Any] = {"start_from": {"LoRA": start.sha256}} if start else {}
+    if config.prior.folder:
+        started["prior"] = {example.name: example.sha256 for example in planned_prior(config, Path(), 0)}
     masks = {example.name: example.mask.sha256 or "its alpha channel" for example in scan.examples if example.mask}
     return (
         started

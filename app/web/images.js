@@ -48,7 +48,7 @@ function makeScreen(room, project) {
   let saving = Promise.resolve(); // captions that are being saved: Start waits for them
 
   room.replaceChildren(el("div", { class: "row head" }, el("h1", {}, "Images"), next), trouble, zone, news, work);
-  work.insertBefore(el("div", { class: "row about-set" }, makeMasks(base, grid), makeVersions(base, load)), bulk);
+  work.insertBefore(el("div", { class: "row about-set" }, makeMasks(base, grid, load), makeVersions(base, load)), bulk);
   const receive = (files, unread = []) => {
     tell(trouble, null);
     if (files.length || unread.length) {

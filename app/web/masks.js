@@ -1,13 +1,12 @@
 // Masks: whether pictures are learnt whole, and what is left out of them as a veil over each picture.
 import { el, get, patch, plural, toast } from "/web/core.js";
 
-/** The switch for masks of the project at `base`; veils the pictures in `grid` that have one. Returns its node. */
-export function makeMasks(base, grid) {
+/** The switch for masks of the project at `base`; veils the pictures in `grid` that have one. `reload` draws them anew. Returns its node. */
+export function makeMasks(base, grid, reload) {
   const box = el("input", { type: "checkbox", id: "use-masks", onchange: () => use(box.checked ? "auto" : "off") });
   const said = el("span", { class: "subdued", role: "status" });
-  const problems = el("ul", { class: "problems" });
   const node = el("section", { class: "masks", "aria-label": "Masks" }, el("div", { class: "row" }, box, el("label", { for: "use-masks" }, "Learn only what masks show"), said),
-    el("span", { class: "help" }, "A mask is cat-masklabel.png, cat.mask.png or masks/cat.png for cat.jpg, white where it is learnt; else a picture's own transparency."), problems);
+    el("span", { class: "help" }, "A mask is cat-masklabel.png, cat.mask.png or masks/cat.png for cat.jpg, white where it is learnt; else a picture's own transparency."));
   let masks = {};
   let asked = 0;
 
@@ -19,7 +18,6 @@ export function makeMasks(base, grid) {
     box.checked = found.setting !== "off";
     const count = Object.keys(masks).length;
     said.textContent = found.setting === "off" ? "" : count ? `${plural(count, "picture")} with a mask; all others are learnt whole` : "No picture has a mask or is transparent";
-    problems.replaceChildren(...found.problems.map((problem) => el("li", {}, [problem.where, problem.what, problem.hint].filter(Boolean).join(": "))));
     veil();
   }
 
@@ -31,7 +29,7 @@ export function makeMasks(base, grid) {
     } catch (error) {
       toast(error.message);
     }
-    await look();
+    await reload(); // what is wrong with a mask is told with the folder's health; the cards are drawn anew, and veiled
   }
 
   function veil() {

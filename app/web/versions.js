@@ -46,7 +46,7 @@ export function makeVersions(base, reload) {
     const here = place().project;
     const line = (one) => el("li", {},
       el("div", { class: "row" }, el("code", { title: one.id }, one.id.slice(0, 8)), el("span", {}, new Date(one.pinned * 1000).toLocaleString()), el("span", { class: "subdued" }, changes(one)),
-        one.is_present ? el("b", {}, "as it is now") : el("button", { type: "button", class: "small", "aria-label": `Go back to version ${one.id.slice(0, 8)}`, onclick: () => back(one.id) }, "Go back to this version")),
+        one.is_present ? el("b", {}, "as it is now") : el("button", { type: "button", class: "small", "aria-label": `Go back to this version: ${one.id.slice(0, 8)}`, onclick: () => back(one.id) }, "Go back to this version")),
       one.runs.length ? el("div", { class: "subdued" }, "trained by ", one.runs.flatMap((run, index) => [index ? ", " : "", el("a", { href: address("train", here, run) }, run)])) : null,
       details(one));
     list.replaceChildren(...found.versions.map(line));

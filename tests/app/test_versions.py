@@ -149,10 +149,13 @@ def test_masks_are_shown_as_a_veil(client: TestClient, pictures: Path) -> None:
     mask.save(pictures / "00-masklabel.png")
     Image.new("L", (48, 64), 0).save(pictures / "02-masklabel.png")
     told = ok(client.get(f"/api/projects/{project}/masks"))
-    assert told["setting"] == "off" and told["masks"] == {} and "not used: 2" in told["problems"][0]["what"]
+    assert told == {"setting": "off", "masks": {}}
+    assert "not used: 2" in ok(client.get(f"/api/projects/{project}/images"))["health"]["problems"][0]["what"]
     ok(client.patch(f"/api/projects/{project}", json={"recipe": {"dataset": {"masks": "auto"}}}))
     told = ok(client.get(f"/api/projects/{project}/masks"))
-    assert list(told["masks"]) == ["00.png"] and told["problems"][0]["where"] == "02.png"
+    assert list(told["masks"]) == ["00.png"]
+    (left_out,) = ok(client.get(f"/api/projects/{project}/images"))["health"]["unreadable"]
+    assert left_out["where"] == "02.png" and "mask is empty" in left_out["what"]
     with Image.open(io.BytesIO(client.get(told["masks"]["00.png"]).content)) as veil:
         assert veil.mode == "RGBA" and veil.getpixel((5, 5)) == (0, 0, 0, 191) and veil.getpixel((5, 40)) == (0, 0, 0, 0)
     refused(client.get(f"/api/projects/{project}/mask/01.png"), 404)

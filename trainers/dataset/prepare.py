@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from trainers.config import TrainConfig
@@ -84,7 +84,18 @@ def render_side(config: TrainConfig, base: BaseModelFacts) -> int:
 
 
 def planned_prior(config: TrainConfig, folder: Path, side: int) -> list[Example]:
-    """The prior pictures that a run will draw (or has drawn) into `folder`, before any of them is looked at."""
+    """The prior pictures: those of `prior.folder`, else those that a run will draw, or has drawn, into `folder`.
+
+    Drawn ones are not looked at yet and have no hash. Raises DatasetError when nothing in `prior.folder` can be used.
+    """
+    if config.prior.folder:
+        given = scan_folder(Path(config.prior.folder), repeats=config.prior.repeats).examples
+        usual = " ".join(config.prior.caption.split())
+        captions = [example.caption if example.caption_source == "file" else usual or example.caption for example in given]
+        return [
+            replace(example, name=f"prior/{example.name}", caption=caption)
+            for example, caption in zip(given, captions, strict=True)
+        ]
     prompts = [prompt for prompt in config.prior.prompts for _ in range(config.prior.images)]
     return [
         Example(
