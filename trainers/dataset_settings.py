@@ -39,12 +39,12 @@ class DatasetSettings(Settings):
 
 
 class PriorSettings(Settings):
-    """Prior preservation: pictures of the usual kind, drawn by the base or given, learnt beside yours so that it forgets nothing."""
+    """Prior preservation: pictures of the usual kind, drawn or given, learnt beside yours so that nothing is forgotten."""
 
     folder: str = ""
     """Folder of such pictures, with captions beside them. With it none are drawn."""
     caption: str = ""
-    """Caption of the pictures in that folder that have none: what they are a kind of, as in `a cat`. Empty: their file names."""
+    """Caption of the pictures in that folder that have none: what they all show, as `a cat`. Empty: their file names."""
     prompts: tuple[str, ...] = ()
     """Prompts without the trigger word that the base draws before training. None: no prior preservation."""
     images: int = Field(default=1, ge=1, le=100)
