@@ -10,6 +10,7 @@ from fastapi import Depends, Request
 
 from app.preflight import Preflight
 from app.projects import Project, read_project
+from app.run_queue import RunQueue
 from app.runs import Runs
 from app.scanning import Scanner
 from app.studio_client import Studio
@@ -25,16 +26,19 @@ class Desk:
     scanner: Scanner
     studio: Studio
     preflight: Preflight
+    queue: RunQueue
 
     def close(self) -> None:
         """Ends the processes that the window alone uses; a training goes on."""
+        self.queue.close()
         self.studio.close()
         self.preflight.stop()
 
 
 def make_desk(home: Path) -> Desk:
     """The desk for a home folder. Nothing is read or started."""
-    return Desk(home, Runs(home), Scanner(), Studio(home), Preflight(home))
+    runs, preflight = Runs(home), Preflight(home)
+    return Desk(home, runs, Scanner(), Studio(home), preflight, RunQueue(runs, before_start=preflight.stop))
 
 
 @dataclass(frozen=True)

@@ -55,10 +55,7 @@ class Preflight:
         step is not measured again: how many there are, samples, checkpoints, the file's name. A failure is told once;
         asked again, it is tried again.
         """
-        free: dict[str, Any] = {"samples": True, "checkpoints": True, "output": True}
-        free |= {"train": {"steps", "epochs"}, "dataset": {"edits"}}
-        known = (plan.config.model_dump_json(exclude=free), str(plan.data.bucket_counts()), edits.decode())
-        key = hashlib.sha256("\n".join(known).encode()).hexdigest()
+        key = _key(plan, edits)
         with self._lock:
             if key in self._done:
                 return Check(project, key, measured=self._done[key])
@@ -72,6 +69,11 @@ class Preflight:
                 self._stop()
                 now = self._now = self._start(Check(project, key), plan.config, edits)
             return replace(now)
+
+    def known(self, plan: RunPlan, edits: bytes) -> Measured | None:
+        """What was measured for such a run; None where nothing was. Measures nothing."""
+        with self._lock:
+            return self._done.get(_key(plan, edits))
 
     def stop(self) -> None:
         """Gives up what is being measured: its machine is wanted for a run, or the window closes."""
@@ -129,3 +131,11 @@ class Preflight:
         self._done[key] = measured
         for old in list(self._done)[:-REMEMBERED]:
             del self._done[old]
+
+
+def _key(plan: RunPlan, edits: bytes) -> str:
+    """What decides how long a step takes and what it holds, as a hash."""
+    free: dict[str, Any] = {"samples": True, "checkpoints": True, "output": True}
+    free |= {"train": {"steps", "epochs"}, "dataset": {"edits"}}
+    known = (plan.config.model_dump_json(exclude=free), str(plan.data.bucket_counts()), edits.decode())
+    return hashlib.sha256("\n".join(known).encode()).hexdigest()

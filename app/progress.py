@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from trainers.console import samples_share, time_in_words
 
-State = Literal["starting", "running", "paused", "stopped", "finished", "failed", "lost"]
-"""`lost`: the process is gone and has not said why."""
+State = Literal["waiting", "starting", "running", "paused", "stopped", "finished", "failed", "lost"]
+"""`waiting`: in the queue; `lost`: the process is gone and has not said why."""
 
 PHASES = {
     "scan": "Reading your pictures",

@@ -38,6 +38,8 @@ from app.projects import (
     set_source,
     write_recipe,
 )
+from app.queue_routes import ROUTES as QUEUE_ROUTES
+from app.queue_routes import post_to_queue
 from app.recipe_routes import ROUTES as RECIPE_ROUTES
 from app.refusals import CONFLICT, Refusal, refuse_settings, setting_problems
 from app.routing import Route, UploadRoute
@@ -46,6 +48,7 @@ from app.run_routes import answer_run
 from app.runs import Standing
 from app.studio_routes import ROUTES as STUDIO_ROUTES
 from app.thumbnails import make_thumbnail
+from app.version_routes import ROUTES as VERSION_ROUTES
 from trainers.demo import PROMPTS
 from trainers.errors import TrainingError
 from trainers.families import ASSETS
@@ -57,6 +60,7 @@ def router(home: Path) -> APIRouter:
 
     @contextlib.asynccontextmanager
     async def lifespan(_app: Any) -> AsyncIterator[None]:
+        desk.queue.watch()
         yield
         desk.close()
 
@@ -64,9 +68,17 @@ def router(home: Path) -> APIRouter:
         request.state.desk = desk
 
     api = APIRouter(prefix="/api", lifespan=lifespan, route_class=Route, dependencies=[Depends(lay_out)])
-    for method, path, endpoint in (*ROUTES, *PLAN_ROUTES, *RECIPE_ROUTES, *RUN_ROUTES, *STUDIO_ROUTES):
+    for method, path, endpoint in (
+        *ROUTES,
+        *PLAN_ROUTES,
+        *QUEUE_ROUTES,
+        *RECIPE_ROUTES,
+        *RUN_ROUTES,
+        *STUDIO_ROUTES,
+        *VERSION_ROUTES,
+    ):
         kind = UploadRoute if endpoint is post_images else None
-        status = 201 if endpoint in (post_project, post_sample, post_run) else None
+        status = 201 if endpoint in (post_project, post_sample, post_run, post_to_queue) else None
         api.add_api_route(path, endpoint, methods=[method], status_code=status, route_class_override=kind)
     return api
 
@@ -113,6 +125,7 @@ def remove_project(place: ThePlace) -> Response:
     other = place.desk.runs.at_work()
     if other and other.id in place.project.runs:
         raise Refusal("This project is training", other.id, "Stop it first.", status=CONFLICT)
+    place.desk.queue.cancel_project(place.project.id)
     delete_project(place.project)
     return Response(status_code=204)
 
@@ -191,7 +204,7 @@ def _answer(project: Project, standings: list[Standing]) -> ProjectAnswer:
         id=project.id,
         recipe=recipe,
         runs=[answer.id for answer in reversed(answers)],
-        latest=answers[0] if answers else None,
+        latest=next((answer for answer in answers if answer.state != "waiting"), answers[0] if answers else None),
         cover=next((answer.sample for answer in answers if answer.sample), ""),
     )
 

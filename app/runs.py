@@ -16,11 +16,14 @@ from app.planning import plan_project, take_edits
 from app.processes import Process, is_alive, read_process, start_process, tail
 from app.progress import Progress, State, in_a_sentence, state_of
 from app.projects import Project, add_run, make_slug
+from app.queue_file import QueueFile
 from app.refusals import CONFLICT, NOT_FOUND, Refusal
 from app.scanning import Scanner
+from app.versions import pin
 from trainers import events
 from trainers.dataset.edits import write_edits
 from trainers.files import write_atomically
+from trainers.launch import RunPlan
 from trainers.process_id import is_same
 from trainers.run_folder import RunFolder, new_run
 
@@ -57,7 +60,7 @@ class Standing:
     @property
     def can(self) -> list[str]:
         """What may be asked of it now."""
-        if self.state == "finished":
+        if self.state in ("finished", "waiting"):
             return []
         if not self.is_at_work:
             changed = self.state == "failed" and bool((self.progress.ending or {}).get("changed"))
@@ -70,8 +73,10 @@ class Runs:
 
     def __init__(self, home: Path) -> None:
         self.home = home
+        self.queue = QueueFile(home)
+        self.turn = threading.RLock()
+        """Held by whoever starts, prepares or deletes a run, or changes the queue."""
         self._told: dict[str, Progress] = {}
-        self._starting = threading.Lock()
         self._reading = threading.Lock()
 
     @property
@@ -100,6 +105,11 @@ class Runs:
         """Where a run stands now, read from its folder and the system's table of processes."""
         process = read_process(run)
         progress = self._read(run)
+        waits_for = self.queue.read().project_of(run.path.name)
+        if waits_for is not None and process is None and not progress.count:
+            return Standing(
+                run, "waiting", progress, "Nothing was trained yet: it begins after those before it.", waits_for, None, None, 0
+            )
         state = state_of(progress, _is_alive(progress, process), process.before if process else 0)
         saved = _saved_step(run)
         last = ""
@@ -126,28 +136,47 @@ class Runs:
         self, project: Project, scanner: Scanner, settings: dict[str, Any], preset: str | None = None, force: bool = False
     ) -> RunFolder:
         """Checks and starts a run of a project. Raises Refusal for settings that cannot be and while another one trains."""
-        with self._starting:
+        with self.turn:
             self._refuse_second()
-            edits = take_edits(project, scanner)
-            path = self._free_path(project)
-            plan = plan_project(project, scanner, settings, edits, path / "edits.json", preset, force)
-            run = new_run(path)
+            run, _ = self.prepare(project, scanner, settings, preset, force)
             try:
-                write_atomically(run.path / "edits.json", write_edits(edits))
-                write_atomically(run.config, plan.toml().encode())
-                add_run(project, run.path.name)
                 start_process(run, project.id, self.home)
             except Exception:
                 shutil.rmtree(run.path, ignore_errors=True)  # nothing was trained in it yet
                 raise
         return run
 
+    def prepare(
+        self, project: Project, scanner: Scanner, settings: dict[str, Any], preset: str | None = None, force: bool = False
+    ) -> tuple[RunFolder, RunPlan]:
+        """A run folder with all that a training of the project needs, not started. Raises Refusal as `start`."""
+        with self.turn:
+            edits = take_edits(project, scanner)
+            path = self._free_path(project)
+            plan = plan_project(project, scanner, settings, edits, path / "edits.json", preset, force)
+            run = new_run(path)
+            try:
+                write_atomically(run.path / "edits.json", write_edits(edits))
+                write_atomically(run.dataset, pin(project, scanner, edits))
+                write_atomically(run.config, plan.toml().encode())
+                add_run(project, run.path.name)
+            except Exception:
+                shutil.rmtree(run.path, ignore_errors=True)
+                raise
+        return run, plan
+
+    def start_prepared(self, run: RunFolder, project: str) -> None:
+        """Starts what `prepare` has made. Raises Refusal while another one trains, OSError when the system refuses."""
+        with self.turn:
+            self._refuse_second()
+            start_process(run, project, self.home)
+
     def resume(self, run: RunFolder, force: bool = False) -> None:
         """Goes on with a run that has ended before its end, with `force` also where what went into it has changed.
 
         Raises Refusal when it is finished or something trains.
         """
-        with self._starting:
+        with self.turn:
             standing = self.standing(run)
             if standing.state == "finished":
                 raise Refusal("This run is finished", hint="Start a new one to train again.", status=CONFLICT)
@@ -160,7 +189,7 @@ class Runs:
 
     def delete(self, run: RunFolder) -> None:
         """Deletes a run with its samples, checkpoints and LoRA. Raises Refusal while it trains."""
-        with self._starting:
+        with self.turn:
             standing = self.standing(run)
             if standing.is_at_work:
                 raise Refusal("This run is training", standing.id, "Stop it first.", status=CONFLICT)

@@ -6,6 +6,7 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 
+from app.masks import mask_setting
 from app.projects import Project, load_edits
 from app.refusals import NOT_FOUND, Refusal
 from trainers.config import TrainConfig
@@ -48,7 +49,8 @@ class Scanner:
         edits = load_edits(project)
         with self._scanning:  # two at once would read the same files twice
             try:
-                scan = scan_folder(project.images, edits=Edits(edits.captions), read=self._read)
+                masks = mask_setting(project)
+                scan = scan_folder(project.images, edits=Edits(edits.captions), read=self._read, masks=masks)
             except DatasetError as error:
                 scan = Scan(project.images, (), (*self._unreadable(project), _said(error)))
         self._paths[project.images] = {example.name: example.path for example in scan.examples}
@@ -59,8 +61,22 @@ class Scanner:
         settings = config.dataset
         with self._scanning:
             return scan_folder(
-                Path(settings.images), trigger=settings.trigger, repeats=settings.repeats, edits=edits, read=self._read
+                Path(settings.images),
+                trigger=settings.trigger,
+                repeats=settings.repeats,
+                edits=edits,
+                read=self._read,
+                masks=settings.masks,
             )
+
+    def beside(self, project: Project) -> dict[str, str]:
+        """The captions in files beside the pictures, by name, whatever was edited since."""
+        with self._scanning:
+            try:
+                scan = scan_folder(project.images, read=self._read)
+            except DatasetError:
+                return {}
+        return {example.name: example.caption for example in scan.examples if example.caption_source == "file"}
 
     def find_picture(self, project: Project, name: str) -> Path:
         """The file of a picture by its name in the scan: what a request names is looked up, never joined to a folder.

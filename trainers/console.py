@@ -87,7 +87,7 @@ def in_words(event: Event, run: RunFolder) -> str:
     match event:
         case events.Started():
             learnt = f"{event.images} pictures" + (f", {event.held_out} kept aside" if event.held_out else "")
-            learnt += f", {event.prior} drawn by the base" if event.prior else ""
+            learnt += f", {event.prior} that keep it from forgetting" if event.prior else ""
             return f"{learnt}, {event.parameters / 1e6:.2f} M trainable numbers, {event.device}"
         case events.Stage(name="train"):
             return f"training from step {event.done} to {event.total}" if event.done else ""

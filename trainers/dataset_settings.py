@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from trainers.settings import Settings
@@ -26,6 +28,8 @@ class DatasetSettings(Settings):
     """Keep each picture's shape by aspect-ratio buckets; off crops everything to a square."""
     flip: bool = False
     """Show every picture mirrored half of the time. Off for text, faces with a parting, or anything with a side."""
+    masks: Literal["off", "files", "alpha", "auto"] = "off"
+    """What of a picture is learnt: all, what the mask file beside it or its own alpha shows, or `auto`, whichever it has."""
     caption_shuffle: bool = False
     """Shuffle the comma-separated parts of a caption, anew at each step."""
     caption_keep: int = Field(default=1, ge=0, le=100)
@@ -35,8 +39,12 @@ class DatasetSettings(Settings):
 
 
 class PriorSettings(Settings):
-    """Prior preservation: pictures that the base itself draws, learnt beside yours so that it forgets nothing."""
+    """Prior preservation: pictures of the usual kind, drawn or given, learnt beside yours so that nothing is forgotten."""
 
+    folder: str = ""
+    """Folder of such pictures, with captions beside them. With it none are drawn."""
+    caption: str = ""
+    """Caption of the pictures in that folder that have none: what they all show, as `a cat`. Empty: their file names."""
     prompts: tuple[str, ...] = ()
     """Prompts without the trigger word that the base draws before training. None: no prior preservation."""
     images: int = Field(default=1, ge=1, le=100)

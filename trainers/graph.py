@@ -119,7 +119,8 @@ class Graphed:
 
 def _tensors(batch: Batch, factor: torch.Tensor) -> dict[str, torch.Tensor]:
     """All of a batch but its captions."""
-    return {
+    mask = {} if batch.mask is None else {"mask": batch.mask}
+    return mask | {
         "latents": batch.latents,
         "noise": batch.noise,
         "timesteps": batch.timesteps,

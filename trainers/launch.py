@@ -120,6 +120,9 @@ def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
     if config.dataset.edits:
         edits = str(absolute(Path(config.dataset.edits)))
         config = config.model_copy(update={"dataset": config.dataset.model_copy(update={"edits": edits})})
+    if config.prior.folder:
+        prior = str(absolute(Path(config.prior.folder)))
+        config = config.model_copy(update={"prior": config.prior.model_copy(update={"folder": prior})})
     if config.adapter.start_from:
         start = str(absolute(Path(config.adapter.start_from)))
         config = config.model_copy(update={"adapter": config.adapter.model_copy(update={"start_from": start})})

@@ -79,6 +79,14 @@ def draw_timestep(timesteps: int, *key: object) -> int:
     return int(torch.randint(timesteps, (1,), generator=generator_for(*key, "timestep")))
 
 
-def mean_of_squares(prediction: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Weighted squared error of each example, averaged within it: (B, C, h, w), (B,) -> (B,) float32."""
-    return (prediction.float() - target.float()).square().flatten(1).mean(1) * weight
+def mean_of_squares(
+    prediction: torch.Tensor, target: torch.Tensor, weight: torch.Tensor, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Weighted squared error of each example, averaged within it: (B, C, h, w), (B,) -> (B,) float32.
+
+    `mask` (B, 1, h, w), of mean 1 in each example, weighs places: the mean over what it shows, however small that is.
+    """
+    squares = (prediction.float() - target.float()).square()
+    if mask is not None:
+        squares = squares * mask
+    return squares.flatten(1).mean(1) * weight

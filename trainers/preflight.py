@@ -51,7 +51,7 @@ def time_to_finish(config: TrainConfig, steps: int, measured: Measured) -> float
     def picture(sampling_steps: int) -> float:
         return measured.picture_seconds + sampling_steps * measured.sampling_seconds
 
-    every, prior = config.samples.every, len(config.prior.prompts) * config.prior.images
+    every, prior = config.samples.every, 0 if config.prior.folder else len(config.prior.prompts) * config.prior.images
     draws = 1 + -(-steps // every) if every else 0
     samples = draws * (len(config.samples.prompts) or 2)
     drawing = prior * picture(config.prior.steps) + samples * picture(config.samples.steps)

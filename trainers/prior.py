@@ -1,4 +1,4 @@
-"""Prior preservation: pictures that the base draws before training, learnt beside the person's own (arXiv 2208.12242)."""
+"""Prior preservation: pictures that the base draws first, or given ones, learnt beside one's own (arXiv 2208.12242)."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ TOGETHER = 4  # pictures drawn as one batch
 def prior_examples(
     model: DiffusionModel, config: TrainConfig, folder: Path, device: Device, emit: events.Emit, interrupted: Callable[[], bool]
 ) -> list[Example]:
-    """The prior pictures in `folder`, those that are not there yet drawn by the first process.
+    """The prior pictures: those of `prior.folder`, else those in `folder`, the missing ones drawn by the first process.
 
     Raises KeyboardInterrupt as soon as `interrupted`, as a large base takes minutes; what is drawn stays.
     """
     planned = planned_prior(config, folder, render_side(config, model.facts))
-    if not planned:
-        return []
+    if not planned or config.prior.folder:
+        return planned
     emit(events.Stage(name="prior", detail="the base draws pictures that keep it from forgetting", total=len(planned)))
 
     def on_picture(done: int) -> None:

@@ -64,6 +64,11 @@ class RunFolder:
         return self.path / "manifest.json"
 
     @property
+    def dataset(self) -> Path:
+        """The version of the dataset that the window pinned for it, as trainers.dataset.versions writes it."""
+        return self.path / "dataset.json"
+
+    @property
     def proof(self) -> Path:
         """What reading the finished LoRA back has shown."""
         return self.path / "verification.json"
@@ -169,6 +174,7 @@ class RunFolder:
 _KINDS = {
     "images": "the picture {}", "captions": "the caption of {}", "repeats": "the repeats of {}", "base": "the base's {}",
     "start_from": "the {} that it starts from", "configuration": "the configuration of the base's {}",
+    "masks": "the mask of {}", "prior": "the picture {}",
 }  # fmt: skip
 
 
@@ -178,7 +184,7 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     for kind, name in _KINDS.items():
         old, new = before.get(kind, {}), now.get(kind, {})
         for key in sorted(old.keys() | new.keys()):
-            if kind not in ("images", "base") and not (key in old and key in new):
+            if kind not in ("images", "masks", "prior", "base") and not (key in old and key in new):
                 continue  # told as a picture; a resume does not look at the file that a run started from
             if old.get(key) != new.get(key):
                 how = "is gone" if key not in new else "is new" if key not in old else "has changed"

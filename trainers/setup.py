@@ -24,7 +24,7 @@ from trainers.config import TrainConfig
 from trainers.dataset.batches import BatchMaker
 from trainers.dataset.cache import ContentCache, prune
 from trainers.dataset.folder import Scan
-from trainers.dataset.prepare import TrainingSet, prepare, render_side, scan_images
+from trainers.dataset.prepare import TrainingSet, dataset_version, planned_prior, prepare, render_side, scan_images
 from trainers.device import SMALL, Device, check_device, choose_device, other_kernels
 from trainers.engine import Undo, compile_blocks, make_fast, make_plain
 from trainers.errors import Problem
@@ -116,7 +116,7 @@ def set_up(
     fit = Fit.of(before.facts.get("fit") if before else None)
     given, config = config, fit.applied(config)
     model = _load(config, base, device, emit)
-    manifest = partial(make_manifest, given, scan, model, device, start)
+    manifest = partial(make_manifest, given, scan, model, device, start, dataset_version(config, scan, run))
     check_manifest = cache(partial(_check_manifest, run, manifest, emit, force))
     if device.is_main and run.manifest.exists():
         check_manifest()
@@ -235,9 +235,14 @@ def _load(config: TrainConfig, base: BaseModelFacts, device: Device, emit: event
 
 
 def make_manifest(
-    config: TrainConfig, scan: Scan, model: DiffusionModel, device: Device, start: Start | None = None
+    config: TrainConfig,
+    scan: Scan,
+    model: DiffusionModel,
+    device: Device,
+    start: Start | None = None,
+    dataset: str = "",
 ) -> dict[str, Any]:
-    """Content hashes of all that goes into a run, and the settings that decide its result.
+    """Content hashes of all that goes into a run, the name of its `dataset` version, and the settings that decide its result.
 
     Settings at their defaults are left out, so that a later version with one setting more can go on with the run; so
     are those that change nothing in the adapter, so that they may be changed between stop and resume.
@@ -251,20 +256,29 @@ def make_manifest(
     }
     free |= {
         "dataset": {"images", "edits"},
+        "prior": {"folder"},
         "train": {"save_state_seconds", "checkpointing", "recoveries", "recording", "fit"},
     }
     settings = config.model_dump(mode="json", exclude_defaults=True, exclude=free)
-    started = {"start_from": {"LoRA": start.sha256}} if start else {}
-    return started | {
-        "images": {example.name: example.sha256 for example in scan.examples},
-        "captions": {example.name: hashlib.sha256(example.caption.encode()).hexdigest() for example in scan.examples},
-        "repeats": {example.name: example.repeats for example in scan.examples},
-        "base": {part: model.fingerprint(part) for part in (*model.parts(), "vae")},
-        "configuration": {part: _digest(config) for part, config in model.facts.configs.items()},
-        "settings": settings,
-        "kernels": device.kernels(),
-        "versions": {name: _version(name) for name in ("impasto", "torch", "diffusers", "transformers", "safetensors")},
-    }
+    started: dict[str, Any] = {"start_from": {"LoRA": start.sha256}} if start else {}
+    if config.prior.folder:
+        started["prior"] = {example.name: example.sha256 for example in planned_prior(config, Path(), 0)}
+    masks = {example.name: example.mask.sha256 or "its alpha channel" for example in scan.examples if example.mask}
+    return (
+        started
+        | ({"masks": masks} if masks else {})
+        | {
+            "dataset_version": dataset,
+            "images": {example.name: example.sha256 for example in scan.examples},
+            "captions": {example.name: hashlib.sha256(example.caption.encode()).hexdigest() for example in scan.examples},
+            "repeats": {example.name: example.repeats for example in scan.examples},
+            "base": {part: model.fingerprint(part) for part in (*model.parts(), "vae")},
+            "configuration": {part: _digest(config) for part, config in model.facts.configs.items()},
+            "settings": settings,
+            "kernels": device.kernels(),
+            "versions": {name: _version(name) for name in ("impasto", "torch", "diffusers", "transformers", "safetensors")},
+        }
+    )
 
 
 def _digest(values: dict[str, Any]) -> str:

@@ -38,7 +38,7 @@ def training_step(model: DiffusionModel, batch: Batch, condition: Condition, min
     prediction = model.predict(noisy_latents, batch.timesteps, condition(batch.captions), batch.framing)
     target = objective.target(batch.latents, batch.noise, batch.timesteps)
     weight = objective.weight(batch.timesteps, min_snr_gamma) * batch.weights
-    return mean_of_squares(prediction, target, weight).sum()
+    return mean_of_squares(prediction, target, weight, batch.mask).sum()
     # ------------------------------------------------------------------------------------------------
 
 

@@ -210,6 +210,7 @@ export function confirmed(question, yes, no = "Cancel") {
 
 /** What a run's state is called. */
 export const STATES = {
+  waiting: "Waits its turn",
   starting: "Starting",
   running: "Training",
   paused: "Paused",

@@ -1,6 +1,7 @@
 // Home: every project as a card with its best picture and where it stands, and the way to a new one.
 import { STATES, UNNAMED, about, address, ask, confirmed, el, folderOf, get, go, onShow, patch, poll, post, tell } from "/web/core.js";
 import { startUpload, takeDrops } from "/web/drop.js";
+import { startOrQueue } from "/web/queue.js";
 
 /** Builds the screen; it looks again every few seconds while it is seen. */
 export function mount(element) {
@@ -40,8 +41,8 @@ export function mount(element) {
   /** The pictures that ship, used from their place: one press trains. */
   async function trySample() {
     const made = await post("/sample");
-    const run = await post(`/projects/${made.id}/runs`);
-    go("train", made.id, run.id);
+    const run = await startOrQueue(`/projects/${made.id}`);
+    go(run ? "train" : "images", made.id, run?.id);
   }
 
   async function rename(project) {

@@ -1,6 +1,9 @@
 // Images: drop a folder, look over the captions, leave out what does not fit.
 import { UNNAMED, address, copyButton, el, errorCard, get, go, onShow, patch, plural, post, put, tell, toast } from "/web/core.js";
 import { chosenFiles, startUpload, takeDrops, watchUpload } from "/web/drop.js";
+import { makeMasks } from "/web/masks.js";
+import { startOrQueue } from "/web/queue.js";
+import { makeVersions } from "/web/versions.js";
 
 const FILTERS = [
   ["all", "All", () => true],
@@ -45,6 +48,7 @@ function makeScreen(room, project) {
   let saving = Promise.resolve(); // captions that are being saved: Start waits for them
 
   room.replaceChildren(el("div", { class: "row head" }, el("h1", {}, "Images"), next), trouble, zone, news, work);
+  work.insertBefore(el("div", { class: "row about-set" }, makeMasks(base, grid, load), makeVersions(base, load)), bulk);
   const receive = (files, unread = []) => {
     tell(trouble, null);
     if (files.length || unread.length) {
@@ -113,8 +117,8 @@ function makeScreen(room, project) {
     start.disabled = true;
     await saving;
     try {
-      const run = await post(`${base}/runs`);
-      go("train", project, run.id);
+      const run = await startOrQueue(base);
+      if (run) go("train", project, run.id);
     } catch (error) {
       if (error.problems?.length) go("recipe", project);
       else tell(trouble, error);

@@ -1,6 +1,7 @@
 // Recipe: the base, a preset, five settings with sliders, what it comes to, and Start. Everything else is folded away.
 import { about, bytes, el, get, go, onShow, patch, post, put, tell, toast } from "/web/core.js";
 import { makeField, makeSlider } from "/web/fields.js";
+import { startOrQueue } from "/web/queue.js";
 
 const MAIN = ["base.model", "adapter.rank", "adapter.alpha", "optimizer.learning_rate", "text_encoder.learning_rate", "train.steps"];
 // These are the project's own: its folder and its trigger word have their place on the screen before.
@@ -180,8 +181,8 @@ function makeScreen(room, facts, project) {
     try {
       await saving;
       if (wrong.size) return lead([...wrong.keys()][0]);
-      const run = await post(`${path}/runs`, { force });
-      go("train", project.id, run.id);
+      const run = await startOrQueue(path, { force });
+      if (run) go("train", project.id, run.id);
     } catch (error) {
       const placed = (error.problems || []).filter((problem) => fields.has(problem.where));
       placed.forEach((problem) => fields.get(problem.where).problem(inWords(problem)));

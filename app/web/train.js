@@ -1,6 +1,7 @@
 // Train: where it stands, what it costs, what it draws, and the ways to stop it. All of it is read from the run folder.
 import { STATES, about, address, ask, bytes, confirmed, copyButton, el, get, go, onShow, plural, poll, post, tell, toast } from "/web/core.js";
 import { makeChart } from "/web/chart.js";
+import { makeQueue } from "/web/queue.js";
 import { makeSamples } from "/web/samples.js";
 import { makeTake } from "/web/take.js";
 
@@ -25,17 +26,19 @@ function show(room, place) {
   let gone = false;
   let stop = () => {};
   const trouble = el("div");
-  room.replaceChildren(trouble);
+  const queue = makeQueue();
+  const inner = el("div", { class: "run" }, trouble);
+  room.replaceChildren(queue.node, inner);
   const begin = async () => {
     try {
       const project = await get(`/projects/${encodeURIComponent(place.project)}`);
       if (gone) return;
       const id = place.run || (project.latest && project.latest.id);
       if (!id) {
-        room.replaceChildren(el("div", { class: "card none" }, el("h1", {}, "Nothing has been trained yet"), el("p", {}, "Look over the settings and press Start."), el("a", { class: "button primary", href: address("recipe", place.project) }, "Go to Recipe")));
+        inner.replaceChildren(el("div", { class: "card none" }, el("h1", {}, "Nothing has been trained yet"), el("p", {}, "Look over the settings and press Start."), el("a", { class: "button primary", href: address("recipe", place.project) }, "Go to Recipe")));
         return;
       }
-      stop = follow(room, project, id);
+      stop = follow(inner, project, id);
     } catch (error) {
       if (!gone) tell(trouble, error);
     }
@@ -43,6 +46,7 @@ function show(room, place) {
   begin();
   return () => {
     gone = true;
+    queue.close();
     stop();
   };
 }

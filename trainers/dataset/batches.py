@@ -10,11 +10,14 @@ from pathlib import Path
 
 import numpy
 import torch
+from PIL import Image
 
 from trainers.config import TrainConfig
 from trainers.dataset.buckets import place
 from trainers.dataset.cache import ContentCache, Entry, cache_key
 from trainers.dataset.captions import vary_caption
+from trainers.dataset.folder import Example
+from trainers.dataset.masks import FILLING, cells_of, load_masked
 from trainers.dataset.pictures import load_pixels, read_file
 from trainers.dataset.plan import StepPlan, random_for
 from trainers.dataset.prepare import Prepared
@@ -35,7 +38,8 @@ class Batch:
 
     latents, noise (B, C, h, w) float32; timesteps (B,) int64; weights (B,) float32, already divided by the number of
     examples in the whole step, so that the micro-batches' (and processes') losses add up to the step's mean; framing
-    (B, 6) float32 as in families.base.DiffusionModel.predict.
+    (B, 6) float32 as in families.base.DiffusionModel.predict; mask (B, 1, h, w) float32, of mean 1 in each example and 1
+    everywhere in one without a mask, None in a run in which no picture has one.
     """
 
     latents: torch.Tensor
@@ -44,10 +48,13 @@ class Batch:
     captions: tuple[str, ...]
     weights: torch.Tensor
     framing: torch.Tensor
+    mask: torch.Tensor | None = None
 
 
-Row = tuple[torch.Tensor, torch.Tensor, int, str, float, tuple[int, ...]]
-"""latents, noise, timestep, caption, weight and framing of one example."""
+Shown = tuple[torch.Tensor, torch.Tensor | None]
+"""latents (C, h, w) and mask (1, h, w) of a picture."""
+Row = tuple[torch.Tensor, torch.Tensor, int, str, float, tuple[int, ...], torch.Tensor | None]
+"""latents, noise, timestep, caption, weight, framing and mask of one example."""
 
 
 class BatchMaker:
@@ -71,6 +78,7 @@ class BatchMaker:
         self._lost: set[str] = set()  # names of pictures that cannot be read any more
         self._flips = (False, True) if config.dataset.flip else (False,)
         self._files: dict[Path, bytes] = {}
+        self._masked = any(prepared.example.mask for prepared in examples)
         self._to_encode = self._encoded = 0
         self.ahead = device.device.type == "cuda"
         """Whether a step's batches are made while the device still computes the step before."""
@@ -86,13 +94,13 @@ class BatchMaker:
         wanted = [(prepared, flip) for prepared in self._examples for flip in self._flips] + [(one, False) for one in held_out]
         missing = [prepared for prepared, flip in wanted if not self._cache.knows(self._name(prepared, flip))]
         self._to_encode = len(missing)
-        examples = {prepared.example.path: prepared.example for prepared in missing}
-        if sum(_size_of(path) for path in examples) <= HELD_BYTES:
-            for path, example in examples.items():
+        files = {path: (sha256, one.example.name) for one in missing for path, sha256 in _files_of(one.example)}
+        if sum(_size_of(path) for path in files) <= HELD_BYTES:
+            for path, (sha256, name) in files.items():
                 try:
-                    self._files[path] = read_file(path, example.sha256)
+                    self._files[path] = read_file(path, sha256)
                 except DatasetError as error:
-                    self._lose(example.name, error)
+                    self._lose(name, error)
         return len(missing)
 
     def seconds_to_encode(self, showings: int) -> float:
@@ -138,12 +146,13 @@ class BatchMaker:
             rows = []
             for draw in range(draws):
                 key = (seed, "holdout", prepared.example.sha256, draw)
-                latents = self._try_latents(prepared, False, key)
-                if latents is None:
+                shown = self._try_latents(prepared, False, key)
+                if shown is None:
                     continue
+                latents, mask = shown
                 noise = draw_noise(_shape(latents), 0.0, *key)
                 timestep = int(total * (draw + 0.5) / draws)
-                rows.append((latents, noise, timestep, prepared.example.caption, 1.0, framing_of(prepared, False)))
+                rows.append((latents, noise, timestep, prepared.example.caption, 1.0, framing_of(prepared, False), mask))
             if rows:
                 yield self._join(rows, draws * len(examples))
 
@@ -170,15 +179,16 @@ class BatchMaker:
             settings.caption_keep,
             settings.caption_dropout,
         )
-        latents = self._try_latents(prepared, flip, key)
-        if latents is None:
+        shown = self._try_latents(prepared, flip, key)
+        if shown is None:
             return None
+        latents, mask = shown
         noise = draw_noise(_shape(latents), self._config.train.noise_offset, *key)
         timestep = draw_timestep(self._model.objective.timesteps, *key)
-        return latents, noise, timestep, caption, prepared.weight, framing_of(prepared, flip)
+        return latents, noise, timestep, caption, prepared.weight, framing_of(prepared, flip), mask
 
-    def _try_latents(self, prepared: Prepared, flip: bool, key: tuple[object, ...]) -> torch.Tensor | None:
-        """The latents of a picture, or None, told once, when it has become unreadable."""
+    def _try_latents(self, prepared: Prepared, flip: bool, key: tuple[object, ...]) -> Shown | None:
+        """The latents and the mask of a picture, or None, told once, when it has become unreadable."""
         try:
             return self._latents(prepared, flip, key)
         except DatasetError as error:
@@ -197,30 +207,41 @@ class BatchMaker:
         where = self._device.device.type
         exact = where == "cuda" and not torch.backends.cudnn.allow_tf32
         encoder = (self._model.fingerprint("vae"), self._model.encodes_in, f"{where} exact" if exact else where)
-        return cache_key("latents", *picture, *encoder)
+        mask = prepared.example.mask
+        masked = () if mask is None else ("masked", FILLING, mask.sha256)
+        return cache_key("latents", *picture, *encoder, *masked)
 
-    def _latents(self, prepared: Prepared, flip: bool, key: tuple[object, ...]) -> torch.Tensor:
-        """One draw from the VAE's distribution of a picture, (C, h, w), scaled. Raises DatasetError naming the file."""
+    def _latents(self, prepared: Prepared, flip: bool, key: tuple[object, ...]) -> Shown:
+        """One draw from the VAE's distribution of a picture, scaled, and its mask. Raises DatasetError naming the file."""
 
         def encode() -> Entry:
             begun, example = time.monotonic(), prepared.example
-            data = self._files.get(example.path)
-            pixels = load_pixels(example.path, example.sha256 if data is None else "", data)
+            pixels, grey = self._read(example)
             image = place(pixels, prepared.placement, flip)
             mean, deviation = self._model.encode_pixels(pixels_of(numpy.asarray(image)))
             if not bool(torch.isfinite(mean).all() and torch.isfinite(deviation).all()):
                 raise DatasetError("The base's VAE gives numbers for this picture that are not finite", example.name)
+            shown = {} if grey is None else {"mask": _mask_of(grey, prepared, flip, mean)}
             self._encoded, self.seconds_encoding = self._encoded + 1, self.seconds_encoding + time.monotonic() - begun
             if all(flip == other or self._cache.knows(self._name(prepared, other)) for other in self._flips):
-                self._files.pop(example.path, None)
-            return {"mean": mean[0], "deviation": deviation[0]}
+                for path, _ in _files_of(example):
+                    self._files.pop(path, None)
+            return {"mean": mean[0], "deviation": deviation[0]} | shown
 
         entry = self._cache.get(self._name(prepared, flip), encode)
         draw = draw_noise(_shape(entry["mean"]), 0.0, *key, "latents")
-        return self._model.scale_latents(entry["mean"] + entry["deviation"] * draw)
+        return self._model.scale_latents(entry["mean"] + entry["deviation"] * draw), entry.get("mask")
+
+    def _read(self, example: Example) -> tuple[Image.Image, Image.Image | None]:
+        """A picture's pixels, and the mask where it has one."""
+        data, mask = self._files.get(example.path), example.mask
+        sha256 = example.sha256 if data is None else ""
+        if mask is None:
+            return load_pixels(example.path, sha256, data), None
+        return load_masked(example.path, mask, sha256, data, self._files.get(mask.path) if mask.path else None)
 
     def _join(self, rows: Sequence[Row], in_step: int) -> Batch:
-        latents, noise, timesteps, captions, weights, framing = zip(*rows, strict=True)
+        latents, noise, timesteps, captions, weights, framing, masks = zip(*rows, strict=True)
         device = self._device.device
         return Batch(
             send(torch.stack(latents), device),
@@ -229,6 +250,7 @@ class BatchMaker:
             captions,
             send(torch.tensor(weights, dtype=torch.float32), device) / in_step,
             send(torch.tensor(framing, dtype=torch.float32), device),
+            send(_of_mean_one(masks, latents[0]), device) if self._masked else None,
         )
 
 
@@ -242,6 +264,23 @@ def framing_of(prepared: Prepared, flip: bool) -> tuple[int, ...]:
 def pixels_of(image: numpy.ndarray) -> torch.Tensor:
     """(H, W, 3) uint8 -> (1, 3, H, W) float32 in [-1, 1]."""
     return torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
+
+
+def _mask_of(grey: Image.Image, prepared: Prepared, flip: bool, mean: torch.Tensor) -> torch.Tensor:
+    """A picture's mask on the grid of its latents `mean` (1, C, h, w): (1, h, w) float32 in [0, 1]."""
+    return torch.from_numpy(cells_of(grey, prepared.placement, flip, (mean.shape[2], mean.shape[3])).copy())[None]
+
+
+def _of_mean_one(masks: Sequence[torch.Tensor | None], latents: torch.Tensor) -> torch.Tensor:
+    """(B, 1, h, w), each divided by its mean: what a mask shows of a picture weighs as much as a whole one, however small."""
+    whole = torch.ones((1, *latents.shape[1:]))
+    return torch.stack([whole if mask is None else mask / mask.mean() for mask in masks])
+
+
+def _files_of(example: Example) -> list[tuple[Path, str]]:
+    """(file, sha256) of a picture, and of its mask file."""
+    mask = example.mask
+    return [(example.path, example.sha256), *([(mask.path, mask.sha256)] if mask and mask.path else [])]
 
 
 def _size_of(path: Path) -> int:

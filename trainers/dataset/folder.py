@@ -14,6 +14,7 @@ from trainers.dataset.captions import caption_from_name, clean_caption, read_cap
 from trainers.dataset.edits import Edits
 from trainers.dataset.files import CAPTION_ENDINGS, FoundFile, Walk, printable_text, walk_folder
 from trainers.dataset.looks import find_alike
+from trainers.dataset.masks import Mask, Masks, split_masks, with_masks
 from trainers.dataset.pictures import PICTURE_ENDINGS, Picture, read_picture
 from trainers.errors import DatasetError, Problem
 
@@ -48,6 +49,8 @@ class Example:
     """Of `trainers.dataset.looks`, to find pictures that look alike; empty when it is not known."""
     caption_file: Path | None = None
     """The caption file that belongs to the picture, whatever it holds, and also where an edit comes before it."""
+    mask: Mask | None = None
+    """What of it is learnt; None is all."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,7 @@ def scan_folder(
     repeats: int = 1,
     edits: Edits | None = None,
     read: Callable[[Path], Picture] | None = None,
+    masks: Masks = "off",
 ) -> Scan:
     """Reads all pictures under `folder`; never writes there. The same folder and edits always give the same Scan.
 
@@ -108,7 +112,7 @@ def scan_folder(
     """
     folder = Path(folder)
     walk = walk_folder(folder)
-    pictures = [file for file in walk.files if file.path.suffix.lower() in PICTURE_ENDINGS]
+    pictures, mask_files = split_masks([file for file in walk.files if file.path.suffix.lower() in PICTURE_ENDINGS])
     captions = _match_captions(pictures, [file for file in walk.files if file.path.suffix.lower() in CAPTION_ENDINGS])
     examples: list[Example] = []
     left_out: list[Problem] = []
@@ -125,6 +129,8 @@ def scan_folder(
         else:
             examples.append(example)
             remarks += problems
+    examples, problems = with_masks(masks, examples, mask_files)
+    left_out += problems
     if not examples:
         raise _nothing_usable(folder, walk, left_out)
     named = [*walk.problems, *left_out, *remarks, *captions.problems, *_duplicates(examples)]

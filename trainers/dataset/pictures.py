@@ -32,20 +32,8 @@ MAX_BYTES = 1 << 30
 _EMPTY = "The file is empty (0 bytes)"
 # What Pillow's decoders raise on damaged files: each of its parsers trips in its own way.
 _DECODER_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    TypeError,
-    LookupError,
-    ArithmeticError,
-    AttributeError,
-    RuntimeError,
-    AssertionError,
-    EOFError,
-    MemoryError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
+    *(OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError),
+    *(AssertionError, EOFError, MemoryError, struct.error, zlib.error, Image.DecompressionBombError),
 )
 _ORIENTATION = 0x0112
 # EXIF 2.32, tag Orientation: what turns the stored picture upright.
@@ -116,17 +104,24 @@ def read_file(path: Path, sha256: str) -> bytes:
     return data
 
 
-def load_pixels(path: Path, sha256: str = "", data: bytes | None = None) -> Image.Image:
+def has_alpha(path: Path) -> bool:
+    """Whether a picture has transparency, by its header. Raises DatasetError naming the file."""
+    with _open_picture(path) as (_file, image):
+        return image.has_transparency_data
+
+
+def load_pixels(path: Path, sha256: str = "", data: bytes | None = None, alpha: bool = False) -> Image.Image:
     """A picture as 8-bit RGB without metadata: upright by EXIF, alpha on white, the first frame of several.
 
     16-bit, CMYK, palette and grey are converted. Peak memory is about 12 bytes per pixel of at most MAX_PIXELS.
     With `sha256`, the file must still hold the bytes of that hash, so that nothing is cached under a stale name. With
-    `data`, these are the file's bytes, and it is not opened. Raises DatasetError naming the file.
+    `data`, these are the file's bytes, and it is not opened. With `alpha`, a transparent picture is RGBA. Raises
+    DatasetError naming the file.
     """
     with _open_picture(path, read_file(path, sha256) if sha256 else data) as (_file, image):
         image.load()
         orientation, _odd = _orientation(image)
-        picture = _to_rgb(image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image)
+        picture = _to_rgb(image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image, alpha)
         # A place where a photograph was taken must not travel into caches and samples.
         picture.info = {}
         return picture
@@ -267,12 +262,14 @@ def _orientation(image: Image.Image) -> tuple[int, tuple[str, ...]]:
     return (value if isinstance(value, int) and value in _UPRIGHT else 1), ()
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """A decoded image of any mode as 8-bit RGB; never an image that still hangs on its file."""
+def _to_rgb(image: Image.Image, alpha: bool = False) -> Image.Image:
+    """A decoded image of any mode as 8-bit RGB, or RGBA; never an image that still hangs on its file."""
     if image.mode.startswith(("I", "F")):
         image = _to_grey8(image)
     if image.has_transparency_data:
         rgba = image if image.mode == "RGBA" else image.convert("RGBA")
+        if alpha:
+            return rgba.copy()
         picture = Image.new("RGB", rgba.size, "white")
         picture.paste(rgba, mask=rgba.getchannel("A"))
         return picture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from trainers.config import TrainConfig
@@ -12,7 +12,9 @@ from trainers.dataset.buckets import Placement, assign_buckets
 from trainers.dataset.edits import read_edits
 from trainers.dataset.folder import Example, Scan, decode_picture, scan_folder
 from trainers.dataset.plan import StepPlan, split_holdout
+from trainers.dataset.versions import name_version, version_of
 from trainers.families import BaseModelFacts
+from trainers.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,21 @@ def scan_images(config: TrainConfig, thorough: bool = False) -> Scan:
     settings = config.dataset
     edits = read_edits(Path(settings.edits)) if settings.edits else None
     read = decode_picture if thorough else None
-    return scan_folder(Path(settings.images), trigger=settings.trigger, repeats=settings.repeats, edits=edits, read=read)
+    return scan_folder(
+        Path(settings.images),
+        trigger=settings.trigger,
+        repeats=settings.repeats,
+        edits=edits,
+        read=read,
+        masks=settings.masks,
+    )
+
+
+def dataset_version(config: TrainConfig, scan: Scan, run: RunFolder) -> str:
+    """The name of the version of the dataset that a run trains on: the one pinned for it, else the scanned folder as it is."""
+    if run.dataset.is_file():
+        return name_version(run.dataset.read_bytes())
+    return name_version(version_of(scan, read_edits(Path(config.dataset.edits)) if config.dataset.edits else None))
 
 
 def render_side(config: TrainConfig, base: BaseModelFacts) -> int:
@@ -68,7 +84,18 @@ def render_side(config: TrainConfig, base: BaseModelFacts) -> int:
 
 
 def planned_prior(config: TrainConfig, folder: Path, side: int) -> list[Example]:
-    """The prior pictures that a run will draw (or has drawn) into `folder`, before any of them is looked at."""
+    """The prior pictures: those of `prior.folder`, else those that a run will draw, or has drawn, into `folder`.
+
+    Drawn ones are not looked at yet and have no hash. Raises DatasetError when nothing in `prior.folder` can be used.
+    """
+    if config.prior.folder:
+        given = scan_folder(Path(config.prior.folder), repeats=config.prior.repeats).examples
+        usual = " ".join(config.prior.caption.split())
+        captions = [example.caption if example.caption_source == "file" else usual or example.caption for example in given]
+        return [
+            replace(example, name=f"prior/{example.name}", caption=caption)
+            for example, caption in zip(given, captions, strict=True)
+        ]
     prompts = [prompt for prompt in config.prior.prompts for _ in range(config.prior.images)]
     return [
         Example(

@@ -1,0 +1,76 @@
+"""What waits its turn, as one file in the home folder: queue.json, written whole."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from trainers.files import write_atomically
+
+Hold = Literal["", "person", "paused", "interrupted", "refused"]
+"""Why the queue does not go on by itself: not at all; somebody holds it; the run before is paused; its process is gone
+without a word; or the next one could not be started."""
+
+
+class Entry(BaseModel):
+    """One prepared run."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    run: str
+    """Name of its folder, which holds config.toml and edits.json, and nothing that a training has written."""
+    project: str
+    title: str = ""
+    """In words, as it was when it was added: 400 steps on pocket."""
+    steps: int = 0
+    seconds: float | None = None
+    """How long it will take by two real steps, where they had been measured."""
+
+
+class QueueState(BaseModel):
+    """The queue: what comes first stands first."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    entries: tuple[Entry, ...] = ()
+    hold: Hold = ""
+    why: str = ""
+    """What the system said, where the next run could not be started."""
+    last: str = ""
+    """The run that trained when somebody last looked; the first entry goes on after it."""
+
+    def project_of(self, run: str) -> str | None:
+        """The project of a run that waits; None for any other."""
+        return next((entry.project for entry in self.entries if entry.run == run), None)
+
+
+class QueueFile:
+    """Reads and writes the file; one that has not changed is not read again. A damaged one is put aside."""
+
+    def __init__(self, home: Path) -> None:
+        self.path = home / "queue.json"
+        self._known: tuple[tuple[int, int], QueueState] | None = None
+
+    def read(self) -> QueueState:
+        """The queue as it is; empty where there is none."""
+        try:
+            status = self.path.stat()
+        except OSError:
+            return QueueState()
+        mark = status.st_mtime_ns, status.st_size
+        if self._known is None or self._known[0] != mark:
+            try:
+                found = QueueState(**json.loads(self.path.read_text(encoding="utf-8")))
+            except (OSError, ValueError, TypeError, ValidationError):
+                self.path.replace(self.path.with_suffix(".damaged"))
+                return QueueState()
+            self._known = mark, found
+        return self._known[1]
+
+    def write(self, state: QueueState) -> None:
+        """Puts it in the place of what was there, whole. Raises OSError."""
+        write_atomically(self.path, state.model_dump_json(indent=1).encode())
+        self._known = None

@@ -1,0 +1,102 @@
+"""The queue in a real browser: two wait, are moved, outlive the window, and begin one after the other."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from tests.browser.test_window_journey import SAMPLE, shot
+
+RECIPE = {
+    "prior": {"prompts": []},
+    "train": {"steps": 5000, "batch_size": 4},
+    "samples": {"every": 0, "steps": 2},
+    "adapter": {"rank": 2},
+    "output": {"verify": False},
+}
+
+
+def ask(page: Any, method: str, path: str, body: Any = None) -> Any:
+    """What the window answers to the page itself."""
+    code = """async ([method, path, body]) => (await fetch(`/api${path}`, { method, body: body && JSON.stringify(body),
+      headers: { "Content-Type": "application/json" } })).json()"""
+    return page.evaluate(code, [method, path, body])
+
+
+def project(page: Any, name: str) -> str:
+    made = ask(page, "POST", "/projects", {"name": name})["id"]
+    ask(page, "PUT", f"/projects/{made}/source", {"folder": str(SAMPLE)})
+    ask(page, "PATCH", f"/projects/{made}", {"recipe": RECIPE, "preset": "pocket"})
+    return str(made)
+
+
+def press_start(page: Any, name: str) -> None:
+    page.evaluate("id => { location.hash = `#/${id}/recipe`; }", name)
+    page.locator("#screen-recipe").get_by_role("heading", name="5000 steps on pocket").wait_for()
+    page.locator("#screen-recipe").get_by_role("button", name="Start training").click()
+
+
+def waiting(page: Any) -> list[str]:
+    return list(page.locator(".waiting .what a").all_inner_texts())
+
+
+def in_order(page: Any, *names: str) -> None:
+    page.wait_for_function(
+        "names => JSON.stringify([...document.querySelectorAll('.waiting .what a')].map(a => a.textContent)) === names",
+        arg=json.dumps(list(names), separators=(",", ":")),
+    )
+
+
+def at_work(page: Any) -> str:
+    """The run that trains, once there is one."""
+    end = time.monotonic() + 120
+    while time.monotonic() < end:
+        found = ask(page, "GET", "/queue")["at_work"]
+        if found and found["step"]:
+            return str(found["id"])
+        page.wait_for_timeout(200)
+    raise AssertionError(ask(page, "GET", "/runs"))
+
+
+def test_a_queue_outlives_the_window(own_window: Any, page: Any) -> None:
+    page.goto(own_window.url)
+    page.get_by_role("button", name="New LoRA", exact=True).wait_for()
+    first, apples, pears = (project(page, name) for name in ("First", "Apples", "Pears"))
+    press_start(page, first)
+    page.get_by_role("button", name="Stop and keep").wait_for()
+    busy = at_work(page)
+    for name in (apples, pears):
+        press_start(page, name)
+        page.get_by_role("dialog").get_by_role("button", name="Add to the queue").click()
+        page.locator("#screen-train").get_by_role("heading", name="Waits its turn").wait_for()
+    in_order(page, "Apples", "Pears")
+    page.get_by_role("button", name="Earlier: Pears, number 2").click()
+    in_order(page, "Pears", "Apples")
+    shot(page, "queue")
+
+    page.watched.offline = True
+    own_window.restart(kill=True)
+    page.reload()
+    page.watched.offline = False
+    in_order(page, "Pears", "Apples")
+    assert at_work(page) == busy, "a training outlives the window"
+    assert waiting(page) == ["Pears", "Apples"]
+
+    page.evaluate("address => { location.hash = address; }", f"#/{first}/train/{busy}")
+    page.get_by_role("button", name="Stop and keep").click()
+    page.get_by_text("Stopped at step").wait_for()
+    in_order(page, "Apples")
+    following = at_work(page)
+    assert json.loads((Path(own_window.home) / "runs" / following / "process.json").read_text())["project"] == pears
+    page.get_by_role("button", name="Hold the queue").click()
+    page.get_by_text("You hold the queue.").wait_for()
+    ask(page, "POST", f"/runs/{following}/stop")
+    page.evaluate("address => { location.hash = address; }", f"#/{pears}/train/{following}")
+    page.get_by_text("Stopped at step").wait_for()
+    page.get_by_role("button", name="Take out: Apples, number 1").click()
+    shot(page, "queue-held")
+    page.get_by_role("dialog").get_by_role("button", name="Take out").click()
+    page.locator(".queue").wait_for(state="hidden")
+    assert len(list((Path(own_window.home) / "runs").iterdir())) == 2, "what never began leaves no folder"
