@@ -48,7 +48,7 @@ class Scanner:
         edits = load_edits(project)
         with self._scanning:  # two at once would read the same files twice
             try:
-                scan = scan_folder(project.images, edits=Edits(edits.captions), read=self._read)
+                scan = scan_folder(project.images, edits=Edits(edits.captions, crops=edits.crops), read=self._read)
             except DatasetError as error:
                 scan = Scan(project.images, (), (*self._unreadable(project), _said(error)))
         self._paths[project.images] = {example.name: example.path for example in scan.examples}
