@@ -47,19 +47,23 @@ export function makeBulk(base, kit) {
   function picks() {
     const count = kit.picked().length;
     const before = scope.value;
-    scope.options[0].textContent = `all ${kit.images().filter((image) => !image.excluded).length}`;
+    const seen = kit.seen().length;
+    scope.options[0].textContent = hides() ? `the ${seen} shown` : `all ${seen}`;
     scope.options[1].textContent = `the ${count} selected`;
     scope.options[1].disabled = !count;
     if (!count) scope.value = "all";
     else if (picks.last === 0) scope.value = "picked";
-    if (node.isConnected && (before !== scope.value || (scope.value === "picked" && picks.last !== count))) later();
-    picks.last = count;
+    if (node.isConnected && (before !== scope.value || (scope.value === "picked" ? picks.last !== count : picks.seen !== seen))) later();
+    Object.assign(picks, { last: count, seen });
   }
   picks.last = 0;
+  /** Whether a search or a filter hides some: nobody means those. */
+  const hides = () => kit.seen().length < kit.images().filter((image) => !image.excluded).length;
 
   function body() {
     const given = { kind: kind.value, text: text.value, into: into.value, pattern: pattern.checked, match_case: match_case.checked, front: front.checked, by: by.value, keep: Math.max(0, Math.min(100, Number(keep.value) || 0)) };
-    return { ...given, names: scope.value === "picked" ? kit.picked().map((image) => image.rel) : null };
+    const chosen = scope.value === "picked" ? kit.picked() : hides() ? kit.seen() : null;
+    return { ...given, names: chosen && chosen.map((image) => image.rel) };
   }
 
   function later() {

@@ -3,6 +3,7 @@ import { el, get, put } from "/web/core.js";
 
 const SEEN = 0.004; // a crop that cuts off less than this share of a side is not drawn
 const clamp = (value) => Math.max(0, Math.min(1, value));
+const place = (node, corner, size) => Object.assign(node.style, Object.fromEntries([["left", corner[0]], ["top", corner[1]], ["width", size[0]], ["height", size[1]]].map(([side, share]) => [side, `${100 * share}%`])));
 
 export function makeCrops(base, kit, changed) {
   let crops = {};
@@ -38,22 +39,21 @@ export function makeCrops(base, kit, changed) {
 
   /** The bright part over a picture. `inset`: the picture lies within a square, as the grid shows it. */
   function make(image, inset) {
-    const box = el("span", { class: "crop", hidden: true, ...(inset ? {} : { tabIndex: 0, role: "img", "aria-label": `Crop of ${image.rel}: the arrow keys move it` }) });
+    const box = el("span", { class: "crop", ...(inset ? {} : { tabIndex: 0, role: "img", "aria-label": `Crop of ${image.rel}: the arrow keys move it` }) });
+    const holder = el("span", { class: "shade", hidden: true }, box); // just over the picture, so that only that is dimmed
     const part = inset ? [Math.min(1, image.width / image.height), Math.min(1, image.height / image.width)] : [1, 1];
+    place(holder, part.map((share) => (1 - share) / 2), part);
     let at = null; // while it is being moved
     const draw = () => {
       const crop = crops[image.rel];
-      box.hidden = !crop || Math.max(...crop.room) < SEEN;
-      if (box.hidden) return;
-      const corner = at ? crop.room.map((room, axis) => at[axis] * room) : crop.box.slice(0, 2);
-      ["left", "top"].forEach((side, axis) => (box.style[side] = `${100 * ((1 - part[axis]) / 2 + corner[axis] * part[axis])}%`));
-      ["width", "height"].forEach((side, axis) => (box.style[side] = `${100 * (1 - crop.room[axis]) * part[axis]}%`));
+      holder.hidden = !crop || Math.max(...crop.room) < SEEN;
+      if (!holder.hidden) place(box, at ? crop.room.map((room, axis) => at[axis] * room) : crop.box.slice(0, 2), crop.room.map((room) => 1 - room));
     };
     box.addEventListener("pointerdown", (event) => {
       if (event.button || (inset && event.pointerType !== "mouse")) return; // a finger on the grid scrolls
       const crop = crops[image.rel];
       const from = [event.clientX, event.clientY];
-      const size = [box.parentElement.clientWidth * part[0], box.parentElement.clientHeight * part[1]];
+      const size = [holder.clientWidth, holder.clientHeight];
       const begun = crop.at;
       let moved = false;
       box.setPointerCapture(event.pointerId);
@@ -87,13 +87,13 @@ export function makeCrops(base, kit, changed) {
       timer = setTimeout(async () => { const last = at; await save(image, last); if (at === last) at = null; draw(); }, 400);
     });
     draw();
-    return { box, draw };
+    return { node: holder, draw };
   }
 
   function view(image) {
     open = image;
     large = make(image, false);
-    figure.replaceChildren(el("img", { src: `${image.thumb}&w=768`, alt: image.rel, draggable: false, width: image.width, height: image.height }), large.box);
+    figure.replaceChildren(el("img", { src: `${image.thumb}&w=768`, alt: image.rel, draggable: false, width: image.width, height: image.height }), large.node);
     // As large as it fits: a crop is judged by eye.
     figure.style.setProperty("--shape", image.width / image.height);
     title.textContent = image.rel;
@@ -116,7 +116,7 @@ export function makeCrops(base, kit, changed) {
     overlay: (image) => {
       const made = make(image, true);
       drawn.set(image.rel, made);
-      return made.box;
+      return made.node;
     },
   };
 }

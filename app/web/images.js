@@ -36,7 +36,7 @@ function makeScreen(room, project) {
   const would = el("span", { class: "subdued" });
   const next = el("div", { class: "row" }, would, el("a", { class: "button", href: address("recipe", project) }, "Next: Recipe"), start);
   const bulk = el("div", { class: "row bulk", role: "group", "aria-label": "Selected pictures" });
-  const tools = makeTools(base, { images: () => images, picked: () => picked(), take: (answer) => take(answer), filter: () => filter(), exclude: (changes) => exclude(changes), tell: (error) => tell(trouble, error) });
+  const tools = makeTools(base, { images: () => images, picked: () => picked(), seen: () => images.filter((image) => !image.excluded && cards.get(image.rel)?.node.hidden !== true), take: (answer) => take(answer), filter: () => filter(), exclude: (changes) => exclude(changes), tell: (error) => tell(trouble, error) });
   const work = el("div", { class: "work" }, triggerField(), health, tools.node, el("div", { class: "row tools" }, chips, find), bulk, nothing, grid);
   const zone = makeZone(base, (files) => receive(files), () => load(), (error) => tell(trouble, error));
   const cards = new Map();

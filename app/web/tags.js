@@ -4,8 +4,8 @@ import { el, plural } from "/web/core.js";
 const MOST = 400;
 const tagsOf = (image) => new Map((image.caption || image.fallback).split(",").map((tag) => tag.trim()).filter(Boolean).map((tag) => [tag.toLowerCase(), tag]));
 
-/** `edit(operation)` opens the bulk edit with what is to be done to the chosen tags. */
-export function makeTags(kit, edit) {
+/** `say(label)` names the tags that are chosen; `edit(operation)` opens the bulk edit with what is to be done to the chosen tags. */
+export function makeTags(kit, say, edit) {
   const chosen = new Set();
   const find = el("input", { type: "search", placeholder: "Search tags", "aria-label": "Search tags", oninput: () => draw() });
   const list = el("div", { class: "row tag-list", role: "group", "aria-label": "Tags" });
@@ -25,6 +25,7 @@ export function makeTags(kit, edit) {
     list.replaceChildren(...all.slice(0, MOST).map(([key, { tag, count }]) => el("button", { type: "button", class: "small quiet", "aria-pressed": String(chosen.has(key)), onclick: () => toggle(key) }, tag, el("span", { class: "count" }, ` ${count}`))));
     told.textContent = all.length > MOST ? `${plural(counts.size, "tag")}; the ${MOST} commonest are shown.` : plural(counts.size, "tag");
     const text = [...chosen].map((key) => counts.get(key).tag).join(", ");
+    say(text && `Tags: ${text}`);
     acts.replaceChildren(...(chosen.size ? [
       el("button", { type: "button", class: "small", onclick: () => { chosen.clear(); draw(); kit.filter(); } }, "Show all pictures"),
       el("button", { type: "button", class: "small", onclick: () => edit({ kind: "remove", text }) }, "Remove …"),

@@ -8,7 +8,7 @@ import { makeTags } from "/web/tags.js";
 export function makeTools(base, kit) {
   const crops = makeCrops(base, kit, () => history());
   const bulk = makeBulk(base, kit);
-  const tags = makeTags(kit, (given) => (open("bulk"), bulk.begin(given)));
+  const tags = makeTags(kit, (label) => (door("tags").textContent = label || "Tags"), (given) => (open("bulk"), bulk.begin(given)));
   const panels = { bulk: ["Edit captions", bulk], tags: ["Tags", tags] };
   const back = el("button", { type: "button", class: "small", "aria-label": "Undo", disabled: true, onclick: () => step("undo") }, "↶ Undo");
   const forth = el("button", { type: "button", class: "small", "aria-label": "Redo", disabled: true, onclick: () => step("redo") }, "↷ Redo");
@@ -20,12 +20,13 @@ export function makeTools(base, kit) {
   const doors = Object.entries(panels).map(([key, [label]]) => el("button", { type: "button", class: "small", "aria-expanded": "false", data: { key }, onclick: () => open(shown === key ? "" : key) }, label));
   const room = el("div", { class: "panel", hidden: true });
   const node = el("section", { class: "tidy", "aria-label": "Tidy up" }, el("div", { class: "row" }, ...doors, cut, el("span", { class: "gap" }), back, forth), room, crops.viewer);
+  const door = (key) => doors.find((one) => one.dataset.key === key);
   let shown = "";
   let busy = false;
 
   function open(key) {
     shown = key;
-    for (const door of doors) door.setAttribute("aria-expanded", String(door.dataset.key === key));
+    for (const one of doors) one.setAttribute("aria-expanded", String(one.dataset.key === key));
     room.hidden = !key;
     room.replaceChildren(...(key ? [panels[key][1].node] : []));
     if (key) panels[key][1].show();

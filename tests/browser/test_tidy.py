@@ -1,4 +1,4 @@
-"""Tidying a folder in the window: a bulk edit that is seen before it is done, steps back and forward, a crop that is dragged."""
+"""Tidying a folder in the window: a bulk edit seen before it is done, steps back and forward, a crop that is dragged."""
 
 from __future__ import annotations
 
