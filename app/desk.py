@@ -8,6 +8,7 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
+from app.inspection import Inspector
 from app.preflight import Preflight
 from app.projects import Project, read_project
 from app.runs import Runs
@@ -25,16 +26,18 @@ class Desk:
     scanner: Scanner
     studio: Studio
     preflight: Preflight
+    inspector: Inspector
 
     def close(self) -> None:
         """Ends the processes that the window alone uses; a training goes on."""
         self.studio.close()
         self.preflight.stop()
+        self.inspector.close()
 
 
 def make_desk(home: Path) -> Desk:
     """The desk for a home folder. Nothing is read or started."""
-    return Desk(home, Runs(home), Scanner(), Studio(home), Preflight(home))
+    return Desk(home, Runs(home), Scanner(), Studio(home), Preflight(home), Inspector())
 
 
 @dataclass(frozen=True)

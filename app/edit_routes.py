@@ -15,6 +15,7 @@ from app.crops import CropAnswer, describe_crops
 from app.desk import Place, ThePlace
 from app.history import Stepped, change, find_standing, redo, undo
 from app.image_list import describe_images
+from app.inspection import InspectionAnswer
 from app.refusals import CONFLICT, Refusal
 from trainers.dataset.bulk import Kind, Operation, change_captions
 from trainers.errors import DatasetError
@@ -134,6 +135,11 @@ def put_crops(body: dict[str, tuple[float, float] | None], place: ThePlace) -> d
     return {name: crop for name, crop in found.items() if name in body}
 
 
+def get_inspection(place: ThePlace) -> InspectionAnswer:
+    """What may be wrong with the pictures; asked again until all are looked at."""
+    return place.desk.inspector.look(place.project, place.desk.scanner.look(place.project))
+
+
 def describe_saved(place: Place, names: Container[str]) -> SavedAnswer:
     """These pictures as they are now, and the folder's health."""
     now = describe_images(place.project, place.desk.scanner.look(place.project))
@@ -193,4 +199,5 @@ ROUTES: tuple[tuple[str, str, Callable[..., Any]], ...] = (
     ("POST", "/projects/{project_id}/redo", post_redo),
     ("GET", "/projects/{project_id}/crops", get_crops),
     ("PUT", "/projects/{project_id}/crops", put_crops),
+    ("GET", "/projects/{project_id}/inspection", get_inspection),
 )

@@ -2,6 +2,7 @@
 import { el, get, post, toast, plural } from "/web/core.js";
 import { makeBulk } from "/web/bulk.js";
 import { makeCrops } from "/web/crops.js";
+import { makeInspect } from "/web/inspect.js";
 import { makeTags } from "/web/tags.js";
 
 /** `kit` is what the images screen lends: images(), picked(), take(answer), filter(), exclude(changes), tell(error). */
@@ -9,7 +10,8 @@ export function makeTools(base, kit) {
   const crops = makeCrops(base, kit, () => history());
   const bulk = makeBulk(base, kit);
   const tags = makeTags(kit, (label) => (door("tags").textContent = label || "Tags"), (given) => (open("bulk"), bulk.begin(given)));
-  const panels = { bulk: ["Edit captions", bulk], tags: ["Tags", tags] };
+  const inspect = makeInspect(base, kit, crops.view);
+  const panels = { bulk: ["Edit captions", bulk], tags: ["Tags", tags], inspect: ["Look over", inspect] };
   const back = el("button", { type: "button", class: "small", "aria-label": "Undo", disabled: true, onclick: () => step("undo") }, "↶ Undo");
   const forth = el("button", { type: "button", class: "small", "aria-label": "Redo", disabled: true, onclick: () => step("redo") }, "↷ Redo");
   const cut = el("button", { type: "button", class: "small", "aria-pressed": "true", title: "What is cut off for training is dimmed; drag the bright part to move it", onclick: () => {
@@ -76,6 +78,6 @@ export function makeTools(base, kit) {
     load: () => (crops.load(), history(), live()),
     /** Some pictures were changed. */
     changed: () => (history(), live()),
-    leave: () => document.removeEventListener("keydown", onKey),
+    leave: () => (document.removeEventListener("keydown", onKey), inspect.leave()),
   };
 }
