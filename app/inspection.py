@@ -53,6 +53,7 @@ class Inspector:
         self._known: dict[str, Quality] = {}
         self._loaded: set[Path] = set()
         self._waiting: list[Example] = []
+        self._at = ""  # sha256 of the picture that is being measured
         self._file = Path()
         self._thread: threading.Thread | None = None
 
@@ -65,6 +66,7 @@ class Inspector:
                 self._loaded.add(file)
                 self._known |= _read(file)
             waiting = {example.sha256: example for example in used[:MOST] if example.sha256 not in self._known}
+            waiting.pop(self._at, None)
             self._waiting, self._file = list(waiting.values())[::-1], file
             if waiting and not (self._thread and self._thread.is_alive()):
                 self._thread = threading.Thread(target=self._measure, daemon=True, name="look over pictures")
@@ -93,9 +95,10 @@ class Inspector:
             with self._lock:
                 if not self._waiting:
                     # Under the lock: whoever asks meanwhile starts another thread, or finds this one at work.
-                    self._thread = None
+                    self._thread, self._at = None, ""
                     break
                 example, file = self._waiting.pop(), self._file
+                self._at = example.sha256
             try:
                 quality = measure_picture(example.path)
             except DatasetError:  # the scan tells it, or the training will
