@@ -68,7 +68,7 @@ class Inspector:
             waiting = {example.sha256: example for example in used[:MOST] if example.sha256 not in self._known}
             waiting.pop(self._at, None)
             self._waiting, self._file = list(waiting.values())[::-1], file
-            if waiting and not (self._thread and self._thread.is_alive()):
+            if waiting and self._thread is None:
                 self._thread = threading.Thread(target=self._measure, daemon=True, name="look over pictures")
                 self._thread.start()
             qualities = [self._known.get(example.sha256) for example in used]
@@ -93,12 +93,16 @@ class Inspector:
         fresh: dict[Path, dict[str, Quality]] = {}
         while True:
             with self._lock:
-                if not self._waiting:
-                    # Under the lock: whoever asks meanwhile starts another thread, or finds this one at work.
-                    self._thread, self._at = None, ""
-                    break
-                example, file = self._waiting.pop(), self._file
-                self._at = example.sha256
+                example, file = self._waiting.pop() if self._waiting else None, self._file
+                self._at = example.sha256 if example else ""
+                if example is None and not fresh:
+                    self._thread = None  # under the lock: whoever asks from now on starts another
+                    return
+            if example is None:
+                for place, measured in fresh.items():
+                    _add(place, measured)
+                fresh = {}
+                continue
             try:
                 quality = measure_picture(example.path)
             except DatasetError:  # the scan tells it, or the training will
@@ -108,8 +112,6 @@ class Inspector:
             fresh.setdefault(file, {})[example.sha256] = quality
             if len(fresh[file]) >= 500:
                 _add(file, fresh.pop(file))
-        for file, measured in fresh.items():
-            _add(file, measured)
 
 
 def _measured(qualities: Sequence[Quality | None]) -> list[Quality | None]:
