@@ -8,6 +8,7 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
+from app.captioning import Captioning
 from app.inspection import Inspector
 from app.preflight import Preflight
 from app.projects import Project, read_project
@@ -27,17 +28,19 @@ class Desk:
     studio: Studio
     preflight: Preflight
     inspector: Inspector
+    captioning: Captioning
 
     def close(self) -> None:
         """Ends the processes that the window alone uses; a training goes on."""
         self.studio.close()
         self.preflight.stop()
         self.inspector.close()
+        self.captioning.close()
 
 
 def make_desk(home: Path) -> Desk:
     """The desk for a home folder. Nothing is read or started."""
-    return Desk(home, Runs(home), Scanner(), Studio(home), Preflight(home), Inspector())
+    return Desk(home, Runs(home), Scanner(), Studio(home), Preflight(home), Inspector(), Captioning(home))
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from app.answers import (
     SavedAnswer,
     SourceChange,
 )
+from app.captioning_routes import ROUTES as CAPTIONING_ROUTES
 from app.desk import TheDesk, ThePlace, make_desk
 from app.edit_routes import ROUTES as EDIT_ROUTES
 from app.edit_routes import describe_saved, label_of
@@ -65,7 +66,15 @@ def router(home: Path) -> APIRouter:
         request.state.desk = desk
 
     api = APIRouter(prefix="/api", lifespan=lifespan, route_class=Route, dependencies=[Depends(lay_out)])
-    for method, path, endpoint in (*ROUTES, *EDIT_ROUTES, *PLAN_ROUTES, *RECIPE_ROUTES, *RUN_ROUTES, *STUDIO_ROUTES):
+    for method, path, endpoint in (
+        *ROUTES,
+        *EDIT_ROUTES,
+        *CAPTIONING_ROUTES,
+        *PLAN_ROUTES,
+        *RECIPE_ROUTES,
+        *RUN_ROUTES,
+        *STUDIO_ROUTES,
+    ):
         kind = UploadRoute if endpoint is post_images else None
         status = 201 if endpoint in (post_project, post_sample, post_run) else None
         api.add_api_route(path, endpoint, methods=[method], status_code=status, route_class_override=kind)
