@@ -1,7 +1,9 @@
-// What tidies a folder: captions changed at once, tags, crops, and every step taken back. One panel is open at a time.
+// What tidies a folder: captions changed at once or written by a model, tags, crops, what looks odd, and every step taken
+// back. One panel is open at a time.
 import { el, get, post, toast, plural } from "/web/core.js";
 import { makeBulk } from "/web/bulk.js";
 import { makeCrops } from "/web/crops.js";
+import { makeDescribe } from "/web/describe.js";
 import { makeInspect } from "/web/inspect.js";
 import { makeTags } from "/web/tags.js";
 
@@ -11,7 +13,8 @@ export function makeTools(base, kit) {
   const bulk = makeBulk(base, kit);
   const tags = makeTags(kit, (label) => (door("tags").textContent = label || "Tags"), (given) => (open("bulk"), bulk.begin(given)));
   const inspect = makeInspect(base, kit, crops.view);
-  const panels = { bulk: ["Edit captions", bulk], tags: ["Tags", tags], inspect: ["Look over", inspect] };
+  const describe = makeDescribe(base, kit);
+  const panels = { bulk: ["Edit captions", bulk], tags: ["Tags", tags], inspect: ["Look over", inspect], describe: ["Write captions", describe] };
   const back = el("button", { type: "button", class: "small", "aria-label": "Undo", disabled: true, onclick: () => step("undo") }, "↶ Undo");
   const forth = el("button", { type: "button", class: "small", "aria-label": "Redo", disabled: true, onclick: () => step("redo") }, "↷ Redo");
   const cut = el("button", { type: "button", class: "small", "aria-pressed": "true", title: "What is cut off for training is dimmed; drag the bright part to move it", onclick: () => {
@@ -73,11 +76,11 @@ export function makeTools(base, kit) {
     crop: crops.overlay,
     view: crops.view,
     keeps: tags.keeps,
-    picks: () => bulk.picks(),
+    picks: () => (bulk.picks(), describe.picks()),
     /** The pictures were read anew. */
     load: () => (crops.load(), history(), live()),
     /** Some pictures were changed. */
     changed: () => (history(), live()),
-    leave: () => (document.removeEventListener("keydown", onKey), inspect.leave()),
+    leave: () => (document.removeEventListener("keydown", onKey), inspect.leave(), describe.leave()),
   };
 }

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from tests.browser.test_images import new_project, use_folder
+from tests.tiny_captioners import save_tiny_encoder_decoder
 from trainers.dataset.edits import read_edits
 
 
@@ -114,3 +115,38 @@ def test_captions_are_changed_at_once_and_a_crop_is_dragged_and_all_goes_back(wi
     )
     assert json.loads((window.home / "projects" / project / "captions.json").read_text()).get("crops") is None
     assert [path.read_text() for path in sorted(folder.glob("*.txt"))] == begun
+
+
+def test_a_copy_is_left_out_and_captions_of_a_model_are_taken_after_a_look(window: Any, page: Any, tmp_path: Path) -> None:
+    folder = oblong(tmp_path / "copies")
+    (folder / "4.png").write_bytes((folder / "2.png").read_bytes())
+    (folder / "1.txt").unlink()
+    model = save_tiny_encoder_decoder(tmp_path / "captioner")
+    new_project(page, window.url)
+    use_folder(page, folder)
+    page.locator(".picture").nth(4).wait_for()
+
+    page.get_by_role("button", name="Look over").click()
+    copy = page.get_by_role("article", name="The same file")
+    copy.wait_for()
+    shoot(page, "look-over")
+    copy.get_by_role("button", name="Leave out 4.png").click()
+    page.get_by_role("button", name="Excluded 1").wait_for()
+    copy.wait_for(state="detached")
+
+    page.get_by_role("button", name="Write captions").click()
+    page.get_by_label("Captioning model").fill(str(model))
+    page.locator("form.describe").get_by_role("button", name="Write captions").click()
+    page.get_by_role("button", name="Take 1 caption").wait_for(timeout=180_000)
+    field = page.get_by_label("New caption of 1.png")
+    assert field.input_value()
+    assert page.get_by_label("Caption of 1.png", exact=True).input_value() == ""
+    field.fill("corrected by hand")
+    shoot(page, "describe")
+    page.get_by_role("button", name="Take 1 caption").click()
+    page.get_by_text("1 caption taken").wait_for()
+    assert page.get_by_label("Caption of 1.png", exact=True).input_value() == "corrected by hand"
+    page.get_by_role("button", name="Undo", exact=True).first.click()
+    page.get_by_text("Undone: Captions by captioner").wait_for()
+    assert page.get_by_label("Caption of 1.png", exact=True).input_value() == ""
+    assert not (folder / "1.txt").exists()
