@@ -98,7 +98,7 @@ def find_flaws(examples: Sequence[Example], qualities: Sequence[Quality | None],
     blurred = [(quality.sharpness, example.name) for example, quality in known if quality.sharpness < BLURRED * sharpness]
     for value, name in sorted(blurred):
         share = value / sharpness
-        flaws.append(Flaw("blurred", (name,), f"May be blurred: {share:.0%} of the sharpness of the folder's middle picture"))
+        flaws.append(Flaw("blurred", (name,), f"{share:.0%} of the sharpness of the folder's middle picture"))
     return flaws
 
 
@@ -108,7 +108,7 @@ def _alike(examples: Sequence[Example], qualities: Sequence[Quality | None]) -> 
     for index, example in enumerate(examples):
         files.setdefault(example.sha256, []).append(index)
     flaws = [
-        Flaw("same", tuple(examples[index].name for index in group), "The same file: it counts more than once")
+        Flaw("same", tuple(examples[index].name for index in group), "Under several names: it counts more than once")
         for group in files.values()
         if len(group) > 1
     ]
@@ -122,7 +122,7 @@ def _alike(examples: Sequence[Example], qualities: Sequence[Quality | None]) -> 
     for start, group in group_of.items():
         if group[0] == start:
             names = tuple(examples[firsts[index]].name for index in group)
-            flaws.append(Flaw("alike", names, "Look nearly the same: what they show counts more than once"))
+            flaws.append(Flaw("alike", names, "What they show counts more than once"))
     return flaws
 
 
