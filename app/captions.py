@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -12,9 +13,9 @@ from typing import TYPE_CHECKING
 from app.projects import Project, change_edits
 from app.refusals import NOT_FOUND, Refusal
 from app.scanning import Look
-from trainers.dataset.captions import MAX_BYTES, clean_caption
+from trainers.dataset.captions import MAX_BYTES, clean_caption, read_caption_file
 from trainers.dataset.folder import Example
-from trainers.errors import TrainingError
+from trainers.errors import DatasetError, TrainingError
 from trainers.families import ASSETS
 from trainers.files import write_atomically
 
@@ -28,29 +29,64 @@ _MARKS = ("<|startoftext|>", "<|endoftext|>")
 _PIECES = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
+@dataclass(frozen=True)
+class Written:
+    """Where a picture's caption is written: among the project's edits, in the file beside the picture; None is not there."""
+
+    edit: str | None = None
+    file: str | None = None
+    """Of the project's own pictures alone: a folder that the person named is never written to."""
+
+
 def save_captions(project: Project, look: Look, captions: Mapping[str, str]) -> None:
     """Saves captions by picture name: beside the picture in the project's own folder, else among the project's edits.
 
     A caption file that serves two pictures stays as it is, and the edit of one goes among the edits. Raises Refusal, with
     nothing saved, for a picture that is not there and for a text that is no caption.
     """
+    planned = plan_captions(project, look, captions)
+    lay_captions(project, look, {name: after for name, (_, after) in planned.items()})
+
+
+def plan_captions(project: Project, look: Look, captions: Mapping[str, str]) -> dict[str, tuple[Written, Written]]:
+    """Where each of these captions is written now, and where it will be. Raises Refusal as `save_captions` does."""
     examples = look.examples
     check_names(look, captions)
     for name, text in captions.items():
         if len(text.encode("utf-8", "replace")) > MAX_BYTES:
             raise Refusal(f"The caption is longer than {MAX_BYTES // 1024} KiB", name, "Only about 75 tokens of it are read.")
     served = Counter(_caption_file(example) for example in examples.values())
-    edits: dict[str, str | None] = {}
+    planned = {}
     for name, given in captions.items():
-        text, example = clean_caption(given), examples[name]
-        if not project.is_own or served[_caption_file(example)] > 1:
-            edits[name] = text
+        text, before = clean_caption(given), find_written(project, look, name)
+        beside = project.is_own and served[_caption_file(examples[name])] == 1
+        planned[name] = before, Written(file=text) if beside else Written(text, before.file)
+    return planned
+
+
+def find_written(project: Project, look: Look, name: str) -> Written:
+    """Where the caption of a picture is written now; a file that cannot be read counts as none."""
+    text = None
+    beside = look.examples[name].caption_file
+    if project.is_own and beside is not None:
+        with contextlib.suppress(DatasetError):
+            text = read_caption_file(beside).text
+    return Written(look.edits.captions.get(name), text)
+
+
+def lay_captions(project: Project, look: Look, captions: Mapping[str, Written]) -> None:
+    """Writes captions where they are said to be. A file that is to be gone was written by the window, and is taken away."""
+    for name, written in captions.items():
+        example = look.examples[name]
+        if not project.is_own or written.file == find_written(project, look, name).file:
             continue
         path = example.caption_file or example.path.with_suffix(".txt")
-        # Flushing each of thousands to the disk would take minutes; after a power cut the old text is there.
-        write_atomically(path, f"{text}\n".encode("utf-8", "replace"), fsync=len(captions) < 20)
-        edits[name] = None
-    change_edits(project, edits, {})
+        if written.file is None:
+            path.unlink(missing_ok=True)
+        else:
+            # Flushing each of thousands to the disk would take minutes; after a power cut the old text is there.
+            write_atomically(path, f"{written.file}\n".encode("utf-8", "replace"), fsync=len(captions) < 20)
+    change_edits(project, {name: written.edit for name, written in captions.items()}, {})
 
 
 def check_names(look: Look, names: Mapping[str, object]) -> None:

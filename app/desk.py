@@ -8,6 +8,8 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
+from app.captioning import Captioning
+from app.inspection import Inspector
 from app.preflight import Preflight
 from app.projects import Project, read_project
 from app.run_queue import RunQueue
@@ -27,18 +29,23 @@ class Desk:
     studio: Studio
     preflight: Preflight
     queue: RunQueue
+    inspector: Inspector
+    captioning: Captioning
 
     def close(self) -> None:
         """Ends the processes that the window alone uses; a training goes on."""
         self.queue.close()
         self.studio.close()
         self.preflight.stop()
+        self.inspector.close()
+        self.captioning.close()
 
 
 def make_desk(home: Path) -> Desk:
     """The desk for a home folder. Nothing is read or started."""
     runs, preflight = Runs(home), Preflight(home)
-    return Desk(home, runs, Scanner(), Studio(home), preflight, RunQueue(runs, before_start=preflight.stop))
+    queue = RunQueue(runs, before_start=preflight.stop)
+    return Desk(home, runs, Scanner(), Studio(home), preflight, queue, Inspector(), Captioning(home))
 
 
 @dataclass(frozen=True)

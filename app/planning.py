@@ -12,6 +12,7 @@ from app.scanning import Scanner
 from trainers.config import TrainConfig
 from trainers.dataset.edits import Edits
 from trainers.errors import Problem, TrainingError
+from trainers.families import BaseModelFacts
 from trainers.launch import RunPlan, plan_run, recognise_given
 from trainers.presets import default_preset, list_presets, resolve
 from trainers.settings import merge
@@ -27,7 +28,7 @@ def base_of(project: Project) -> str:
 
 
 def take_edits(project: Project, scanner: Scanner) -> Edits:
-    """Every caption that a run is to train on, and the excluded pictures, as they are at this moment.
+    """Every caption that a run is to train on, the excluded pictures and the crops, as they are at this moment.
 
     A run keeps them in its own folder, so that captions may be edited on while it goes on or is paused.
     """
@@ -37,7 +38,8 @@ def take_edits(project: Project, scanner: Scanner) -> Edits:
         for name, example in look.examples.items()
         if name not in look.edits.excluded and example.caption_source == "file"
     }
-    return Edits(captions, look.edits.excluded & look.examples.keys())
+    crops = {name: crop for name, crop in look.edits.crops.items() if name in look.examples}
+    return Edits(captions, look.edits.excluded & look.examples.keys(), crops)
 
 
 def plan_project(
@@ -91,6 +93,16 @@ def settings_of(project: Project, settings: dict[str, Any], preset: str | None) 
         return name, resolve(name, values).model_dump(mode="json"), base.family.name
     except TrainingError:
         return "", {}, ""
+
+
+def config_of(project: Project) -> tuple[TrainConfig, BaseModelFacts] | None:
+    """The settings and the base of the recipe as it is; None while it leads to no run."""
+    try:
+        values = _over(read_recipe(project), {})
+        base = recognise_given(values.get("base", {}))
+        return resolve(chosen_preset(project) or default_preset(base), values), base
+    except TrainingError:
+        return None
 
 
 def _over(recipe: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:

@@ -64,7 +64,7 @@ class Project(BaseModel):
 
     @property
     def edits_file(self) -> Path:
-        """Edited captions and excluded pictures of the present source."""
+        """Edited captions, excluded pictures and crops of the present source."""
         return self.folder / "captions.json"
 
     @property
@@ -198,14 +198,24 @@ def load_edits(project: Project) -> Edits:
     return read_edits(project.edits_file) if project.edits_file.exists() else Edits()
 
 
-def change_edits(project: Project, captions: dict[str, str | None], excluded: dict[str, bool]) -> Edits:
-    """Lays captions (None takes an edit back) and exclusions over what there is. Names must be those of a scan."""
+def change_edits(
+    project: Project,
+    captions: dict[str, str | None],
+    excluded: dict[str, bool],
+    crops: dict[str, tuple[float, float] | None] | None = None,
+) -> Edits:
+    """Lays captions, exclusions and crops over what there is; None takes one back. Names must be those of a scan."""
     with _writing:
         edits = load_edits(project)
         texts = {**edits.captions, **captions}
         left_out = edits.excluded - {name for name, out in excluded.items() if not out}
         left_out |= {name for name, out in excluded.items() if out}
-        changed = Edits({name: text for name, text in texts.items() if text is not None}, left_out)
+        places = {**edits.crops, **(crops or {})}
+        changed = Edits(
+            {name: text for name, text in texts.items() if text is not None},
+            left_out,
+            {name: place for name, place in places.items() if place is not None},
+        )
         if changed != edits:
             write_atomically(project.edits_file, write_edits(changed))
     return changed

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Callable, Container
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +20,17 @@ from app.answers import (
     SavedAnswer,
     SourceChange,
 )
-from app.captions import check_names, save_captions
-from app.desk import Place, TheDesk, ThePlace, make_desk
+from app.captioning_routes import ROUTES as CAPTIONING_ROUTES
+from app.desk import TheDesk, ThePlace, make_desk
+from app.edit_routes import ROUTES as EDIT_ROUTES
+from app.edit_routes import describe_saved, label_of
+from app.history import change
 from app.image_list import describe_images
 from app.plan_routes import ROUTES as PLAN_ROUTES
 from app.plan_routes import post_run
 from app.planning import chosen_preset
 from app.projects import (
     Project,
-    change_edits,
     change_project,
     create_project,
     delete_project,
@@ -70,6 +72,8 @@ def router(home: Path) -> APIRouter:
     api = APIRouter(prefix="/api", lifespan=lifespan, route_class=Route, dependencies=[Depends(lay_out)])
     for method, path, endpoint in (
         *ROUTES,
+        *EDIT_ROUTES,
+        *CAPTIONING_ROUTES,
         *PLAN_ROUTES,
         *QUEUE_ROUTES,
         *RECIPE_ROUTES,
@@ -176,20 +180,14 @@ def get_thumb(rel: str, place: ThePlace, w: int = 192, v: str = "") -> FileRespo
 
 def put_captions(body: dict[str, str], place: ThePlace) -> SavedAnswer:
     """Saves captions by picture name; answers those pictures with their new token counts."""
-    save_captions(place.project, place.desk.scanner.look(place.project), body)
-    return _saved(place, body)
+    change(place.project, place.desk.scanner, label_of("Caption", body), captions=body)
+    return describe_saved(place, body)
 
 
 def put_excluded(body: dict[str, bool], place: ThePlace) -> SavedAnswer:
     """Excludes pictures, or takes them in again, by name; others stay as they are."""
-    check_names(place.desk.scanner.look(place.project), body)
-    change_edits(place.project, {}, body)
-    return _saved(place, body)
-
-
-def _saved(place: Place, names: Container[str]) -> SavedAnswer:
-    now = describe_images(place.project, place.desk.scanner.look(place.project))
-    return SavedAnswer(images=[image for image in now.images if image.rel in names], health=now.health)
+    change(place.project, place.desk.scanner, label_of("Left out" if all(body.values()) else "Taken in", body), excluded=body)
+    return describe_saved(place, body)
 
 
 def _answer(project: Project, standings: list[Standing]) -> ProjectAnswer:

@@ -50,7 +50,7 @@ class Scanner:
         with self._scanning:  # two at once would read the same files twice
             try:
                 masks = mask_setting(project)
-                scan = scan_folder(project.images, edits=Edits(edits.captions), read=self._read, masks=masks)
+                scan = scan_folder(project.images, edits=Edits(edits.captions, crops=edits.crops), read=self._read, masks=masks)
             except DatasetError as error:
                 scan = Scan(project.images, (), (*self._unreadable(project), _said(error)))
         self._paths[project.images] = {example.name: example.path for example in scan.examples}

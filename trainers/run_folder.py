@@ -172,7 +172,8 @@ class RunFolder:
 
 
 _KINDS = {
-    "images": "the picture {}", "captions": "the caption of {}", "repeats": "the repeats of {}", "base": "the base's {}",
+    "images": "the picture {}", "captions": "the caption of {}", "repeats": "the repeats of {}",
+    "crops": "the crop of {}", "base": "the base's {}",
     "start_from": "the {} that it starts from", "configuration": "the configuration of the base's {}",
     "masks": "the mask of {}", "prior": "the picture {}",
 }  # fmt: skip
@@ -184,7 +185,7 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     for kind, name in _KINDS.items():
         old, new = before.get(kind, {}), now.get(kind, {})
         for key in sorted(old.keys() | new.keys()):
-            if kind not in ("images", "masks", "prior", "base") and not (key in old and key in new):
+            if kind not in ("images", "masks", "crops", "prior", "base") and not (key in old and key in new):
                 continue  # told as a picture; a resume does not look at the file that a run started from
             if old.get(key) != new.get(key):
                 how = "is gone" if key not in new else "is new" if key not in old else "has changed"

@@ -22,6 +22,7 @@ from trainers.checks import check_pictures, check_settings
 from trainers.condition import Condition, choose_condition
 from trainers.config import TrainConfig
 from trainers.dataset.batches import BatchMaker
+from trainers.dataset.buckets import CENTRE
 from trainers.dataset.cache import ContentCache, prune
 from trainers.dataset.folder import Scan
 from trainers.dataset.prepare import TrainingSet, dataset_version, planned_prior, prepare, render_side, scan_images
@@ -244,8 +245,8 @@ def make_manifest(
 ) -> dict[str, Any]:
     """Content hashes of all that goes into a run, the name of its `dataset` version, and the settings that decide its result.
 
-    Settings at their defaults are left out, so that a later version with one setting more can go on with the run; so
-    are those that change nothing in the adapter, so that they may be changed between stop and resume.
+    Settings at their defaults are left out, and crops in the middle, so that a later version with one setting more can go
+    on with the run; so are those that change nothing in the adapter, so that they may be changed between stop and resume.
     """
     free: dict[str, Any] = {
         "base": {"model", "vae"},
@@ -272,6 +273,7 @@ def make_manifest(
             "images": {example.name: example.sha256 for example in scan.examples},
             "captions": {example.name: hashlib.sha256(example.caption.encode()).hexdigest() for example in scan.examples},
             "repeats": {example.name: example.repeats for example in scan.examples},
+            "crops": {example.name: list(example.crop) for example in scan.examples if example.crop != CENTRE},
             "base": {part: model.fingerprint(part) for part in (*model.parts(), "vae")},
             "configuration": {part: _digest(config) for part, config in model.facts.configs.items()},
             "settings": settings,

@@ -3,7 +3,9 @@ import { UNNAMED, address, copyButton, el, errorCard, get, go, onShow, patch, pl
 import { chosenFiles, startUpload, takeDrops, watchUpload } from "/web/drop.js";
 import { makeMasks } from "/web/masks.js";
 import { startOrQueue } from "/web/queue.js";
+import { makeTools } from "/web/tools.js";
 import { makeVersions } from "/web/versions.js";
+import { makeZone } from "/web/zone.js";
 
 const FILTERS = [
   ["all", "All", () => true],
@@ -37,8 +39,9 @@ function makeScreen(room, project) {
   const would = el("span", { class: "subdued" });
   const next = el("div", { class: "row" }, would, el("a", { class: "button", href: address("recipe", project) }, "Next: Recipe"), start);
   const bulk = el("div", { class: "row bulk", role: "group", "aria-label": "Selected pictures" });
-  const work = el("div", { class: "work" }, triggerField(), health, el("div", { class: "row tools" }, chips, find), bulk, nothing, grid);
-  const zone = dropZone();
+  const tools = makeTools(base, { images: () => images, picked: () => picked(), seen: () => images.filter((image) => !image.excluded && cards.get(image.rel)?.node.hidden !== true), take: (answer) => take(answer), filter: () => filter(), exclude: (changes) => exclude(changes), tell: (error) => tell(trouble, error) });
+  const work = el("div", { class: "work" }, triggerField(), health, tools.node, el("div", { class: "row tools" }, chips, find), bulk, nothing, grid);
+  const zone = makeZone(base, (files) => receive(files), () => load(), (error) => tell(trouble, error));
   const cards = new Map();
   let images = [];
   let shown = "all";
@@ -95,6 +98,7 @@ function makeScreen(room, project) {
     picks = new Set([...cards].filter(([, card]) => card.pick.checked).map(([rel]) => rel));
     cards.clear();
     grid.replaceChildren();
+    tools.load();
     drawSome(0);
   }
 
@@ -145,7 +149,7 @@ function makeScreen(room, project) {
     const words = find.value.toLowerCase();
     for (const image of images.slice(from)) {
       const card = cards.get(image.rel);
-      if (card) card.node.hidden = !(test(image) && `${image.rel} ${image.caption || image.fallback}`.toLowerCase().includes(words));
+      if (card) card.node.hidden = !(test(image) && tools.keeps(image) && `${image.rel} ${image.caption || image.fallback}`.toLowerCase().includes(words));
     }
     nothing.hidden = !images.length || images.some((image) => cards.get(image.rel)?.node.hidden !== true);
     drawBulk();
@@ -153,7 +157,7 @@ function makeScreen(room, project) {
 
   function makeCard(image) {
     const mark = el("span", { class: "mark-saved", role: "status" });
-    const text = el("textarea", { rows: 3, value: image.caption, placeholder: image.fallback || "Say what is in the picture", "aria-label": `Caption of ${image.rel}` });
+    const text = el("textarea", { rows: 3, "aria-label": `Caption of ${image.rel}` });
     const count = el("span", { class: "subdued" });
     const cut = el("p", { class: "cut" });
     const fault = el("div");
@@ -161,9 +165,9 @@ function makeScreen(room, project) {
     const pick = el("input", { type: "checkbox", "aria-label": `Select ${image.rel}`, onchange: drawBulk });
     const out = el("button", { type: "button", class: "quiet small", onclick: () => exclude({ [image.rel]: !image.excluded }) });
     const node = el("article", { class: "picture" },
-      el("label", { class: "thumb" }, pick, el("img", { src: `${image.thumb}&w=192`, alt: image.rel, loading: "lazy", decoding: "async" })),
+      el("label", { class: "thumb" }, pick, el("img", { src: `${image.thumb}&w=192`, alt: image.rel, loading: "lazy", decoding: "async", draggable: false }), tools.crop(image)),
       el("div", { class: "row name" }, el("span", { title: image.rel }, image.rel.split("/").pop()), mark),
-      text, cut, el("div", { class: "row under" }, count, out), badges, fault);
+      text, cut, el("div", { class: "row under" }, count, el("button", { type: "button", class: "quiet small", "aria-label": `View ${image.rel}`, onclick: () => tools.view(image) }, "View"), out), badges, fault);
     text.addEventListener("input", () => (mark.textContent = "unsaved"));
     text.addEventListener("change", () => (saving = Promise.all([saving, save()])));
     async function save() {
@@ -178,6 +182,8 @@ function makeScreen(room, project) {
       }
     }
     const refresh = () => {
+      if (document.activeElement !== text && mark.textContent !== "unsaved") text.value = image.caption; // after a bulk edit, or a step back
+      text.placeholder = image.fallback || "Say what is in the picture";
       node.classList.toggle("out", image.excluded);
       out.textContent = image.excluded ? "Include" : "Exclude";
       out.setAttribute("aria-label", `${out.textContent} ${image.rel}`);
@@ -199,6 +205,7 @@ function makeScreen(room, project) {
     }
     drawHealth(answer.health);
     drawChips();
+    tools.changed();
     next.hidden = !answer.health.count;
   }
 
@@ -215,16 +222,19 @@ function makeScreen(room, project) {
     }
   }
 
+  /** Only what is seen: nobody means a picture that a search or a filter hides. */
+  const picked = () => images.filter((image) => cards.get(image.rel)?.pick.checked && !cards.get(image.rel).node.hidden);
+
   function drawBulk() {
-    // Only what is seen: nobody means a picture that a search or a filter hides.
-    const picked = images.filter((image) => cards.get(image.rel)?.pick.checked && !cards.get(image.rel).node.hidden);
+    const chosen = picked();
+    tools.picks();
     const set = (value) => { for (const image of images) { const card = cards.get(image.rel); if (card && !card.node.hidden) card.pick.checked = value; } drawBulk(); };
-    const change = (value) => exclude(Object.fromEntries(picked.filter((image) => image.excluded !== value).map((image) => [image.rel, value])));
+    const change = (value) => exclude(Object.fromEntries(chosen.filter((image) => image.excluded !== value).map((image) => [image.rel, value])));
     bulk.replaceChildren(
       el("button", { type: "button", class: "quiet small", onclick: () => set(true) }, "Select all"),
-      ...(picked.length ? [
+      ...(chosen.length ? [
         el("button", { type: "button", class: "quiet small", onclick: () => set(false) }, "Select none"),
-        el("span", {}, `${picked.length} selected`),
+        el("span", {}, `${chosen.length} selected`),
         el("button", { type: "button", class: "small", onclick: () => change(true) }, "Exclude"),
         el("button", { type: "button", class: "small", onclick: () => change(false) }, "Include"),
       ] : []),
@@ -262,28 +272,6 @@ function makeScreen(room, project) {
       el("span", { class: "help" }, "A made-up word put in front of every caption. Write it in a prompt to call your LoRA."));
   }
 
-  function dropZone() {
-    const input = (label, folder) => {
-      const field = el("input", { type: "file", multiple: true, hidden: true, "aria-label": label, onchange: () => { receive(chosenFiles(field)); field.value = ""; } });
-      if (folder) field.webkitdirectory = true;
-      return [field, el("button", { type: "button", class: folder ? "primary" : "", onclick: () => field.click() }, label)];
-    };
-    const path = el("input", { "aria-label": "Path of a folder", placeholder: "or type a folder's path: nothing is copied" });
-    const use = async (folder) => {
-      try {
-        await put(`${base}/source`, { folder });
-        await load();
-      } catch (error) {
-        tell(trouble, error);
-      }
-    };
-    return el("section", { class: "zone large", "aria-label": "Add pictures" },
-      el("div", { class: "add" }, el("p", { class: "big" }, "Drop a folder of pictures here"), el("div", { class: "row" }, input("Choose a folder", true), input("Choose files", false))),
-      el("p", { class: "where subdued" }),
-      el("form", { class: "row", onsubmit: (event) => { event.preventDefault(); if (path.value.trim()) use(path.value); } }, path, el("button", { type: "submit" }, "Use this folder"),
-        el("button", { type: "button", class: "quiet back", hidden: true, onclick: () => use("own") }, "Back to dropped pictures")));
-  }
-
   /** An upload as it goes on, and what came of it. */
   function showUpload({ count, done, total, stop, folder }, result) {
     start.disabled = !result; // on half of a folder nobody wants to train
@@ -307,5 +295,5 @@ function makeScreen(room, project) {
     load();
   }
 
-  return { load, leave: () => { gone = true; endDrops(); endWatch(); } };
+  return { load, leave: () => { gone = true; endDrops(); endWatch(); tools.leave(); } };
 }

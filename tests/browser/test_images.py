@@ -76,7 +76,7 @@ def test_pictures_are_left_out_and_taken_back_by_undo(window: Any, page: Any, tm
     page.get_by_text("0 pictures to train on").wait_for()
     assert page.get_by_role("button", name="Excluded 4").is_visible()
     assert page.get_by_role("link", name="Next: Recipe").is_hidden()
-    page.get_by_role("button", name="Undo").click()
+    page.locator(".toast").get_by_role("button", name="Undo").click()
     page.get_by_text("4 pictures to train on").wait_for()
     page.get_by_label("Trigger word (optional)").fill("zorbo style")
     page.get_by_label("Trigger word (optional)").press("Tab")

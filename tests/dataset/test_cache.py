@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import shutil
 import time
@@ -18,6 +19,7 @@ from tests.tiny_runs import tiny_config
 from trainers.dataset import batches
 from trainers.dataset import cache as cache_module
 from trainers.dataset.cache import ContentCache, Entry, cache_key, prune
+from trainers.dataset.edits import Edits, write_edits
 from trainers.run_folder import RunFolder
 from trainers.setup import set_up
 
@@ -237,6 +239,14 @@ def test_the_key_changes_with_crop_and_size(entries: Callable[..., set[str]]) ->
     square = entries()
     assert not square & entries("dataset.resolution=64")
     assert len(square & entries("dataset.buckets=true")) == 4  # only the two oblong pictures are cropped in another way
+
+
+def test_the_key_changes_with_the_place_of_a_crop(entries: Callable[..., set[str]], pictures: Path, tmp_path: Path) -> None:
+    before = entries()
+    edits = tmp_path / "edits.json"
+    edits.write_bytes(write_edits(Edits(crops={"01.png": (0.0, 0.5), "02.png": (0.5, 1.0), "03.png": (1.0, 1.0)})))
+    after = entries(f"dataset.edits={json.dumps(str(edits))}")
+    assert len(before - after) == len(after - before) == 2  # the third is square: its crop cannot move
 
 
 def test_the_key_changes_with_a_flip(entries: Callable[..., set[str]]) -> None:

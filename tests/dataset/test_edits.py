@@ -99,6 +99,10 @@ def test_an_edit_of_a_picture_that_is_not_there_is_said(pictures: Path) -> None:
         (b'{"captions": {"00.png": 5}}', "not text by name"),
         (b'{"excluded": "00.png"}', "not a list of names"),
         (b'{"excluded": [1]}', "not a list of names"),
+        (b'{"crops": [1]}', "not two numbers"),
+        (b'{"crops": {"00.png": [0.5]}}', "not two numbers"),
+        (b'{"crops": {"00.png": [0.5, 1.5]}}', "not two numbers"),
+        (b'{"crops": {"00.png": [NaN, true]}}', "not two numbers"),
     ],
 )
 def test_a_broken_file_is_refused_with_its_name(tmp_path: Path, content: bytes, words: str) -> None:
@@ -121,7 +125,7 @@ def test_a_missing_file_or_a_folder_is_refused(tmp_path: Path) -> None:
 
 
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
-    edits = Edits({"ü/ß.png": "„quoted“ \U0001f98a", "a.png": ""}, frozenset({"b.png"}))
+    edits = Edits({"ü/ß.png": "„quoted“ \U0001f98a", "a.png": ""}, frozenset({"b.png"}), {"ü/ß.png": (0.0, 0.125)})
     path = tmp_path / "edits.json"
     path.write_bytes(write_edits(edits))
     assert read_edits(path) == edits
@@ -170,3 +174,18 @@ def test_training_sees_edited_captions_and_the_manifest_tells_when_they_change(
     with pytest.raises(Exception, match=r"the caption of 00\.png has changed"):
         set_up(config, run, lambda event: None)
     assert contents(pictures) == before
+
+
+def test_the_manifest_names_a_crop_that_has_moved(pictures: Path, tiny_base: Path, tmp_path: Path) -> None:
+    from trainers.run_folder import RunFolder
+    from trainers.setup import set_up
+
+    path = edit(tmp_path)
+    config = tiny_config(tiny_base, pictures, f"dataset.edits={json.dumps(str(path))}")
+    run = RunFolder(tmp_path / "run")
+    run.path.mkdir()
+    set_up(config, run, lambda event: None).check_manifest()
+    assert json.loads(run.manifest.read_text())["crops"] == {}
+    path.write_bytes(write_edits(Edits(crops={"01.png": (0.25, 0.5)})))
+    with pytest.raises(Exception, match=r"the crop of 01\.png is new"):
+        set_up(config, run, lambda event: None)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from PIL import Image
 
+CENTRE = (0.5, 0.5)
+"""A crop in the middle: from left and from top, in parts of what the crop can move."""
 MAX_ASPECT = 4.0
 """Long side over short side of the longest bucket: sides go from half to twice the resolution."""
 
@@ -21,7 +23,7 @@ class Placement:
     resized: tuple[int, int]
     """(height, width) the picture is scaled to; covers the bucket, one side equal to it."""
     crop: tuple[int, int, int, int]
-    """(left, top, right, bottom) of the bucket within the resized picture, centred."""
+    """(left, top, right, bottom) of the bucket within the resized picture."""
     enlarged: float
     """Factor by which the picture is scaled up, 1.0 when it is not."""
 
@@ -51,19 +53,49 @@ def make_buckets(resolution: int, step: int, max_aspect: float = MAX_ASPECT) -> 
 
 
 def assign_buckets(
-    sizes: Sequence[tuple[int, int]], resolution: int, step: int, *, enabled: bool = True, max_aspect: float = MAX_ASPECT
+    sizes: Sequence[tuple[int, int]],
+    resolution: int,
+    step: int,
+    *,
+    enabled: bool = True,
+    max_aspect: float = MAX_ASPECT,
+    crops: Sequence[tuple[float, float]] = (),
 ) -> list[Placement]:
     """The placement of each picture of `sizes` (height, width), in the same order.
 
+    `crops`: where the crop of each lies, from left and from top, in [0, 1] of what it can move; left out, in the middle.
+
     Each goes to the bucket nearest in log aspect ratio, which is the one that crops least; the larger of two equally
-    near. With `enabled` off all go to the square. Raises ValueError for a size, resolution or step below 1.
+    near. With `enabled` off all go to the square. Raises ValueError for a size, resolution or step below 1, and for
+    crops outside of [0, 1] or of another number than the sizes.
     """
     buckets = make_buckets(resolution, step, max_aspect if enabled else 1.0)
     known: dict[tuple[int, int], Placement] = {}
     for size in sizes:
         if size not in known:
             known[size] = _place_size(size, buckets)
-    return [known[size] for size in sizes]
+    if not crops:
+        return [known[size] for size in sizes]
+    return [move_crop(known[size], crop) for size, crop in zip(sizes, crops, strict=True)]
+
+
+def move_crop(placement: Placement, crop: tuple[float, float]) -> Placement:
+    """The same with its crop at (x, y) of what it can move: 0 is left or top, 0.5 the middle, 1 right or bottom.
+
+    Raises ValueError for a number outside of that.
+    """
+    if not all(0 <= part <= 1 for part in crop):
+        raise ValueError(f"a crop at {crop}")
+    (height, width), (resized_height, resized_width) = placement.bucket, placement.resized
+    left, top = int(crop[0] * (resized_width - width)), int(crop[1] * (resized_height - height))
+    return replace(placement, crop=(left, top, left + width, top + height))
+
+
+def crop_share(placement: Placement) -> tuple[float, float, float, float]:
+    """(left, top, right, bottom) of what is trained on, each in [0, 1] of the picture's width or height."""
+    height, width = placement.resized
+    left, top, right, bottom = placement.crop
+    return left / width, top / height, right / width, bottom / height
 
 
 def _place_size(size: tuple[int, int], buckets: list[tuple[int, int]]) -> Placement:
@@ -75,8 +107,7 @@ def _place_size(size: tuple[int, int], buckets: list[tuple[int, int]]) -> Placem
     bucket = min(buckets, key=lambda b: (round(abs(math.log(b[0] / b[1]) - wanted), 9), -b[0] * b[1], b))
     scale = max(bucket[0] / height, bucket[1] / width)
     resized = max(bucket[0], round(height * scale)), max(bucket[1], round(width * scale))
-    top, left = (resized[0] - bucket[0]) // 2, (resized[1] - bucket[1]) // 2
-    return Placement(bucket, resized, (left, top, left + bucket[1], top + bucket[0]), max(1.0, scale))
+    return move_crop(Placement(bucket, resized, (0, 0, 0, 0), max(1.0, scale)), CENTRE)
 
 
 def place(image: Image.Image, placement: Placement, flip: bool) -> Image.Image:

@@ -1,4 +1,4 @@
-"""A person's edits of a folder that stay out of it: captions in place of those beside the pictures, and pictures left out."""
+"""A person's edits of a folder that stay out of it: captions before those beside the pictures, what is left out, crops."""
 
 from __future__ import annotations
 
@@ -23,10 +23,12 @@ class Edits:
     """Name of a picture -> its caption, without trigger word. An empty one counts as an empty caption file."""
     excluded: frozenset[str] = frozenset()
     """Names of pictures that are left out."""
+    crops: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """Name of a picture -> where its crop lies, from left and from top, each in [0, 1]; all others have 0.5, the middle."""
 
 
 def read_edits(path: Path) -> Edits:
-    """Reads `{"captions": {NAME: TEXT}, "excluded": [NAME]}`; either part may be missing.
+    """Reads `{"captions": {NAME: TEXT}, "excluded": [NAME], "crops": {NAME: [X, Y]}}`; any part may be missing.
 
     Raises DatasetError naming the file when it is missing, unreadable, or holds anything else: training on captions that
     a person believes to have changed is worse than not training.
@@ -52,19 +54,29 @@ def read_edits(path: Path) -> Edits:
 
 def write_edits(edits: Edits) -> bytes:
     """The file's content, in a fixed order, ready to be written whole."""
-    values = {"captions": dict(sorted(edits.captions.items())), "excluded": sorted(edits.excluded)}
+    values: dict[str, Any] = {"captions": dict(sorted(edits.captions.items())), "excluded": sorted(edits.excluded)}
+    if edits.crops:
+        values["crops"] = {name: list(crop) for name, crop in sorted(edits.crops.items())}
     return json.dumps(values, ensure_ascii=False, indent=1).encode("utf-8", "replace")
 
 
 def _checked(values: Any, where: str, hint: str) -> Edits:
     if not isinstance(values, dict):
         raise DatasetError("The file with edited captions holds no names", where, hint)
-    unknown = sorted(values.keys() - {"captions", "excluded"})
+    unknown = sorted(values.keys() - {"captions", "excluded", "crops"})
     if unknown:
         raise DatasetError(f"The file with edited captions holds the unknown part {unknown[0]!r}", where, hint)
-    captions, excluded = values.get("captions", {}), values.get("excluded", [])
+    captions, excluded, crops = values.get("captions", {}), values.get("excluded", []), values.get("crops", {})
     if not isinstance(captions, dict) or not all(isinstance(text, str) for text in captions.values()):
         raise DatasetError("In the file with edited captions, `captions` is not text by name", where, hint)
     if not isinstance(excluded, list) or not all(isinstance(name, str) for name in excluded):
         raise DatasetError("In the file with edited captions, `excluded` is not a list of names", where, hint)
-    return Edits(captions, frozenset(excluded))
+    if not isinstance(crops, dict) or not all(_is_crop(crop) for crop in crops.values()):
+        raise DatasetError("In the file with edited captions, `crops` is not two numbers from 0 to 1 by name", where, hint)
+    return Edits(captions, frozenset(excluded), {name: (float(x), float(y)) for name, (x, y) in crops.items()})
+
+
+def _is_crop(value: Any) -> bool:
+    if not isinstance(value, list) or len(value) != 2:
+        return False
+    return all(isinstance(part, int | float) and not isinstance(part, bool) and 0 <= part <= 1 for part in value)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from trainers.dataset.buckets import CENTRE
 from trainers.dataset.captions import caption_from_name, clean_caption, read_caption_file, with_trigger
 from trainers.dataset.edits import Edits
 from trainers.dataset.files import CAPTION_ENDINGS, FoundFile, Walk, printable_text, walk_folder
@@ -51,6 +52,8 @@ class Example:
     """The caption file that belongs to the picture, whatever it holds, and also where an edit comes before it."""
     mask: Mask | None = None
     """What of it is learnt; None is all."""
+    crop: tuple[float, float] = CENTRE
+    """Where its crop lies, from left and from top, each in [0, 1]."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +177,8 @@ def _read_example(
     total = file.repeats * repeats
     beside = caption_file.path if caption_file else None
     size, sha256 = (picture.width, picture.height), picture.sha256
-    return Example(file.path, file.name, text, source, *size, total, sha256, picture.look, beside), problems
+    crop = edits.crops.get(file.name, CENTRE)
+    return Example(file.path, file.name, text, source, *size, total, sha256, picture.look, beside, crop), problems
 
 
 def _read_beside(file: FoundFile) -> tuple[str, list[Problem]]:
@@ -189,7 +193,7 @@ def _read_beside(file: FoundFile) -> tuple[str, list[Problem]]:
 
 
 def _edits_of_nothing(edits: Edits, names: set[str]) -> Iterable[Problem]:
-    for name in sorted({*edits.captions, *edits.excluded} - names):
+    for name in sorted({*edits.captions, *edits.excluded, *edits.crops} - names):
         yield Problem("note", "Edited or excluded, but there is no such picture in the folder; ignored", printable_text(name))
 
 

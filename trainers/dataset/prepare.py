@@ -112,15 +112,24 @@ def planned_prior(config: TrainConfig, folder: Path, side: int) -> list[Example]
     ]
 
 
+def place_examples(config: TrainConfig, base: BaseModelFacts, examples: Sequence[Example]) -> list[Placement]:
+    """How each picture comes into its bucket, in the same order: what a run does, and what the window draws."""
+    return assign_buckets(
+        [(example.height, example.width) for example in examples],
+        config.dataset.resolution or base.resolution,
+        base.step,
+        enabled=config.dataset.buckets,
+        crops=[example.crop for example in examples],
+    )
+
+
 def prepare(config: TrainConfig, base: BaseModelFacts, examples: Sequence[Example], prior: Sequence[Example]) -> TrainingSet:
     """Splits off the held-out part of `examples`, assigns buckets, and plans the steps over the rest and the prior."""
     seed, per_step = config.train.seed, config.examples_per_step
     kept, aside = split_holdout([example.sha256 for example in examples], config.dataset.holdout, seed)
-    resolution = config.dataset.resolution or base.resolution
 
     def placed(chosen: Sequence[Example], weight: float, prior: bool) -> list[Prepared]:
-        sizes = [(example.height, example.width) for example in chosen]
-        places = assign_buckets(sizes, resolution, base.step, enabled=config.dataset.buckets)
+        places = place_examples(config, base, chosen)
         return [Prepared(example, place, weight, prior) for example, place in zip(chosen, places, strict=True)]
 
     training = placed([examples[index] for index in kept], 1.0, False) + placed(prior, config.prior.weight, True)

@@ -1,0 +1,152 @@
+"""Tidying a folder in the window: a bulk edit seen before it is done, steps back and forward, a crop that is dragged."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from tests.browser.test_images import new_project, use_folder
+from tests.tiny_captioners import save_tiny_encoder_decoder
+from trainers.dataset.edits import read_edits
+
+
+def oblong(folder: Path) -> Path:
+    """Four pictures: two much too wide for any bucket, two square; with tags."""
+    folder.mkdir()
+    for number, (width, height) in enumerate([(900, 150), (800, 160), (256, 256), (256, 256)]):
+        across, down = np.meshgrid(np.arange(width), np.arange(height))
+        pixels = np.stack([across * 255 // width, down * 255 // height, (across * (number + 2) // 9 + down) % 256], axis=2)
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text("style, red" if number % 2 else "style, blue, ink", encoding="utf-8")
+    return folder
+
+
+def shoot(page: Any, name: str) -> None:
+    """A picture of the page where somebody wants to look at it."""
+    if folder := os.environ.get("SCREENSHOTS"):
+        page.screenshot(path=str(Path(folder) / f"{name}.png"))
+
+
+def texts(page: Any) -> list[str]:
+    return [page.get_by_label(f"Caption of {number}.png").input_value() for number in range(4)]
+
+
+def test_captions_are_changed_at_once_and_a_crop_is_dragged_and_all_goes_back(window: Any, page: Any, tmp_path: Path) -> None:
+    folder = oblong(tmp_path / "oblong")
+    new_project(page, window.url)
+    use_folder(page, folder)
+    page.locator(".picture").nth(3).wait_for()
+    begun = texts(page)
+
+    page.get_by_role("button", name="Edit captions").click()
+    page.get_by_label("What to do").select_option("replace")
+    page.get_by_label("Text").fill("style")
+    page.get_by_label("Replace with").fill("woodcut")
+    page.locator(".changes tr").nth(3).wait_for()
+    assert page.locator(".changes del").first.text_content() == "style"
+    assert page.locator(".changes ins").first.text_content() == "woodcut"
+    assert texts(page) == begun
+    shoot(page, "bulk")
+    page.get_by_role("button", name="Change 4 captions").click()
+    page.get_by_text("No caption would change.").wait_for()
+    replaced = texts(page)
+    assert replaced == [text.replace("style", "woodcut") for text in begun]
+
+    page.get_by_label("Select 2.png").check()
+    page.get_by_label("What to do").select_option("add")
+    page.get_by_label("Text").fill("square")
+    page.get_by_role("button", name="Change 1 caption").click()
+    page.get_by_text("No caption would change.").wait_for()
+    assert texts(page)[2] == "woodcut, blue, ink, square"
+
+    page.reload()
+    page.locator(".picture").nth(3).wait_for()
+    page.get_by_role("button", name="Undo", exact=True).click()
+    page.get_by_text("Undone: Add the tag “square”: 1 caption").wait_for()
+    assert texts(page) == replaced
+    page.keyboard.press("Control+z")
+    page.get_by_text("Undone: Replace “style” by “woodcut”: 4 captions").wait_for()
+    assert texts(page) == begun
+    assert page.get_by_role("button", name="Undo", exact=True).is_disabled()
+    page.keyboard.press("Control+Shift+z")
+    page.get_by_text("Done again: Replace").wait_for()
+    assert texts(page) == replaced
+
+    page.get_by_role("button", name="Tags", exact=True).click()
+    page.get_by_role("group", name="Tags").get_by_role("button", name="ink 2").click()
+    assert page.locator(".picture:visible").count() == 2
+    shoot(page, "tags")
+    page.get_by_role("button", name="Show all pictures").click()
+
+    crop = page.locator(".picture").nth(0).locator(".crop")
+    crop.scroll_into_view_if_needed()
+    before = crop.bounding_box()
+    x, y = before["x"] + before["width"] / 2, before["y"] + before["height"] / 2
+    page.mouse.move(x, y)
+    page.mouse.down()
+    page.mouse.move(x - 40, y + 5, steps=4)
+    with page.expect_response("**/crops") as answer:
+        page.mouse.up()
+    moved = answer.value.json()["0.png"]
+    assert moved["at"][0] == 0 and moved["moved"]
+    assert crop.bounding_box()["x"] < before["x"] - 5
+    assert not page.get_by_label("Select 0.png").is_checked()
+    project = page.url.split("#/")[1].split("/")[0]
+    assert read_edits(window.home / "projects" / project / "captions.json").crops["0.png"][0] == 0
+
+    page.get_by_role("button", name="View 1.png").click()
+    with page.expect_response("**/crops"):
+        page.get_by_label("Crop of 1.png: the arrow keys move it").press("ArrowRight")
+    page.get_by_text("cut off: drag the bright part").wait_for()
+    shoot(page, "crop")
+    page.get_by_role("button", name="Close").click()
+    page.keyboard.press("Control+z")
+    page.get_by_text("Undone: Crop: 1.png").wait_for()
+    with page.expect_response(lambda one: one.url.endswith("/crops") and one.request.method == "GET") as answer:
+        page.keyboard.press("Control+z")
+        page.get_by_text("Undone: Crop: 0.png").wait_for()
+    page.wait_for_function(
+        "x => Math.abs(document.querySelector('.picture .crop').getBoundingClientRect().x - x) < 2", arg=before["x"]
+    )
+    assert json.loads((window.home / "projects" / project / "captions.json").read_text()).get("crops") is None
+    assert [path.read_text() for path in sorted(folder.glob("*.txt"))] == begun
+
+
+def test_a_copy_is_left_out_and_captions_of_a_model_are_taken_after_a_look(window: Any, page: Any, tmp_path: Path) -> None:
+    folder = oblong(tmp_path / "copies")
+    (folder / "4.png").write_bytes((folder / "2.png").read_bytes())
+    (folder / "1.txt").unlink()
+    model = save_tiny_encoder_decoder(tmp_path / "captioner")
+    new_project(page, window.url)
+    use_folder(page, folder)
+    page.locator(".picture").nth(4).wait_for()
+
+    page.get_by_role("button", name="Look over").click()
+    copy = page.get_by_role("article", name="The same file")
+    copy.wait_for()
+    shoot(page, "look-over")
+    copy.get_by_role("button", name="Leave out 4.png").click()
+    page.get_by_role("button", name="Excluded 1").wait_for()
+    copy.wait_for(state="detached")
+
+    page.get_by_role("button", name="Write captions").click()
+    page.get_by_label("Captioning model").fill(str(model))
+    page.locator("form.describe").get_by_role("button", name="Write captions").click()
+    page.get_by_role("button", name="Take 1 caption").wait_for(timeout=180_000)
+    field = page.get_by_label("New caption of 1.png")
+    assert field.input_value()
+    assert page.get_by_label("Caption of 1.png", exact=True).input_value() == ""
+    field.fill("corrected by hand")
+    shoot(page, "describe")
+    page.get_by_role("button", name="Take 1 caption").click()
+    page.get_by_text("1 caption taken").wait_for()
+    assert page.get_by_label("Caption of 1.png", exact=True).input_value() == "corrected by hand"
+    page.get_by_role("button", name="Undo", exact=True).first.click()
+    page.get_by_text("Undone: Captions by captioner").wait_for()
+    assert page.get_by_label("Caption of 1.png", exact=True).input_value() == ""
+    assert not (folder / "1.txt").exists()
