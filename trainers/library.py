@@ -16,6 +16,7 @@ from trainers.cells import LIMIT
 from trainers.container import Header, open_file, read_header
 from trainers.errors import AdapterFileError, SettingError
 from trainers.files import write_atomically
+from trainers.formats.hashes import FileHashes, file_hashes
 from trainers.formats.keys import KeyGroup, group_keys
 from trainers.formats.matching import no_adapter
 from trainers.formats.recognise import guess_family, input_width
@@ -171,6 +172,18 @@ def _rank(group: KeyGroup, header: Header) -> int | None:
     """The rank of a module, as its shapes tell it; None for a type without."""
     shapes = (header.entries[group.parts[part]].shape for part in ("down", "w1_b", "w2_b") if part in group.parts)
     return next((shape[0] for shape in shapes if len(shape) > 1 and input_width(group, header.entries)), None)
+
+
+def hashes_of(card: Card) -> FileHashes:
+    """The hashes by which galleries know a file; read once for each state of it. Raises AdapterFileError."""
+    return _hashes_of(card.mark)
+
+
+@functools.lru_cache(maxsize=1024)
+def _hashes_of(mark: Mark) -> FileHashes:
+    with open_file(Path(mark[0])) as handle:
+        header = read_header(handle, Path(mark[0]))
+    return file_hashes(Path(mark[0]), header.data_start)
 
 
 @functools.lru_cache(maxsize=1024)
