@@ -136,3 +136,13 @@ def test_a_loha_tells_its_rank(tmp_path: Path) -> None:
     write_adapter(tmp_path / "loras" / "h.safetensors", {CROSS: ModuleWeights(factors, 3.0, "loha")}, {})
     (card,) = list_cards(tmp_path)
     assert card.facts and (card.facts.kinds, card.facts.ranks, card.facts.family) == (("loha",), (3,), "sd1")
+
+
+def test_a_family_that_widths_do_not_tell_is_what_the_file_says_of_its_base(tmp_path: Path) -> None:
+    (tmp_path / "loras").mkdir()
+    layer = {CROSS: random_weights((32, 48), 2, 2.0, 0)}
+    write_adapter(tmp_path / "loras" / "a.safetensors", layer, {"ss_base_model_version": "sd_v1"})
+    write_adapter(tmp_path / "loras" / "b.safetensors", layer, {"ss_base_model_version": "sdxl_base_v1-0"})
+    write_adapter(tmp_path / "loras" / "c.safetensors", layer, {})
+    families = {card.path.name[0]: card.facts.family for card in list_cards(tmp_path) if card.facts}
+    assert families == {"a": "sd1", "b": "sdxl", "c": "unknown"}

@@ -15,6 +15,7 @@ from typing import Any
 from trainers.cells import LIMIT
 from trainers.container import Header, open_file, read_header
 from trainers.errors import AdapterFileError, SettingError
+from trainers.families import FAMILIES
 from trainers.files import write_atomically
 from trainers.formats.hashes import FileHashes, file_hashes
 from trainers.formats.keys import KeyGroup, group_keys
@@ -160,12 +161,21 @@ def read_facts(path: Path) -> Facts:
     told = header.metadata.get("modelspec.trigger_phrase", "")
     return Facts(
         title=printable(title.replace("\\", "/").rpartition("/")[2], 80) or path.stem,
-        family=guess_family(groups, header.entries)[0],
+        family=_family(header, groups),
         kinds=tuple(sorted({group.kind or "unknown" for group in groups})),
         ranks=tuple(sorted({rank for group in groups if (rank := _rank(group, header))})),
         words=trigger_words(printable(told, 300)),
         metadata=metadata,
     )
+
+
+def _family(header: Header, groups: list[KeyGroup]) -> str:
+    """What names and widths tell, else what the file says of its base, as one of a small base or of few layers must."""
+    found = guess_family(groups, header.entries)[0]
+    version = header.metadata.get("ss_base_model_version", "")
+    if found != "unknown" or not version:
+        return found
+    return next((name for name, family in FAMILIES.items() if version.startswith(family.base_version)), found)
 
 
 def _rank(group: KeyGroup, header: Header) -> int | None:

@@ -1,5 +1,5 @@
 // One LoRA of a blend: its strengths on the denoiser, on the text encoders and by block, and where its weight lies.
-import { el, tell } from "/web/core.js";
+import { el, plural, tell } from "/web/core.js";
 
 const REACH = 2; // the sliders' ends; numbers up to 4 can be typed
 
@@ -91,6 +91,6 @@ export function makeRow({ use, card, word, blocks, changed, removed, weigh }) {
     word,
     file: use.file,
     use: () => ({ file: use.file, unet: now.unet, text: now.text, blocks: Object.fromEntries(touched().map((block) => [block, now.blocks[block]])) }),
-    spelled: () => `${title} ${now.unet.toFixed(2)}${now.text === now.unet ? "" : ` (text ${now.text.toFixed(2)})`}${touched().length ? `, ${touched().length} blocks changed` : ""}`,
+    spelled: () => `${title} ${now.unet.toFixed(2)}${now.text === now.unet ? "" : ` (text ${now.text.toFixed(2)})`}${touched().length ? `, ${plural(touched().length, "block")} changed` : ""}`,
   };
 }
