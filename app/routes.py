@@ -20,12 +20,15 @@ from app.answers import (
     SavedAnswer,
     SourceChange,
 )
+from app.blend_routes import ROUTES as BLEND_ROUTES
 from app.captioning_routes import ROUTES as CAPTIONING_ROUTES
 from app.desk import TheDesk, ThePlace, make_desk
 from app.edit_routes import ROUTES as EDIT_ROUTES
 from app.edit_routes import describe_saved, label_of
 from app.history import change
 from app.image_list import describe_images
+from app.library_routes import ROUTES as LIBRARY_ROUTES
+from app.library_routes import post_loras
 from app.plan_routes import ROUTES as PLAN_ROUTES
 from app.plan_routes import post_run
 from app.planning import chosen_preset
@@ -74,6 +77,8 @@ def router(home: Path) -> APIRouter:
         *ROUTES,
         *EDIT_ROUTES,
         *CAPTIONING_ROUTES,
+        *BLEND_ROUTES,
+        *LIBRARY_ROUTES,
         *PLAN_ROUTES,
         *QUEUE_ROUTES,
         *RECIPE_ROUTES,
@@ -81,7 +86,7 @@ def router(home: Path) -> APIRouter:
         *STUDIO_ROUTES,
         *VERSION_ROUTES,
     ):
-        kind = UploadRoute if endpoint is post_images else None
+        kind = UploadRoute if endpoint in (post_images, post_loras) else None
         status = 201 if endpoint in (post_project, post_sample, post_run, post_to_queue) else None
         api.add_api_route(path, endpoint, methods=[method], status_code=status, route_class_override=kind)
     return api
