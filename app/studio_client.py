@@ -36,6 +36,7 @@ class _Job:
     done: int = 0
     total: int = 0
     pictures: dict[float, str] = field(default_factory=dict)
+    cells: dict[int, str] = field(default_factory=dict)
     problem: str = ""
 
 
@@ -73,7 +74,9 @@ class Studio:
             return number
 
     def look(self, number: int) -> dict[str, Any]:
-        """How a request stands: state, done and total (sampling steps), pictures (strength -> path), problem ("" if none).
+        """How a request stands: state, done and total (sampling steps), pictures, problem ("" if none).
+
+        The pictures by strength as `pictures` and by their cell's number as `cells`, both with the file's path.
 
         state: waiting, loading, drawing, and at last done, failed or cancelled. Raises KeyError for an id never given,
         or long forgotten.
@@ -85,6 +88,7 @@ class Studio:
                 "done": job.done,
                 "total": job.total,
                 "pictures": dict(job.pictures),
+                "cells": dict(job.cells),
                 "problem": job.problem,
             }
 
@@ -177,7 +181,7 @@ class Studio:
             case "step":
                 job.state, job.done, job.total = "drawing", event["done"], event["total"]
             case "picture":
-                job.pictures[float(event["strength"])] = event["path"]
+                job.pictures[float(event["strength"])] = job.cells[event["cell"]] = event["path"]
             case "failed":
                 job.state, job.problem = "failed", sentence(event["what"], event["where"], event["hint"])
             case "done" | "cancelled" as ended:

@@ -55,9 +55,7 @@ def same(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
 
 def adapter(warm: Warm, model: Any, path: str) -> str:
     """Name of the file's adapter, as the worker asks for it."""
-    mark = lora_mark(path)
-    assert mark is not None
-    return warm.adapter(model, mark, lambda event: None)
+    return warm.adapter(model, lora_mark(path), lambda event: None)
 
 
 def bytes_held() -> int:

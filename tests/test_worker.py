@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.asked_worker import kinds, run, wait_for
 from tests.tiny_lora import TEXT, UNET, UNET_OUT, save_lora
 from trainers.errors import SettingError
 from trainers.families import load_family, recognise_base
@@ -62,34 +62,10 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return read
 
 
-def run(*requests: dict[str, Any], warm: Warm | None = None) -> list[dict[str, Any]]:
-    """The events that requests cause which are sent one after the other, each when the one before has ended."""
-    told: list[dict[str, Any]] = []
-
-    def lines() -> Iterator[bytes]:
-        for request in requests:
-            yield json.dumps(request).encode()
-            wait_for(told, request["id"], "done", "failed")
-
-    serve(lines(), told.append, warm or Warm())
-    return told
-
-
-def wait_for(told: list[dict[str, Any]], number: int, *wanted: str) -> None:
-    """Returns when one of these events was told of a request."""
-    while not any(event["id"] == number and event["event"] in wanted for event in list(told)):
-        time.sleep(0.002)
-
-
 def pictures(events: list[dict[str, Any]], number: int = 1) -> dict[float, Any]:
     """Strength -> pixels (H, W, 3) as whole numbers."""
     found = [event for event in events if event["id"] == number and event["event"] == "picture"]
     return {event["strength"]: numpy.asarray(Image.open(event["path"])).astype(int) for event in found}
-
-
-def kinds(events: list[dict[str, Any]], number: int = 1) -> list[str]:
-    """What was told of a request, in order."""
-    return [event["event"] for event in events if event["id"] == number]
 
 
 @pytest.mark.parametrize("layers", [(UNET, UNET_OUT), (TEXT,), (UNET, TEXT)], ids=["unet", "text", "both"])
@@ -139,7 +115,7 @@ def test_a_picture_says_how_it_was_drawn(ask: Any, tmp_path: Path) -> None:
 
 def test_each_step_and_picture_is_told(ask: Any, tmp_path: Path) -> None:
     events = run(ask(lora=str(save_lora(tmp_path / "a.safetensors")), strengths=[0, 1]))
-    assert kinds(events) == ["loading", "loading", *["step"] * 3, "picture", *["step"] * 3, "picture", "done"]
+    assert kinds(events) == ["loading", *["step"] * 3, "picture", "loading", *["step"] * 3, "picture", "done"]
     steps = [(event["done"], event["total"]) for event in events if event["event"] == "step"]
     assert steps == [(done, 6) for done in range(1, 7)]
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from trainers.cells import LIMIT
 from trainers.errors import AdapterFileError, RunFolderError, SettingError
 from trainers.families.facts import BaseOptions
 from trainers.samplers import check_sampler
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from trainers.families.base import DiffusionModel
-
-LIMIT = 4.0  # strengths beyond this draw noise only
 
 
 @dataclass(frozen=True)

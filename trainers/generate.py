@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,8 +12,9 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import nn
 
-from trainers.adapters.inject import keeping_strengths, set_strength
+from trainers.adapters.inject import keeping_strengths, set_row_strengths
 from trainers.adapters.layer import AdaptedLayer
+from trainers.adapters.plan import Strengths, strength_at
 from trainers.families import check_size
 from trainers.families.base import Conditioning, DiffusionModel
 from trainers.samplers import SAMPLERS, check_sampler
@@ -33,11 +34,14 @@ class RenderSettings:
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture to draw: a prompt, the seed of its noise, and strengths by adapter. One that is not named is at 0."""
+    """One picture to draw: a prompt, the seed of its noise, and strengths by adapter. One that is not named is at 0.
+
+    A strength is a number, or several by part and block.
+    """
 
     prompt: str
     seed: int
-    strengths: dict[str, float]
+    strengths: Mapping[str, float | Strengths]
 
 
 def render(
@@ -62,13 +66,7 @@ def render_latents(
     """The same up to the latents (B, C, h, w). The adapters' strengths are afterwards what they were before."""
     check_size(model.facts, settings.height, settings.width)
     with keeping_strengths(model.parts()):
-        return _sample(model, _with_all_strengths(model, pictures), settings, on_step)
-
-
-def _with_all_strengths(model: DiffusionModel, pictures: Sequence[Picture]) -> list[Picture]:
-    """The pictures with strength 0 for each adapter that they do not name, so that none depends on its neighbours."""
-    silent = {name: 0.0 for name in _adapters_in(model.parts())}
-    return [replace(picture, strengths=silent | picture.strengths) for picture in pictures]
+        return _sample(model, pictures, settings, on_step)
 
 
 def _adapters_in(parts: Mapping[str, nn.Module]) -> dict[str, None]:
@@ -94,7 +92,8 @@ def _sample(
     noise = torch.cat([torch.randn(shape, generator=generator) for generator in generators])
     scheduler.set_timesteps(settings.steps, device=device)
     latents: torch.Tensor = noise.to(device) * scheduler.init_noise_sigma
-    _set_row_strengths(model, pictures, "unet", copies=2 if guided else 1)
+    rows_of_strengths = [picture.strengths for picture in pictures] * (2 if guided else 1)
+    set_row_strengths({"unet": model.parts()["unet"]}, rows_of_strengths)
     # A whole picture, not cut: what SDXL is told of it.
     framing = torch.tensor([[settings.height, settings.width, 0, 0, settings.height, settings.width]], device=device).float()
     framing = framing.expand(len(pictures) * (2 if guided else 1), -1)
@@ -122,25 +121,13 @@ def _encode(model: DiffusionModel, pictures: Sequence[Picture], negative: str | 
     wanted = []
     for text_of in ([lambda _: negative] if negative is not None else []) + [lambda picture: picture.prompt]:
         for picture in pictures:
-            strengths = {name: float(strength) for name, strength in picture.strengths.items() if name in changing}
-            key = (text_of(picture), tuple(sorted(strengths.items())))
+            strengths = {name: strength_at(picture.strengths.get(name, 0.0), "text") for name in changing}
+            key = (text_of(picture), tuple(strengths.values()))
             if key not in rows:
-                for adapter, strength in strengths.items():
-                    set_strength(encoders, adapter, strength)
+                set_row_strengths(encoders, [strengths])
                 rows[key] = model.encode_captions([key[0]])
             wanted.append(rows[key])
     return Conditioning.join(wanted)
-
-
-def _set_row_strengths(model: DiffusionModel, pictures: Sequence[Picture], part: str, copies: int) -> None:
-    for adapter in pictures[0].strengths:
-        values = [picture.strengths[adapter] for picture in pictures]
-        # One number for all rows keeps strength 0 exact: the layer then skips the adapter altogether.
-        same = len(set(values)) == 1
-        module = model.parts()[part]
-        device = next(module.parameters()).device
-        strength = float(values[0]) if same else torch.tensor(values * copies, dtype=torch.float32, device=device)
-        set_strength({part: module}, adapter, strength)
 
 
 def make_scheduler(name: str, config: dict[str, Any]) -> Any:
@@ -163,15 +150,29 @@ def png_bytes(image: Image.Image, picture: Picture, settings: RenderSettings, fi
 
     `files` gives the file name without ending of each adapter that the picture's strengths name.
     """
-    loras = [f"<lora:{files[name]}:{strength:g}>" for name, strength in picture.strengths.items() if strength]
+    loras = [f"<lora:{files[name]}:{_spelled(strength)}>" for name, strength in picture.strengths.items() if strength]
     lines = [" ".join([picture.prompt, *loras])]
     if settings.negative:
         lines.append(f"Negative prompt: {settings.negative}")
     lines.append(
         f"Steps: {settings.steps}, Sampler: {settings.scheduler}, CFG scale: {settings.guidance:g}, Seed: {picture.seed}, "
         f"Size: {settings.width}x{settings.height}"
+        + "".join(_told_blocks(files[name], strength) for name, strength in picture.strengths.items())
     )
     told, data = PngInfo(), io.BytesIO()
     told.add_itxt("parameters", "\n".join(lines))
     image.save(data, "PNG", pnginfo=told)
     return data.getvalue()
+
+
+def _spelled(strength: float | Strengths) -> str:
+    """As A1111 reads it: one number, or the text encoders' before the denoiser's."""
+    if not isinstance(strength, Strengths):
+        return f"{strength:g}"
+    return f"{strength.unet:g}" if strength.text == strength.unet else f"{strength.text:g}:{strength.unet:g}"
+
+
+def _told_blocks(file: str, strength: float | Strengths) -> str:
+    blocks = strength.blocks if isinstance(strength, Strengths) else {}
+    told = " ".join(f"{block}={value:g}" for block, value in blocks.items() if value != 1)
+    return f', Blocks of {file}: "{told}"' if told else ""

@@ -22,7 +22,7 @@ Tell = Callable[[dict[str, Any]], object]
 Mark = tuple[str, int, int]
 """What a file is known by: path, time of change in nanoseconds, size in bytes."""
 KEPT_LORAS = 4
-"""How many LoRA files stay beside the base; the one not used for longest makes room."""
+"""How many LoRA files stay beside the base unless one picture has more; the one not used for longest makes room."""
 KEPT_BYTES = 2 * 2**30
 """How much of earlier pictures stays on the disk."""
 
@@ -62,20 +62,25 @@ class Warm:
             self._model, self._base = load_family(base, device.dtype, device.device), marks
         return self._model
 
-    def adapter(self, model: DiffusionModel, lora: Mark, tell: Tell) -> str:
-        """Name of the LoRA's adapter in the loaded base. Raises AdapterFileError, with the base left as it was."""
+    def adapter(self, model: DiffusionModel, lora: Mark, tell: Tell, together: int = 1) -> str:
+        """Name of the LoRA's adapter in the loaded base. Raises AdapterFileError, with the base left as it was.
+
+        together: how many are asked for one after the other that must all stay.
+        """
         if self._layers is None or self._layers.model is not model:
             self._loras.clear()
             self._layers = find(model)
         name = str(lora)
         if lora not in self._loras:
+            if lora_mark(lora[0]) != lora:
+                raise AdapterFileError("The LoRA file was written again meanwhile", where=lora[0], hint="Draw again.")
             tell({"event": "loading"})
             told = functools.partial(print, file=sys.stderr)
             self._loras[lora] = attach_file(self._layers, Path(lora[0]), name, told)
         self._loras[lora] = self._loras.pop(lora)
         # Of a file that a training has just written again, only the new state is of use.
         stale = [mark for mark in self._loras if mark[0] == lora[0] and mark != lora]
-        for old in stale or list(self._loras)[:-KEPT_LORAS]:
+        for old in stale or list(self._loras)[: -max(KEPT_LORAS, together)]:
             gone = str(old)
             for layer in self._loras.pop(old):
                 del layer.adapters[gone], layer.strengths[gone]
@@ -94,10 +99,8 @@ def base_marks(base: BaseModelFacts) -> tuple[Mark, ...]:
     return (*(_mark(file) for file in files), (settings, 0, 0))
 
 
-def lora_mark(path: str | None) -> Mark | None:
-    """What a LoRA file is known by; None for none. Raises AdapterFileError when there is no such file."""
-    if path is None:
-        return None
+def lora_mark(path: str) -> Mark:
+    """What a LoRA file is known by. Raises AdapterFileError when there is no such file."""
     if not Path(path).is_file():
         raise AdapterFileError("There is no such LoRA file", where=path, hint="Check the path.")
     return _mark(Path(path).absolute())

@@ -30,7 +30,7 @@ for line in sys.stdin:
     if ask["prompt"] == "fail":
         tell(event="failed", what="It is broken", where="a file", hint="Mend it.")
         continue
-    tell(event="picture", strength=0, path=str(os.getpid()))
+    tell(event="picture", cell=0, strength=0, path=str(os.getpid()))
     tell(event="done")
 """
 

@@ -26,10 +26,11 @@ for line in sys.stdin:
     asked = json.loads(line)
     if asked["do"] != "render":
         continue
-    for strength in asked["strengths"]:
+    for cell, strength in enumerate(asked["strengths"]):
         path = pathlib.Path(asked["folder"]) / f"picture{strength}.png"
         path.write_text(json.dumps(asked))
-        print(json.dumps({"event": "picture", "id": asked["id"], "strength": strength, "path": str(path)}), flush=True)
+        told = {"event": "picture", "id": asked["id"], "cell": cell, "strength": strength, "path": str(path)}
+        print(json.dumps(told), flush=True)
     print(json.dumps({"event": "done", "id": asked["id"]}), flush=True)
 """
 WISH = {"prompt": "a cat", "width": 64, "height": 64, "strengths": [0.0, 1.0]}

@@ -12,7 +12,7 @@ from torch import nn
 
 from trainers.adapters.base import AdapterKind, Factors
 from trainers.adapters.layer import AdaptedLayer, Adapter, Strength
-from trainers.adapters.plan import LayerPlan, canonical_name
+from trainers.adapters.plan import LayerPlan, Strengths, block_of, canonical_name, strength_at
 from trainers.frozen import FrozenLayer
 
 ADAPTABLE = (nn.Linear, nn.Conv2d, FrozenLayer, AdaptedLayer)  # layers that an adapter can go into
@@ -185,18 +185,41 @@ def restore_layers(parts: Mapping[str, nn.Module]) -> None:
             setattr(module.get_submodule(parent), leaf, child.frozen)
 
 
-def set_strength(parts: Mapping[str, nn.Module], adapter: str, strength: Strength) -> None:
-    """Sets the strength of one adapter on every layer of `parts` that has it. A tensor (B,) gives one per batch row."""
-    for module in parts.values():
-        for child in module.modules():
-            if isinstance(child, AdaptedLayer) and adapter in child.adapters:
-                child.strengths[adapter] = strength
+def set_strength(parts: Mapping[str, nn.Module], adapter: str, strength: Strength | Strengths) -> None:
+    """Sets the strength of one adapter on every layer of `parts` that has it.
+
+    A tensor (B,) gives one per batch row; Strengths give one by part and block.
+    """
+    for name, layer in _adapted(parts):
+        if adapter in layer.adapters:
+            layer.strengths[adapter] = strength.at(block_of(name)) if isinstance(strength, Strengths) else strength
+
+
+def set_row_strengths(parts: Mapping[str, nn.Module], rows: Sequence[Mapping[str, float | Strengths]]) -> None:
+    """Sets the strengths of all adapters, by name, for each row of a batch; one that a row does not name is off there."""
+    made: dict[tuple[str, str], Strength] = {}  # many layers of a block share one tensor
+    for name, layer in _adapted(parts):
+        block, device = block_of(name), layer.weight.device
+        for adapter in layer.adapters:
+            if (adapter, block) not in made:
+                values = [strength_at(row.get(adapter, 0.0), block) for row in rows]
+                # One number for all rows keeps strength 0 exact: the layer then skips the adapter altogether.
+                same = len(set(values)) == 1
+                made[adapter, block] = values[0] if same else torch.tensor(values, dtype=torch.float32, device=device)
+            layer.strengths[adapter] = made[adapter, block]
+
+
+def _adapted(parts: Mapping[str, nn.Module]) -> Iterator[tuple[str, AdaptedLayer]]:
+    for part, module in parts.items():
+        for path, child in module.named_modules():
+            if isinstance(child, AdaptedLayer):
+                yield canonical_name(part, path), child
 
 
 @contextmanager
 def keeping_strengths(parts: Mapping[str, nn.Module]) -> Iterator[None]:
     """Puts every adapter's strength back at the end, so that a sample in mid-training changes nothing about the training."""
-    layers = [child for module in parts.values() for child in module.modules() if isinstance(child, AdaptedLayer)]
+    layers = [layer for _, layer in _adapted(parts)]
     before = [dict(layer.strengths) for layer in layers]
     try:
         yield

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -18,3 +19,42 @@ class LayerPlan:
 def canonical_name(part: str, path: str) -> str:
     """`<part>.<path>`; CLIP's paths lose `text_model.`, which transformers wrote before 5.6 and dropped since."""
     return f"{part}.{path.removeprefix('text_model.')}"
+
+
+BLOCKS = ("text", "down_0", "down_1", "down_2", "down_3", "mid", "up_0", "up_1", "up_2", "up_3", "other")
+"""Where a layer may stand: the text encoders, the denoiser's blocks, and what is in none of them, as conv_in is."""
+
+
+def block_of(name: str) -> str:
+    """The one of BLOCKS in which a layer stands, by its canonical name."""
+    part, _, path = name.partition(".")
+    if part != "unet":
+        return "text"
+    block, _, inside = path.partition(".")
+    if block == "mid_block":
+        return "mid"
+    way = {"down_blocks": "down", "up_blocks": "up"}.get(block)
+    return f"{way}_{inside.partition('.')[0]}" if way else "other"
+
+
+@dataclass(frozen=True)
+class Strengths:
+    """One adapter's strengths: on the denoiser, on the text encoders, and multipliers by block, of which a missing one is 1."""
+
+    unet: float
+    text: float
+    blocks: Mapping[str, float] = field(default_factory=dict)
+
+    def at(self, block: str) -> float:
+        """The strength on the layers of one of BLOCKS."""
+        return (self.text if block == "text" else self.unet) * self.blocks.get(block, 1.0)
+
+    @property
+    def is_off(self) -> bool:
+        """Whether nothing of the adapter acts anywhere."""
+        return not any(self.at(block) for block in BLOCKS)
+
+
+def strength_at(strength: float | Strengths, block: str) -> float:
+    """A strength on one block; a plain number counts for all."""
+    return strength.at(block) if isinstance(strength, Strengths) else float(strength)
