@@ -8,11 +8,13 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
+from app.grids import Grids
 from app.preflight import Preflight
 from app.projects import Project, read_project
 from app.runs import Runs
 from app.scanning import Scanner
 from app.studio_client import Studio
+from app.tournaments import Tournaments
 from trainers.run_folder import RunFolder
 
 
@@ -25,6 +27,8 @@ class Desk:
     scanner: Scanner
     studio: Studio
     preflight: Preflight
+    grids: Grids
+    tournaments: Tournaments
 
     def close(self) -> None:
         """Ends the processes that the window alone uses; a training goes on."""
@@ -34,7 +38,8 @@ class Desk:
 
 def make_desk(home: Path) -> Desk:
     """The desk for a home folder. Nothing is read or started."""
-    return Desk(home, Runs(home), Scanner(), Studio(home), Preflight(home))
+    studio, tournaments = Studio(home), Tournaments(home / "window" / "tournaments")
+    return Desk(home, Runs(home), Scanner(), studio, Preflight(home), Grids(studio), tournaments)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from app.answers import (
 )
 from app.captions import check_names, save_captions
 from app.desk import Place, TheDesk, ThePlace, make_desk
+from app.grid_routes import ROUTES as GRID_ROUTES
 from app.image_list import describe_images
 from app.plan_routes import ROUTES as PLAN_ROUTES
 from app.plan_routes import post_run
@@ -46,6 +47,7 @@ from app.run_routes import answer_run
 from app.runs import Standing
 from app.studio_routes import ROUTES as STUDIO_ROUTES
 from app.thumbnails import make_thumbnail
+from app.tournament_routes import ROUTES as TOURNAMENT_ROUTES
 from trainers.demo import PROMPTS
 from trainers.errors import TrainingError
 from trainers.families import ASSETS
@@ -64,7 +66,8 @@ def router(home: Path) -> APIRouter:
         request.state.desk = desk
 
     api = APIRouter(prefix="/api", lifespan=lifespan, route_class=Route, dependencies=[Depends(lay_out)])
-    for method, path, endpoint in (*ROUTES, *PLAN_ROUTES, *RECIPE_ROUTES, *RUN_ROUTES, *STUDIO_ROUTES):
+    compare = (*GRID_ROUTES, *TOURNAMENT_ROUTES)
+    for method, path, endpoint in (*ROUTES, *PLAN_ROUTES, *RECIPE_ROUTES, *RUN_ROUTES, *STUDIO_ROUTES, *compare):
         kind = UploadRoute if endpoint is post_images else None
         status = 201 if endpoint in (post_project, post_sample, post_run) else None
         api.add_api_route(path, endpoint, methods=[method], status_code=status, route_class_override=kind)

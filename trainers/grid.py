@@ -135,7 +135,9 @@ def make_grid(values: dict[str, Any]) -> Grid:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         what = first["msg"].removeprefix("Value error, ")
-        raise SettingError(what, where=".".join(str(piece) for piece in first["loc"]), hint="Change it and draw again.") from error
+        raise SettingError(
+            what, where=".".join(str(piece) for piece in first["loc"]), hint="Change it and draw again."
+        ) from error
 
 
 def grid_png(grid: Grid, pictures: Sequence[Image.Image | None]) -> bytes:
