@@ -8,6 +8,7 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
+from app.calibrations import Calibrations
 from app.grids import Grids
 from app.preflight import Preflight
 from app.projects import Project, read_project
@@ -29,6 +30,7 @@ class Desk:
     preflight: Preflight
     grids: Grids
     tournaments: Tournaments
+    calibrations: Calibrations
 
     def close(self) -> None:
         """Ends the processes that the window alone uses; a training goes on."""
@@ -39,7 +41,7 @@ class Desk:
 def make_desk(home: Path) -> Desk:
     """The desk for a home folder. Nothing is read or started."""
     studio, tournaments = Studio(home), Tournaments(home / "window" / "tournaments")
-    return Desk(home, Runs(home), Scanner(), studio, Preflight(home), Grids(studio), tournaments)
+    return Desk(home, Runs(home), Scanner(), studio, Preflight(home), Grids(studio), tournaments, Calibrations(home, studio))
 
 
 @dataclass(frozen=True)

@@ -94,8 +94,9 @@ class Grids:
             raise Refusal("There is no such comparison", str(number), "Choose the two pictures again.", status=NOT_FOUND)
         found = self._look(number)
         drawn = found["cells"]
-        pair = [_open(Path(drawn[cell])) for cell in (0, 1)] if {0, 1} <= drawn.keys() else None
-        return found, asked, difference(*pair) if pair else None
+        if not {0, 1} <= drawn.keys():
+            return found, asked, None
+        return found, asked, difference(_open(Path(drawn[0])), _open(Path(drawn[1])))
 
     def _look(self, number: int) -> dict[str, Any]:
         try:

@@ -20,6 +20,7 @@ from app.answers import (
     SavedAnswer,
     SourceChange,
 )
+from app.calibration_routes import ROUTES as CALIBRATION_ROUTES
 from app.captions import check_names, save_captions
 from app.desk import Place, TheDesk, ThePlace, make_desk
 from app.grid_routes import ROUTES as GRID_ROUTES
@@ -66,7 +67,7 @@ def router(home: Path) -> APIRouter:
         request.state.desk = desk
 
     api = APIRouter(prefix="/api", lifespan=lifespan, route_class=Route, dependencies=[Depends(lay_out)])
-    compare = (*GRID_ROUTES, *TOURNAMENT_ROUTES)
+    compare = (*GRID_ROUTES, *TOURNAMENT_ROUTES, *CALIBRATION_ROUTES)
     for method, path, endpoint in (*ROUTES, *PLAN_ROUTES, *RECIPE_ROUTES, *RUN_ROUTES, *STUDIO_ROUTES, *compare):
         kind = UploadRoute if endpoint is post_images else None
         status = 201 if endpoint in (post_project, post_sample, post_run) else None

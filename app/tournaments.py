@@ -131,10 +131,17 @@ class Tournaments:
             return None
         try:
             told: dict[str, Any] = json.loads((self._folder / name / _STATE).read_text(encoding="utf-8"))
-            judged = tuple(Judgement(**one) for one in told.pop("judgements"))
-            pictures = tuple(tuple(row) for row in told.pop("pictures"))
-            names = {key: tuple(told.pop(key)) for key in ("contestants", "rounds")}
-            found = Tournament(**{**told, "id": name}, **names, pictures=pictures, judgements=judged)
+            judged = tuple(Judgement(**one) for one in told["judgements"])
+            found = Tournament(
+                id=name,
+                created=float(told["created"]),
+                kind=told["kind"],
+                contestants=tuple(told["contestants"]),
+                rounds=tuple(told["rounds"]),
+                pictures=tuple(tuple(row) for row in told["pictures"]),
+                seed=told["seed"],
+                judgements=judged,
+            )
             rank(len(found.contestants), judged)
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
             return None

@@ -108,7 +108,7 @@ def rank(count: int, judgements: Sequence[Judgement]) -> Ranking:
         value = log_posterior(parameters, judgements)
         if float(np.abs(step).max()) < 1e-10:
             break
-    covariance = np.linalg.inv(_derivatives(parameters, judgements)[1])
+    covariance: Numbers = np.linalg.inv(_derivatives(parameters, judgements)[1]).astype(np.float64)
     # The prior alone knows where zero is; what is told is only about differences.
     return Ranking(parameters[:-1] - parameters[:-1].mean(), float(parameters[-1]), covariance)
 
