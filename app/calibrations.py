@@ -33,6 +33,7 @@ class _Job:
 
     plan: Plan
     lora: Path
+    family: str
     how: dict[str, Any]
     result: Calibration | None = None
     shown: int | None = None
@@ -53,10 +54,12 @@ class Calibrations:
     def ask(self, config: TrainConfig, lora: Path) -> int:
         """Begins one for a LoRA of a run with these settings; returns its number. Raises TrainingError."""
         plan = make_plan(scan_images(config).examples, config.dataset.trigger)
-        side = render_side(config, recognise_base(config.base.model, config.base.options))
         of = config.samples
-        how = {"negative": of.negative, "steps": of.steps, "guidance": of.guidance, "scheduler": of.scheduler}
-        job = _Job(plan, lora, {**how, "width": side, "height": side, "base": config.base.model_dump()})
+        base = recognise_base(config.base.model, config.base.options)
+        how: dict[str, Any] = {"negative": of.negative, "steps": of.steps, "guidance": of.guidance, "scheduler": of.scheduler}
+        side = render_side(config, base)
+        how |= {"width": side, "height": side, "base": config.base.model_dump()}
+        job = _Job(plan, lora, base.family.name, how)
         number = self._draw(job, plan.cells(lora), replaces=True)
         with self._lock:
             self._jobs[number] = job
@@ -94,14 +97,14 @@ class Calibrations:
         with job.lock:
             if not output.exists():
                 self.folder.mkdir(parents=True, exist_ok=True)
-                self._merge(job.lora, strength, output)
+                self._merge(job, strength, output)
         return output
 
-    def _merge(self, lora: Path, strength: float, output: Path) -> None:
+    def _merge(self, job: _Job, strength: float, output: Path) -> None:
         """In a process of its own: the window has no torch."""
-        command = [sys.executable, "-P", "-m", "trainers", "merge", f"{lora}:{strength:g}", "-o", str(output)]
+        words = ("merge", f"{job.lora}:{strength:g}", "-o", str(output), "--family", job.family)
         done = subprocess.run(
-            command,
+            [sys.executable, "-P", "-m", "trainers", *words],
             cwd=self._home,
             env={**os.environ, "IMPASTO_HOME": str(self._home), "PYTHONIOENCODING": "utf-8"},
             stdin=subprocess.DEVNULL,
@@ -110,7 +113,7 @@ class Calibrations:
         )
         if done.returncode:
             said = done.stderr.decode("utf-8", "replace").strip().splitlines()
-            raise Refusal(said[-1].removeprefix("impasto: ") if said else "It could not be baked", lora.name)
+            raise Refusal(said[-1].removeprefix("impasto: ") if said else "It could not be baked", job.lora.name)
 
     def _shown_cells(self, job: _Job) -> list[Cell]:
         assert job.result is not None

@@ -11,11 +11,12 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from trainers.measures.colour import hue, saturation
+from trainers.measures.colour import saturation
 from trainers.measures.outline import outline_share
 from trainers.measures.pixels import Pixels, luma, object_mask, read_pixels
 
-LUMA_BINS, HUE_BINS = 8, 6
+LEVELS = 8
+"""Quantiles of light and of colour: unlike a histogram's bins they move as smoothly as the picture."""
 SCALES = (1, 2, 4)
 """Distances in pixels, at 64 px, at which texture is looked at."""
 _LEAST_SPREAD = 0.02
@@ -23,15 +24,22 @@ _LEAST_SPREAD = 0.02
 
 
 def describe(image: Image.Image) -> Pixels:
-    """(D,) numbers of a picture of any size, about 0..1 each: shares of light, of hues, of lines; contrast at three scales."""
+    """(D,) numbers of a picture of any size, about 0..1 each: light and colour from least to most, hue, texture, lines."""
     pixels = read_pixels(image)
-    light, colour = luma(pixels) / 255.0, saturation(pixels)
-    degrees = hue(pixels)
-    hues = [float((colour * (degrees // (360 / HUE_BINS) == part)).mean()) for part in range(HUE_BINS)]
-    shares = np.histogram(light, bins=LUMA_BINS, range=(0.0, 1.0))[0] / light.size
-    texture = [_contrast(light, scale) for scale in SCALES]
-    whole = [float(light.mean()), float(light.std()), float(colour.mean()), float(object_mask(pixels).mean())]
-    return np.array([*whole, *shares, *hues, *texture, outline_share(image)])
+    light, unit = luma(pixels) / 255.0, pixels / 255.0
+    levels = (np.arange(LEVELS) + 0.5) / LEVELS
+    # Opponent colours: red against green, yellow against blue.
+    opposed = np.stack([unit[..., 0] - unit[..., 1], (unit[..., 0] + unit[..., 1]) / 2.0 - unit[..., 2]])
+    return np.concatenate(
+        [
+            np.quantile(light, levels),
+            np.quantile(saturation(pixels), levels),
+            opposed.mean((1, 2)),
+            opposed.std((1, 2)),
+            [_contrast(light, scale) for scale in SCALES],
+            [outline_share(image), float(object_mask(pixels).mean())],
+        ]
+    )
 
 
 def _contrast(light: Pixels, distance: int) -> float:
