@@ -8,7 +8,9 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
+from app.calibrations import Calibrations
 from app.captioning import Captioning
+from app.grids import Grids
 from app.inspection import Inspector
 from app.preflight import Preflight
 from app.projects import Project, read_project
@@ -16,6 +18,7 @@ from app.run_queue import RunQueue
 from app.runs import Runs
 from app.scanning import Scanner
 from app.studio_client import Studio
+from app.tournaments import Tournaments
 from trainers.run_folder import RunFolder
 
 
@@ -31,6 +34,9 @@ class Desk:
     queue: RunQueue
     inspector: Inspector
     captioning: Captioning
+    grids: Grids
+    tournaments: Tournaments
+    calibrations: Calibrations
 
     def close(self) -> None:
         """Ends the processes that the window alone uses; a training goes on."""
@@ -43,9 +49,20 @@ class Desk:
 
 def make_desk(home: Path) -> Desk:
     """The desk for a home folder. Nothing is read or started."""
-    runs, preflight = Runs(home), Preflight(home)
-    queue = RunQueue(runs, before_start=preflight.stop)
-    return Desk(home, runs, Scanner(), Studio(home), preflight, queue, Inspector(), Captioning(home))
+    runs, studio, preflight = Runs(home), Studio(home), Preflight(home)
+    return Desk(
+        home,
+        runs,
+        Scanner(),
+        studio,
+        preflight,
+        RunQueue(runs, before_start=preflight.stop),
+        Inspector(),
+        Captioning(home),
+        Grids(studio),
+        Tournaments(home / "window" / "tournaments"),
+        Calibrations(home, studio),
+    )
 
 
 @dataclass(frozen=True)

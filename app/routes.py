@@ -21,10 +21,12 @@ from app.answers import (
     SourceChange,
 )
 from app.blend_routes import ROUTES as BLEND_ROUTES
+from app.calibration_routes import ROUTES as CALIBRATION_ROUTES
 from app.captioning_routes import ROUTES as CAPTIONING_ROUTES
 from app.desk import TheDesk, ThePlace, make_desk
 from app.edit_routes import ROUTES as EDIT_ROUTES
 from app.edit_routes import describe_saved, label_of
+from app.grid_routes import ROUTES as GRID_ROUTES
 from app.history import change
 from app.image_list import describe_images
 from app.library_routes import ROUTES as LIBRARY_ROUTES
@@ -53,6 +55,7 @@ from app.run_routes import answer_run
 from app.runs import Standing
 from app.studio_routes import ROUTES as STUDIO_ROUTES
 from app.thumbnails import make_thumbnail
+from app.tournament_routes import ROUTES as TOURNAMENT_ROUTES
 from app.version_routes import ROUTES as VERSION_ROUTES
 from trainers.demo import PROMPTS
 from trainers.errors import TrainingError
@@ -78,12 +81,15 @@ def router(home: Path) -> APIRouter:
         *EDIT_ROUTES,
         *CAPTIONING_ROUTES,
         *BLEND_ROUTES,
+        *CALIBRATION_ROUTES,
+        *GRID_ROUTES,
         *LIBRARY_ROUTES,
         *PLAN_ROUTES,
         *QUEUE_ROUTES,
         *RECIPE_ROUTES,
         *RUN_ROUTES,
         *STUDIO_ROUTES,
+        *TOURNAMENT_ROUTES,
         *VERSION_ROUTES,
     ):
         kind = UploadRoute if endpoint in (post_images, post_loras) else None

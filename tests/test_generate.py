@@ -22,8 +22,9 @@ from trainers.adapters.plan import LayerPlan, canonical_name
 from trainers.errors import SettingError
 from trainers.families import load_family, recognise_base
 from trainers.families.base import DiffusionModel
-from trainers.generate import Picture, RenderSettings, image_of, label_grid, render, render_latents
+from trainers.generate import Picture, RenderSettings, image_of, render, render_latents
 from trainers.outputs import Outputs
+from trainers.page import label_grid
 from trainers.run_folder import RunFolder
 from trainers.samplers import SAMPLERS
 

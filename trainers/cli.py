@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from trainers.bench.command import bench
+from trainers.calibrate_command import calibrate
 from trainers.cli_files import base_of_run, convert, merge
 from trainers.errors import RunFolderError, TrainingError
 from trainers.families.facts import BaseOptions, Prediction
@@ -244,6 +245,7 @@ def inspect_command(
 
 cli.command()(convert)
 cli.command()(merge)
+cli.command()(calibrate)
 cli.command()(bench)
 
 

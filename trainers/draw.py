@@ -118,7 +118,8 @@ def _write_all(
     size: tuple[int, int],
     on_picture: Callable[[int, int], object],
 ) -> Iterator[Path]:
-    from trainers.generate import RenderSettings, label_grid
+    from trainers.generate import RenderSettings
+    from trainers.page import label_grid
 
     width, height = size
     how = RenderSettings(height, width, request.steps, request.guidance, request.negative, request.scheduler)

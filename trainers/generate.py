@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -177,32 +176,3 @@ def _told_blocks(file: str, strength: float | Strengths) -> str:
     blocks = strength.blocks if isinstance(strength, Strengths) else {}
     told = " ".join(f"{block}={value:g}" for block, value in blocks.items() if value != 1)
     return f', Blocks of {file}: "{told}"' if told else ""
-
-
-def label_grid(
-    images: Sequence[Sequence[Image.Image]], rows: Sequence[str], columns: Sequence[str], side: int = 160
-) -> Image.Image:
-    """A labelled grid: `images[row][column]`, row labels above each row, column labels on top; small pictures enlarged."""
-    from PIL import ImageDraw, ImageFont
-
-    zoom = max(1, math.ceil(side / images[0][0].width))
-    width, height = images[0][0].width * zoom, images[0][0].height * zoom
-    font = ImageFont.load_default(size=max(12, height // 11))
-    line = max(18, height // 8)
-    gap = 6
-    page = Image.new("RGB", (gap + len(columns) * (width + gap), line + len(rows) * (height + line + gap)), "white")
-    draw = ImageDraw.Draw(page)
-    for column, label in enumerate(columns):
-        draw.text((gap + column * (width + gap) + width // 2, line // 2), label, fill="#444444", font=font, anchor="mm")
-    for row, label in enumerate(rows):
-        top = line + row * (height + line + gap)
-        draw.text((gap, top + line // 2), _fit(label, draw, font, page.width - 2 * gap), fill="black", font=font, anchor="lm")
-        for column, image in enumerate(images[row]):
-            page.paste(image.resize((width, height), Image.Resampling.LANCZOS), (gap + column * (width + gap), top + line))
-    return page
-
-
-def _fit(text: str, draw: Any, font: Any, width: int) -> str:
-    while len(text) > 2 and draw.textlength(text, font=font) > width:
-        text = text[:-2] + "…"
-    return text

@@ -7,6 +7,7 @@ const STEPS = [
   ["train", "Train"],
   ["studio", "Studio"],
   ["blend", "Blend"],
+  ["compare", "Compare"],
 ];
 
 function follow(dark) {

@@ -1,0 +1,148 @@
+"""Strength calibrations in the window: asked of the renderer, measured when all is drawn, and baked when asked for."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from app.refusals import CONFLICT, NOT_FOUND, Refusal
+from app.studio_client import Studio
+from trainers.calibrate import Calibration, Plan, calibrate, make_plan
+from trainers.cells import Cell
+from trainers.config import TrainConfig
+from trainers.dataset.pictures import load_pixels
+from trainers.dataset.prepare import render_side, scan_images
+from trainers.families import recognise_base
+from trainers.measures.pixels import MEASURED_SIDE
+
+REMEMBERED = 10
+_SHOWN = 2
+"""How many prompts are shown at strength 1 and at the suggested one."""
+
+
+@dataclass
+class _Job:
+    """One calibration; `result` once it is measured."""
+
+    plan: Plan
+    lora: Path
+    family: str
+    how: dict[str, Any]
+    result: Calibration | None = None
+    shown: int | None = None
+    """Number of the request that draws what is shown."""
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+class Calibrations:
+    """The calibrations of one window, by the number of their request. May be used from any thread."""
+
+    def __init__(self, home: Path, studio: Studio) -> None:
+        self.folder = home / "loras"
+        """Where baked files are written."""
+        self._home, self._studio = home, studio
+        self._lock = threading.Lock()
+        self._jobs: dict[int, _Job] = {}
+
+    def ask(self, config: TrainConfig, lora: Path) -> int:
+        """Begins one for a LoRA of a run with these settings; returns its number. Raises TrainingError."""
+        plan = make_plan(scan_images(config).examples, config.dataset.trigger)
+        of = config.samples
+        base = recognise_base(config.base.model, config.base.options)
+        how: dict[str, Any] = {"negative": of.negative, "steps": of.steps, "guidance": of.guidance, "scheduler": of.scheduler}
+        side = render_side(config, base)
+        how |= {"width": side, "height": side, "base": config.base.model_dump()}
+        job = _Job(plan, lora, base.family.name, how)
+        number = self._draw(job, plan.cells(lora), replaces=True)
+        with self._lock:
+            self._jobs[number] = job
+            for old in list(self._jobs)[:-REMEMBERED]:
+                del self._jobs[old]
+        return number
+
+    def look(self, number: int) -> tuple[dict[str, Any], Plan, Calibration | None, dict[str, list[str]]]:
+        """How one stands: the renderer's words, what is drawn, the result, and files at strength 1 and the suggested one.
+
+        The first look after the last picture measures, within about a second. Raises Refusal.
+        """
+        job = self._find(number)
+        found = self._look(number)
+        with job.lock:
+            if found["state"] == "done" and job.result is None:
+                job.result = _measure(job.plan, found["cells"])
+                job.shown = self._draw(job, self._shown_cells(job), replaces=False)
+        shown = self._look(job.shown)["cells"] if job.shown is not None else {}
+        pairs = {
+            "whole": [shown[at] for at in range(_SHOWN) if at in shown],
+            "suggested": [shown[at + _SHOWN] for at in range(_SHOWN) if at + _SHOWN in shown],
+        }
+        return found, job.plan, job.result, pairs
+
+    def bake(self, number: int) -> Path:
+        """Writes the LoRA with the suggested strength made its 1; the file itself stays. Raises Refusal."""
+        job = self._find(number)
+        if job.result is None:
+            raise Refusal("It is not measured yet", str(number), "Wait for it.", status=CONFLICT)
+        strength = job.result.suggested
+        if strength <= 0:
+            raise Refusal("Strength 0 is the base alone: there is nothing to bake", hint="Train it for longer.")
+        output = self.folder / f"{job.lora.stem}-at-{strength:.2f}.safetensors"
+        with job.lock:
+            if not output.exists():
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self._merge(job, strength, output)
+        return output
+
+    def _merge(self, job: _Job, strength: float, output: Path) -> None:
+        """In a process of its own: the window has no torch."""
+        words = ("merge", f"{job.lora}:{strength:g}", "-o", str(output), "--family", job.family)
+        done = subprocess.run(
+            [sys.executable, "-P", "-m", "trainers", *words],
+            cwd=self._home,
+            env={**os.environ, "IMPASTO_HOME": str(self._home), "PYTHONIOENCODING": "utf-8"},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),
+        )
+        if done.returncode:
+            said = done.stderr.decode("utf-8", "replace").strip().splitlines()
+            raise Refusal(said[-1].removeprefix("impasto: ") if said else "It could not be baked", job.lora.name)
+
+    def _shown_cells(self, job: _Job) -> list[Cell]:
+        assert job.result is not None
+        chosen = job.plan.prompts[:_SHOWN]
+        return [job.plan.cell(job.lora, prompt, strength) for strength in (1.0, job.result.suggested) for prompt in chosen]
+
+    def _find(self, number: int) -> _Job:
+        with self._lock:
+            if number not in self._jobs:
+                raise Refusal("There is no such measurement", str(number), "Measure again.", status=NOT_FOUND)
+            return self._jobs[number]
+
+    def _look(self, number: int) -> dict[str, Any]:
+        try:
+            return self._studio.look(number)
+        except KeyError as error:
+            raise Refusal("This measurement is forgotten", str(number), "Measure again.", status=NOT_FOUND) from error
+
+    def _draw(self, job: _Job, cells: list[Cell], replaces: bool) -> int:
+        return self._studio.ask({**job.how, "cells": [cell.model_dump(mode="json") for cell in cells], "replaces": replaces})
+
+
+def _measure(plan: Plan, drawn: dict[int, str]) -> Calibration:
+    def small(path: str) -> Image.Image:
+        with Image.open(path) as image:
+            return image.convert("RGB").resize((MEASURED_SIDE, MEASURED_SIDE), Image.Resampling.LANCZOS)
+
+    try:
+        pictures = {cell: small(path) for cell, path in drawn.items()}
+    except FileNotFoundError as error:
+        raise Refusal("A picture is gone", str(error.filename or ""), "Measure again.", status=NOT_FOUND) from error
+    return calibrate(plan, pictures, [load_pixels(path) for path in plan.wanted])

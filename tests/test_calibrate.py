@@ -1,0 +1,123 @@
+"""Calibration: what captions share, the plan's cells, a curve whose best is known, and the command on the tiny base."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.command_line import ROOT, impasto
+from tests.tiny_lora import UNET, UNET_OUT, save_lora
+from trainers.calibrate import Plan, calibrate, make_plan, shared_words, without
+from trainers.dataset.folder import scan_folder
+from trainers.errors import DatasetError
+from trainers.measures.likeness import describe, describe_all, set_distance, spread_of
+
+SAMPLES = ROOT / "assets" / "samples"
+PATHS = [SAMPLES / "blackcut" / f"{name}.png" for name in ("cat", "key", "pear", "ship", "rose", "horse")]
+
+
+@pytest.mark.parametrize(
+    ("captions", "trigger", "left"),
+    [
+        (["an automobile, blackcut style", "a cat, blackcut style"], "blackcut style", "an automobile"),
+        (["bluebot, standing", "bluebot"], "bluebot", "standing"),
+        (["sks dog in a park", "sks dog on a bed"], "sks dog", "in a park"),
+        (["a fox in oil style", "a cat in oil style"], "in oil style", "a fox"),  # and not the article
+        (["a fox", "a cat"], "", "a fox"),
+        (["only one"], "", "only one"),
+    ],
+)
+def test_the_trigger_is_what_all_captions_share(captions: list[str], trigger: str, left: str) -> None:
+    assert shared_words(captions) == trigger
+    assert without(captions[0], trigger) == left
+
+
+def test_the_plan_draws_captions_with_and_without_the_trigger_at_every_strength() -> None:
+    plan = make_plan(scan_folder(SAMPLES / "blackcut").examples, strengths=(1.0, 0.0, 0.5, 1.5))
+    assert plan.strengths == (0.0, 0.5, 1.0, 1.5) and len(plan.prompts) == 8 and len(plan.plain) == 4
+    assert all("blackcut" in prompt for prompt in plan.prompts) and not any("blackcut" in prompt for prompt in plan.plain)
+    cells = plan.cells(Path("ink.safetensors"))
+    assert len(cells) == 4 * 12 and {cell.seed for cell in cells} == {0}
+    cell = cells[plan.place(2, 9)]
+    assert (cell.prompt, cell.loras[0].unet, cell.loras[0].text) == (plan.plain[1], 1.0, 1.0)
+    assert plan.wanted[0].with_suffix(".txt").read_text(encoding="utf-8").strip() == plan.prompts[0]
+    with pytest.raises(ValueError, match="strength 0"):
+        make_plan(scan_folder(SAMPLES / "blackcut").examples, strengths=(0.5, 1.0, 1.5, 2.0))
+    with pytest.raises(DatasetError, match="has a caption"):
+        make_plan([])
+
+
+def mixed(first: Image.Image, second: Image.Image, share: float) -> Image.Image:
+    """Share 0 is the first, 1 the second, past 1 beyond it."""
+    one, other = (np.asarray(image.resize((64, 64)).convert("RGB"), float) for image in (first, second))
+    return Image.fromarray(np.clip(one + share * (other - one), 0, 255).astype(np.uint8))
+
+
+def known(best: float, drifting: float) -> tuple[Plan, dict[int, Image.Image], list[Image.Image]]:
+    """Pictures that are the wanted ones at strength `best`, go past them beyond, and drift by a share of the way."""
+    strengths = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
+    plan = Plan(strengths, ("a", "b", "c", "d"), ("e", "f"), tuple(PATHS[:4]), 0)
+    wanted = [Image.open(path).convert("RGB") for path in PATHS]
+    grey = [Image.fromarray(np.full((64, 64, 3), 120 + 20 * number, np.uint8)) for number in range(6)]
+    drawn = {}
+    for at, strength in enumerate(strengths):
+        for prompt in range(6):
+            share = (
+                (strength / best if strength <= best else max(0.0, 2 - strength / best)) if prompt < 4 else drifting * strength
+            )
+            drawn[plan.place(at, prompt)] = mixed(grey[prompt], wanted[prompt], share)
+    return plan, drawn, wanted[:4]
+
+
+@pytest.mark.parametrize("best", [0.6, 0.9, 1.2])
+def test_the_suggestion_is_where_the_pictures_are_nearest(best: float) -> None:
+    found = calibrate(*known(best, 0.0))
+    assert abs(found.suggested - best) <= 0.1
+    zero = found.points[0]
+    assert (zero.similarity, zero.drift) == (0.0, 0.0) and max(point.similarity for point in found.points) > 0.7
+    assert f"{found.suggested:.2f}" in found.words and found.error < 0.2
+
+
+def test_drift_lowers_the_suggestion_and_none_is_none() -> None:
+    calm, wild = calibrate(*known(1.2, 0.0)), calibrate(*known(1.2, 1.0))
+    assert all(point.drift == 0 for point in calm.points) and wild.points[-1].drift > 0.5
+    assert wild.suggested < calm.suggested
+    assert [point.similarity for point in wild.points] == [point.similarity for point in calm.points]
+
+
+def test_one_that_does_nothing_is_told_to() -> None:
+    plan, drawn, wanted = known(1.0, 0.0)
+    still = {cell: drawn[plan.place(0, cell % 6)] for cell in drawn}
+    assert "hardly brings" in calibrate(plan, still, wanted).words
+
+
+def test_likeness_tells_styles_apart_whatever_is_drawn() -> None:
+    folders = {name: sorted((SAMPLES / name).glob("*.png")) for name in ("blackcut", "inkline")}
+    told = {name: describe_all([Image.open(path) for path in paths]) for name, paths in folders.items()}
+    spread = spread_of(*told.values())
+    halves = [half for rows in told.values() for half in (rows[::2], rows[1::2])]
+    within = max(set_distance(halves[0], halves[1], spread), set_distance(halves[2], halves[3], spread))
+    across = min(set_distance(one, other, spread) for one in halves[:2] for other in halves[2:])
+    assert within < 0.5 * across
+    white, black = (describe(Image.new("RGB", (64, 64), colour)) for colour in ("white", "black"))
+    assert np.isfinite(white).all() and np.isfinite(black).all() and not np.allclose(white, black)
+
+
+def test_the_command_measures_draws_and_bakes(tiny_base: Path, tmp_path: Path) -> None:
+    lora = save_lora(tmp_path / "ink.safetensors", UNET, UNET_OUT)
+    before = lora.read_bytes()
+    picture, baked = tmp_path / "both.png", tmp_path / "baked.safetensors"
+    asked = ("calibrate", str(lora), "--images", str(SAMPLES / "bluebot"), "--base", str(tiny_base), "--steps", "1")
+    done = impasto(*asked, "--guidance", "1", "--json", "--picture", str(picture), "--bake", str(baked))
+    assert done.returncode in (0, 1), done.stderr
+    told = json.loads(done.stdout) if done.returncode == 0 else None
+    assert lora.read_bytes() == before
+    if told is None:  # a random LoRA may be best at 0: then nothing is baked, and that is said
+        assert "nothing to bake" in done.stderr and not baked.exists()
+        return
+    assert len(told["points"]) == 7 and told["points"][0] == {"strength": 0.0, "similarity": 0.0, "drift": 0.0}
+    assert baked.exists() and Image.open(picture).width > 3 * 32
