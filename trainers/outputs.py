@@ -16,9 +16,9 @@ from trainers import events
 from trainers.adapters.inject import TRAINED
 from trainers.background import in_background
 from trainers.dataset.prepare import render_side
-from trainers.errors import AdapterFileError
+from trainers.errors import AdapterFileError, BaseModelError
 from trainers.export import Exported, describe_run, export_adapter, file_name, trained_modules
-from trainers.families import weight_files
+from trainers.families import BaseModelFacts, weight_files
 from trainers.files import write_atomically
 from trainers.formats.hashes import base_file_hashes
 from trainers.generate import Picture, RenderSettings, render
@@ -45,7 +45,7 @@ class Outputs:
         """Seconds that the last samples took."""
         self._exported_at = -1
         self._base_hashes: Future[tuple[str, str]] | None = None
-        """Of the base's file, begun while it is still there."""
+        """Of the base's file, begun after the first step: before, it would take a core from it, and a step waits for both."""
 
     def start(self) -> None:
         """A process has taken the run up, at its first step or where it was left."""
@@ -64,9 +64,6 @@ class Outputs:
                 made=made_at(os.getpid()) or 0.0,
             )
         )
-        if training.device.is_main:
-            file = weight_files(training.model.facts, "unet")[0]
-            self._base_hashes = in_background({"base": lambda: _hashes_of(file)})["base"]
 
     def begin_training(self) -> None:
         """All is prepared: the steps follow."""
@@ -106,6 +103,15 @@ class Outputs:
                 memory=memory_used(training.device.device),
             )
         )
+        if training.device.is_main:
+            self._hash_base()
+
+    def _hash_base(self) -> Future[tuple[str, str]]:
+        """The hashes of the base's file, of which galleries know it; begun at the first call, beside what goes on."""
+        if self._base_hashes is None:
+            base = self._training.model.facts
+            self._base_hashes = in_background({"base": lambda: _hashes_of(base)})["base"]
+        return self._base_hashes
 
     def _rate(self, group: str) -> float:
         config = self._training.config
@@ -229,21 +235,21 @@ class Outputs:
         training = self._training
         folder.mkdir(parents=True, exist_ok=True)
         base, step = training.model.facts, training.step
-        hashes = self._base_hashes.result() if self._base_hashes else ("", "")
-        how = (self._started_at, training.device.dtype_name, hashes)
+        how = (self._started_at, training.device.dtype_name, self._hash_base().result())
         metadata = describe_run(training.config, base, training.data, step, *how)
         exported = trained_modules(training.flat, training.exported, training.plans, training.config, training.model)
         export_adapter(folder / name, exported, training.config, metadata, base.family.name)
         return exported
 
 
-def _hashes_of(base: Path) -> tuple[str, str]:
+def _hashes_of(base: BaseModelFacts) -> tuple[str, str]:
     """The hashes of a base's file; empty ones of a file that vanished or changed meanwhile."""
     try:
-        before = base.stat()
-        hashes = base_file_hashes(base)
-        after = base.stat()
-    except (AdapterFileError, OSError):
+        file = weight_files(base, "unet")[0]
+        before = file.stat()
+        hashes = base_file_hashes(file)
+        after = file.stat()
+    except (AdapterFileError, BaseModelError, OSError):
         return "", ""
     return hashes if (before.st_size, before.st_mtime_ns) == (after.st_size, after.st_mtime_ns) else ("", "")
 

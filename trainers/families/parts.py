@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,12 +13,12 @@ from torch import nn
 
 from trainers.background import start_beside
 from trainers.errors import BaseModelError
+from trainers.families.ckpt import is_ckpt
 from trainers.families.expected import match_tensors
 from trainers.families.facts import ASSETS, BaseModelFacts
 from trainers.families.lean import library
 from trainers.families.stored import Stored, stored_tensors
 from trainers.families.tensor_files import TensorFiles
-from trainers.tensors import all_finite
 
 TOKENS = 77
 CANARY = ("a photo of a cat", [49406, 320, 1125, 539, 320, 2368, 49407])
@@ -26,11 +27,13 @@ _TEXT_SETTINGS = {
     "vocab_size", "hidden_size", "intermediate_size", "projection_dim", "num_hidden_layers", "num_attention_heads",
     "max_position_embeddings", "hidden_act", "layer_norm_eps", "bos_token_id", "eos_token_id", "pad_token_id",
 }  # fmt: skip
+_SWITCH = 2e-4
+"""Seconds for which a thread may keep Python's lock that another wants, while the main thread imports and others read."""
 _VOCABULARY = ASSETS / "pocket" / "tokenizer"
 
 
 class PartsReader:
-    """Reads the tensors of a base in a thread of its own, in the number format of each part, from when it is entered.
+    """Reads the tensors of a base in threads of its own, in the number format of each part, from when it is entered.
 
     The VAE is float32: in half precision SDXL's overflows, and others lose colours. Small parts come first.
     """
@@ -38,23 +41,34 @@ class PartsReader:
     def __init__(self, facts: BaseModelFacts, dtype: torch.dtype, device: torch.device) -> None:
         self._facts, self._device = facts, device
         self._dtypes = {part: torch.float32 if part == "vae" else dtype for part in parts_of(facts)}
+        self._jobs = self._all_tensors()
+        self._next = threading.Lock()
         self._read: dict[tuple[str, str], torch.Tensor | BaseModelError] = {}
         self.digests: dict[tuple[str, str], str] = {}
         """SHA-256 of each tensor's bytes, as it is used: taken here, as later it may have another form in memory."""
         self._news = threading.Condition()
         self._failed: Exception | None = None
         self._stopped = False
-        self._thread: threading.Thread | None = None
+        self._threads: list[threading.Thread] = []
+        self._cores, self._interval = torch.get_num_threads(), sys.getswitchinterval()
 
     def __enter__(self) -> PartsReader:
-        self._thread = start_beside(self._run)
+        sys.setswitchinterval(_SWITCH)
+        self._begin()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stopped = True
-        if self._thread:
-            self._thread.join()
+        for thread in self._threads:
+            thread.join()
         self._read.clear()
+        sys.setswitchinterval(self._interval)
+        torch.set_num_threads(self._cores)
+
+    def hurry(self) -> None:
+        """Reads with one thread more: whoever calls has nothing to do but to wait. A .ckpt is read whole, and once."""
+        if self._cores > 1 and not (self._facts.checkpoint and is_ckpt(self._facts.checkpoint)):
+            self._begin()
 
     def take(self, part: str, name: str) -> torch.Tensor:
         """A tensor by its name in the files' headers, without text_model. Raises what stood in the way."""
@@ -66,23 +80,35 @@ class PartsReader:
         assert found is not None
         raise found
 
+    def _begin(self) -> None:
+        thread = start_beside(self._run)
+        self._threads += [thread] if thread else []
+
     def _run(self) -> None:
         try:
+            if threading.current_thread() is not threading.main_thread():
+                # A team of threads that finds no free core, as the main thread imports, waits more than it works.
+                torch.set_num_threads(1)
             with TensorFiles() as files:
-                for part, dtype in self._dtypes.items():
-                    stored = stored_tensors(self._facts, part)
-                    for name in sorted(stored, key=lambda name: (str(stored[name].file), stored[name].entry.start)):
-                        if self._stopped:
-                            return
-                        found = _checked(files.read(stored[name]), part, name, stored[name], dtype)
-                        if isinstance(found, torch.Tensor):
-                            self.digests[part, name] = _digest(found)
-                            found = found.to(self._device)
-                        self._tell(part, name, found)
+                while (job := self._take_job()) is not None and not self._stopped:
+                    part, name, stored = job
+                    tensor, digest, finite = files.read_as(stored, self._dtypes[part])
+                    self.digests[part, name] = digest
+                    self._tell(part, name, tensor.to(self._device) if finite else _no_numbers(part, name, stored))
         except Exception as error:  # told to whoever waits for a tensor
             with self._news:
                 self._failed = error
                 self._news.notify_all()
+
+    def _take_job(self) -> tuple[str, str, Stored] | None:
+        with self._next:
+            return next(self._jobs, None)
+
+    def _all_tensors(self) -> Iterator[tuple[str, str, Stored]]:
+        for part in self._dtypes:
+            stored = stored_tensors(self._facts, part)
+            for name in sorted(stored, key=lambda name: (str(stored[name].file), stored[name].entry.start)):
+                yield part, name, stored[name]
 
     def _tell(self, part: str, name: str, found: torch.Tensor | BaseModelError) -> None:
         with self._news:
@@ -90,13 +116,7 @@ class PartsReader:
             self._news.notify_all()
 
 
-def _digest(tensor: torch.Tensor) -> str:
-    return hashlib.sha256(tensor.contiguous().flatten().view(torch.uint8).numpy().data).hexdigest()
-
-
-def _checked(tensor: torch.Tensor, part: str, name: str, stored: Stored, dtype: torch.dtype) -> torch.Tensor | BaseModelError:
-    if all_finite(tensor):
-        return tensor.to(dtype)
+def _no_numbers(part: str, name: str, stored: Stored) -> BaseModelError:
     what = f"{part}: {name} holds numbers that are NaN or infinite"
     return BaseModelError(what, where=str(stored.file), hint="Such a model draws black pictures; download it again.")
 
@@ -113,6 +133,7 @@ def load_parts(facts: BaseModelFacts, reader: PartsReader, device: torch.device)
     read. Raises BaseModelError.
     """
     modules = {part: build_part(facts, part) for part in parts_of(facts)}
+    reader.hurry()
     names = {part: _find_tensors(module, facts, part) for part, module in modules.items()}
     for part, module in modules.items():
         shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
