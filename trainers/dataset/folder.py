@@ -50,10 +50,10 @@ class Example:
     """Of `trainers.dataset.looks`, to find pictures that look alike; empty when it is not known."""
     caption_file: Path | None = None
     """The caption file that belongs to the picture, whatever it holds, and also where an edit comes before it."""
-    mask: Mask | None = None
-    """What of it is learnt; None is all."""
     crop: tuple[float, float] = CENTRE
     """Where its crop lies, from left and from top, each in [0, 1]."""
+    mask: Mask | None = None
+    """What of it is learnt; None is all."""
 
 
 @dataclass(frozen=True)
