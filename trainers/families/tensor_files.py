@@ -15,7 +15,6 @@ from trainers.families.ckpt import is_ckpt, load_ckpt
 from trainers.families.stored import Stored, as_base_error
 from trainers.tensors import NUMBERS, all_finite, bytes_of, read_pieces, read_tensor
 
-
 PIECE = 1 << 21
 """Bytes that are read, looked at, cast and hashed before the next are: few enough to stay in a processor's cache."""
 
