@@ -46,8 +46,8 @@ class BlockedLayer(FrozenLayer):
     def answer(self, x: torch.Tensor) -> torch.Tensor:
         """See FrozenLayer.answer."""
         if self._is_product:
-            return self._over_channels(x, self._forth_for(()), self.bias)
-        return _convolve(x, self._forth_for(tuple(x.shape[2:])), self.bias, self.stride, self._pad)
+            return self._over_channels(x, self._forth_for(x), self.bias)
+        return _convolve(x, self._forth_for(x), self.bias, self.stride, self._pad)
 
     def to_input(self, gradient: torch.Tensor, shape: torch.Size) -> torch.Tensor:
         """See FrozenLayer.to_input: the adjoint of a convolution is a convolution too."""
@@ -67,24 +67,27 @@ class BlockedLayer(FrozenLayer):
             return _multiply(x, matrix, bias)
         return _multiply(x.permute(0, 2, 3, 1), matrix, bias).permute(0, 3, 1, 2)
 
-    def _forth_for(self, size: tuple[int, ...]) -> torch.Tensor:
+    def _forth_for(self, x: torch.Tensor) -> torch.Tensor:
+        size = () if self._is_product else tuple(x.shape[2:])
         if size not in self._forth:
             weight = self.weight
             blocked = _block_matrix(weight.flatten(1)) if size == () else _block_kernel(weight, self.stride, self._pad, size)
             _add(self._forth, size, blocked)
-            self._plain = None
+            if not x.requires_grad:  # else it is laid out the other way soon, and need not be read back for that
+                self._plain = None
         return self._forth[size]
 
     def _back_for(self, size: tuple[int, ...]) -> torch.Tensor:
-        if size not in self._back:
-            weight = self.weight
+        if size not in self._back:  # the weight may be a copy, so nothing holds it any longer than it is needed
             _add(
                 self._back,
                 size,
-                _block_matrix(weight.flatten(1).t())
+                _block_matrix(self.weight.flatten(1).t())
                 if size == ()
-                else _block_kernel(turned(weight), (1, 1), self._pad_back, size),
+                else _block_kernel(turned(self.weight), (1, 1), self._pad_back, size),
             )
+            if self._forth:
+                self._plain = None
         return self._back[size]
 
 

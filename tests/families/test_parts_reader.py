@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import threading
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from trainers.errors import BaseModelError
-from trainers.families import load_family, recognise_base
+from trainers.families import load_family, recognise_base, tensor_files
 from trainers.families.parts import PartsReader
 
 CPU = torch.device("cpu")
@@ -65,3 +66,19 @@ def test_without_room_for_a_thread_it_reads_all_the_same(tiny_base: Path, monkey
     monkeypatch.setattr(threading.Thread, "start", refuse)
     model = load_family(recognise_base(str(tiny_base)), torch.float32, CPU)
     assert len(model.fingerprint("unet")) == 64
+
+
+def test_two_threads_that_read_in_pieces_give_what_is_stored_and_leave_the_number_of_threads_alone(
+    tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tensor_files, "PIECE", 64)
+    stored, before = load_file(tiny_base / "unet" / "diffusion_pytorch_model.safetensors"), torch.get_num_threads()
+    with PartsReader(recognise_base(str(tiny_base)), torch.bfloat16, CPU) as reader:
+        reader.hurry()
+        for name, tensor in stored.items():
+            wanted = tensor.to(torch.bfloat16)
+            assert torch.equal(reader.take("unet", name), wanted)
+            digest = hashlib.sha256(wanted.flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
+            assert reader.digests["unet", name] == digest
+    assert readers() == []
+    assert torch.get_num_threads() == before

@@ -6,6 +6,7 @@ such a package waits: its submodules can be imported, and its own code runs, as 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.abc
@@ -14,7 +15,7 @@ import importlib.util
 import sys
 import threading
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +48,11 @@ def library() -> Library:
     _await_peft()
     for name in _PACKAGES:
         _await(name)
+    with _without_sharded_tensors():
+        return _import()
+
+
+def _import() -> Library:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
     from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
@@ -58,6 +64,27 @@ def library() -> Library:
         UNet2DConditionModel, AutoencoderKL, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer,
         DDPMScheduler,
     )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _without_sharded_tensors() -> Iterator[None]:
+    """transformers is imported as on a torch that was built without `torch.distributed`, which it allows for.
+
+    It would import tensors that are spread over several machines, and sympy for them; no base is spread here.
+    """
+    utils = importlib.import_module("transformers.utils")
+    modules = (utils, importlib.import_module("transformers.utils.import_utils"))
+    asked = getattr(utils, "is_torch_distributed_available", None)
+    if asked is None:  # of another version, which imports what it likes
+        yield
+        return
+    for module in modules:
+        module.is_torch_distributed_available = lambda: False  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.is_torch_distributed_available = asked  # type: ignore[attr-defined]
 
 
 class _Waiting(types.ModuleType):

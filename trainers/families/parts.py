@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import sys
 import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -27,8 +26,6 @@ _TEXT_SETTINGS = {
     "vocab_size", "hidden_size", "intermediate_size", "projection_dim", "num_hidden_layers", "num_attention_heads",
     "max_position_embeddings", "hidden_act", "layer_norm_eps", "bos_token_id", "eos_token_id", "pad_token_id",
 }  # fmt: skip
-_SWITCH = 2e-4
-"""Seconds for which a thread may keep Python's lock that another wants, while the main thread imports and others read."""
 _VOCABULARY = ASSETS / "pocket" / "tokenizer"
 
 
@@ -50,10 +47,9 @@ class PartsReader:
         self._failed: Exception | None = None
         self._stopped = False
         self._threads: list[threading.Thread] = []
-        self._cores, self._interval = torch.get_num_threads(), sys.getswitchinterval()
+        self._cores = torch.get_num_threads()
 
     def __enter__(self) -> PartsReader:
-        sys.setswitchinterval(_SWITCH)
         self._begin()
         return self
 
@@ -62,7 +58,6 @@ class PartsReader:
         for thread in self._threads:
             thread.join()
         self._read.clear()
-        sys.setswitchinterval(self._interval)
         torch.set_num_threads(self._cores)
 
     def hurry(self) -> None:
