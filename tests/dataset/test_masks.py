@@ -247,3 +247,13 @@ def test_a_mask_that_changes_while_it_trains_is_told(start: Any, pictures: Path,
     write_mask(pictures / "02-masklabel.png", (48, 64), (0, 0, 20, 20))
     assert len(list(training.batches.step(0))) == 1
     assert len(told) == 1 and "was changed" in told[0] and "02.png" in told[0]
+
+
+def test_a_picture_kept_aside_is_judged_by_its_mask(start: Any, pictures: Path) -> None:
+    """Also where it is the only one that has one."""
+    write_mask(pictures / "03-masklabel.png", (64, 64), (0, 0, 20, 20))
+    training = start("dataset.masks=files")
+    aside = [prepared for prepared in training.data.training if prepared.example.name == "03.png"]
+    training.batches._masked = False
+    (batch,) = training.batches.held_out(aside)
+    assert batch.mask is not None and batch.mask.shape[0] == 4 and batch.mask.max() > 2

@@ -250,7 +250,7 @@ class BatchMaker:
             captions,
             send(torch.tensor(weights, dtype=torch.float32), device) / in_step,
             send(torch.tensor(framing, dtype=torch.float32), device),
-            send(_of_mean_one(masks, latents[0]), device) if self._masked else None,
+            send(_of_mean_one(masks, latents[0]), device) if self._masked or any(mask is not None for mask in masks) else None,
         )
 
 
