@@ -101,7 +101,7 @@ def merge(
     def tell(remark: str) -> None:
         typer.echo(remark, err=True)
 
-    inputs = [*map(parse_lora, files or []), *_blended(blend)]
+    inputs: list[tuple[Path, float | Strengths]] = [*map(parse_lora, files or []), *_blended(blend)]
     if base is None:
         if not inputs or vae or prediction_type != "auto":
             raise SettingError(
