@@ -20,11 +20,14 @@ from app.answers import (
     SavedAnswer,
     SourceChange,
 )
+from app.blend_routes import ROUTES as BLEND_ROUTES
 from app.calibration_routes import ROUTES as CALIBRATION_ROUTES
 from app.captions import check_names, save_captions
 from app.desk import Place, TheDesk, ThePlace, make_desk
 from app.grid_routes import ROUTES as GRID_ROUTES
 from app.image_list import describe_images
+from app.library_routes import ROUTES as LIBRARY_ROUTES
+from app.library_routes import post_loras
 from app.plan_routes import ROUTES as PLAN_ROUTES
 from app.plan_routes import post_run
 from app.planning import chosen_preset
@@ -67,9 +70,10 @@ def router(home: Path) -> APIRouter:
         request.state.desk = desk
 
     api = APIRouter(prefix="/api", lifespan=lifespan, route_class=Route, dependencies=[Depends(lay_out)])
-    compare = (*GRID_ROUTES, *TOURNAMENT_ROUTES, *CALIBRATION_ROUTES)
-    for method, path, endpoint in (*ROUTES, *PLAN_ROUTES, *RECIPE_ROUTES, *RUN_ROUTES, *STUDIO_ROUTES, *compare):
-        kind = UploadRoute if endpoint is post_images else None
+    blending, compare = (*LIBRARY_ROUTES, *BLEND_ROUTES), (*GRID_ROUTES, *TOURNAMENT_ROUTES, *CALIBRATION_ROUTES)
+    tables = (*ROUTES, *PLAN_ROUTES, *RECIPE_ROUTES, *RUN_ROUTES, *STUDIO_ROUTES, *blending, *compare)
+    for method, path, endpoint in tables:
+        kind = UploadRoute if endpoint in (post_images, post_loras) else None
         status = 201 if endpoint in (post_project, post_sample, post_run) else None
         api.add_api_route(path, endpoint, methods=[method], status_code=status, route_class_override=kind)
     return api

@@ -37,6 +37,7 @@ class _Job:
     total: int = 0
     pictures: dict[float, str] = field(default_factory=dict)
     cells: dict[int, str] = field(default_factory=dict)
+    answer: dict[str, Any] | None = None
     problem: str = ""
 
 
@@ -56,7 +57,7 @@ class Studio:
         self._closed = False
 
     def ask(self, request: dict[str, Any]) -> int:
-        """Sends a render request (trainers.worker has its fields; id and folder are filled in); returns its id.
+        """Sends a request (trainers.cells has the fields; render unless it says what to `do`); returns its id.
 
         With `"replaces": True` all unfinished requests before it are cancelled. Never raises: what goes wrong, also a
         worker that cannot be started, is told by `look`.
@@ -66,7 +67,7 @@ class Studio:
             job = self._jobs[number] = _Job()
             self._forget_old()
             try:
-                message = {"folder": str(self.folder), **request, "do": "render", "id": number}
+                message = {"folder": str(self.folder), "do": "render", **request, "id": number}
                 self._send(json.dumps(message).encode(), job)
             except (OSError, TypeError, ValueError) as error:
                 job.state = "failed"
@@ -76,7 +77,8 @@ class Studio:
     def look(self, number: int) -> dict[str, Any]:
         """How a request stands: state, done and total (sampling steps), pictures, problem ("" if none).
 
-        The pictures by strength as `pictures` and by their cell's number as `cells`, both with the file's path.
+        The pictures by strength as `pictures` and by their cell's number as `cells`, both with the file's path; of what is
+        no drawing, `answer`, once it is there.
 
         state: waiting, loading, drawing, and at last done, failed or cancelled. Raises KeyError for an id never given,
         or long forgotten.
@@ -89,6 +91,7 @@ class Studio:
                 "total": job.total,
                 "pictures": dict(job.pictures),
                 "cells": dict(job.cells),
+                "answer": job.answer,
                 "problem": job.problem,
             }
 
@@ -182,6 +185,8 @@ class Studio:
                 job.state, job.done, job.total = "drawing", event["done"], event["total"]
             case "picture":
                 job.pictures[float(event["strength"])] = job.cells[event["cell"]] = event["path"]
+            case "answer":
+                job.answer = event["answer"]
             case "failed":
                 job.state, job.problem = "failed", sentence(event["what"], event["where"], event["hint"])
             case "done" | "cancelled" as ended:

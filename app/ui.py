@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from gradio.themes import Base
 
 WEB = Path(__file__).parent / "web"
-SCREENS = ("home", "images", "recipe", "train", "studio", "compare")
+SCREENS = ("home", "images", "recipe", "train", "studio", "blend", "compare")
 """In the order a person walks them. Each is web/NAME.js, which fills the element that it is given, and web/NAME.css."""
 
 

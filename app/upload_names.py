@@ -58,11 +58,12 @@ def is_litter(given: str) -> bool:
     return any(part.startswith(".") or part.lower() in _LITTER for part in parts)
 
 
-def clean_name(given: str) -> CleanName:
+def clean_name(given: str, more: tuple[str, ...] = ()) -> CleanName:
     """A path from a browser or a zip made safe: always inside, no control characters, good on Windows too.
 
-    Leading slashes, drives and ".." are dropped. Raises NameRefused for a kind of file that is not read, for one under
-    more than MAX_DEPTH folders, and for a name of which nothing is left.
+    Leading slashes, drives and ".." are dropped. `more` are endings that are taken beside those of pictures and captions.
+    Raises NameRefused for a kind of file that is not read, for one under more than MAX_DEPTH folders, and for a name of
+    which nothing is left.
     """
     path = given.replace("\\", "/")
     if _DRIVE.match(path):
@@ -71,20 +72,20 @@ def clean_name(given: str) -> CleanName:
     if not parts:
         raise NameRefused("It has no usable name")
     *folders, file = parts
-    stem, tail = split_tail(file)
+    stem, tail = split_tail(file, more)
     if not tail:
         ending = os.path.splitext(file)[1].lower()
-        known = ", ".join(known[1:] for known in (*PICTURE_ENDINGS, *CAPTION_ENDINGS))
+        known = ", ".join(known[1:] for known in (*more, *PICTURE_ENDINGS, *CAPTION_ENDINGS))
         raise NameRefused(f"{f'{ending} files are' if ending else 'A file without an ending is'} not read; use {known}")
     if len(folders) > MAX_DEPTH:
         raise NameRefused(f"It lies more than {MAX_DEPTH} folders deep")
     return CleanName(tuple(map(_shorten, folders)), _shorten(stem), tail)
 
 
-def split_tail(file: str) -> tuple[str, str]:
+def split_tail(file: str, more: tuple[str, ...] = ()) -> tuple[str, str]:
     """ "cat.jpg" -> ("cat", ".jpg"), "cat.jpg.txt" -> ("cat", ".jpg.txt"); no tail when the kind is not read."""
     stem, ending = os.path.splitext(file)
-    if ending.lower() in PICTURE_ENDINGS:
+    if ending.lower() in (*PICTURE_ENDINGS, *more):
         return stem, ending
     if ending.lower() not in CAPTION_ENDINGS:
         return file, ""

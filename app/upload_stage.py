@@ -19,6 +19,7 @@ from app.upload_names import Arrived, CleanName, NameRefused, clean_name, is_lit
 from trainers.dataset.captions import read_caption_file
 from trainers.dataset.pictures import read_picture
 from trainers.errors import DatasetError, TrainingError, sentence
+from trainers.library import read_facts
 
 _PREFIX = ".upload-"  # hidden, so that no scan of the folder meets what is not finished
 _NO_ROOM = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
@@ -75,8 +76,9 @@ def _size(count: int) -> str:
 class Stage:
     """A hidden folder inside the target, where files wait until all have come. It is gone when the block ends."""
 
-    def __init__(self, target: Path, limits: Limits, length: int) -> None:
+    def __init__(self, target: Path, limits: Limits, length: int, more: tuple[str, ...] = ()) -> None:
         self.limits = limits
+        self._more = more
         self.target = target
         self.received = Received()
         self.arrived: list[Arrived] = []
@@ -143,7 +145,7 @@ class Stage:
         try:
             if is_zip and self._unpacking:
                 raise NameRefused("A zip inside a zip; unpack it first")
-            self._name = None if is_zip else clean_name(given)
+            self._name = None if is_zip else clean_name(given, self._more)
         except NameRefused as error:
             self.reject(given, str(error))
             return
@@ -175,7 +177,7 @@ class Stage:
             return
         try:
             _check(self._path, self._name)
-        except DatasetError as error:
+        except TrainingError as error:
             self.drop(sentence(error.what, hint=error.hint))
             return
         self.arrived.append(Arrived(self._given, self._name, self._path))
@@ -215,7 +217,10 @@ class Stage:
 
 
 def _check(path: Path, name: CleanName) -> None:
-    """Raises DatasetError when the file is not what the trainer can read: headers, limits on pixels, PNG's checksums."""
+    """Raises TrainingError when the file is not what can be read: headers, limits on pixels, PNG's checksums."""
+    if name.tail.lower() == ".safetensors":
+        read_facts(path)
+        return
     if name.is_caption:
         read_caption_file(path)
         return

@@ -26,8 +26,10 @@ _DRAIN_SECONDS = 20.0
 _placing = threading.Lock()
 
 
-async def receive(request: Request, folder: Path, limits: Limits = DEFAULT_LIMITS) -> Received:
+async def receive(request: Request, folder: Path, limits: Limits = DEFAULT_LIMITS, more: tuple[str, ...] = ()) -> Received:
     """Stores the files of a multipart request under `folder`, which is made when missing; zips are unpacked.
+
+    Pictures and captions are taken, and what ends with one of `more`.
 
     The file name of a part may be a relative path ("cats/1.png") and is cleaned. Memory stays at a few MB whatever
     arrives, and disk work happens in threads. Raises UploadError when the request is damaged, too large, or the disk is
@@ -36,7 +38,7 @@ async def receive(request: Request, folder: Path, limits: Limits = DEFAULT_LIMIT
     from starlette.concurrency import run_in_threadpool
 
     length = request.headers.get("content-length", "")
-    stage = Stage(folder, limits, int(length) if length.isdecimal() else 0)
+    stage = Stage(folder, limits, int(length) if length.isdecimal() else 0, more)
     stream = request.stream()
     try:
         with stage:

@@ -117,7 +117,7 @@ def test_cells_that_nobody_wants_any_more_are_abandoned(ask: Any, tmp_path: Path
     told: list[dict[str, Any]] = []
 
     def lines() -> Iterator[bytes]:
-        yield json.dumps(ask(*(cell(use(lora), seed=seed) for seed in range(20)), steps=100)).encode()
+        yield json.dumps(ask(*(cell(use(lora), seed=seed) for seed in range(20)), steps=30)).encode()
         wait_for(told, 1, "picture")
         yield json.dumps({"do": "cancel", "id": 1}).encode()
         wait_for(told, 1, "cancelled", "done")

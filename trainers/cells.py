@@ -1,11 +1,11 @@
-"""What the render worker is asked for: pictures, each of a prompt, a seed and LoRA files at strengths. Imports no torch."""
+"""What the render worker is asked for: pictures of prompts, seeds and LoRA files at strengths; chores. Imports no torch."""
 
 from __future__ import annotations
 
 import os
-from typing import Annotated, Any
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, Strict, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, field_validator, model_validator
 
 from trainers.adapters.plan import BLOCKS, Strengths
 from trainers.families.settings import BaseSettings
@@ -18,6 +18,8 @@ MOST_CELLS = 400
 """How many pictures one request may ask for."""
 
 Strength = Annotated[float, Field(ge=-LIMIT, le=LIMIT)]
+Base = Annotated[BaseSettings, BeforeValidator(lambda value: {"model": value} if isinstance(value, str) else value)]
+"""A base model; its name alone will do."""
 _STRICT = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
 
 
@@ -76,7 +78,7 @@ class RenderRequest(BaseModel):
 
     model_config = ConfigDict(strict=True, frozen=True, allow_inf_nan=False)
     id: int
-    base: BaseSettings
+    base: Base
     cells: list[Cell] = Field([], max_length=MOST_CELLS)
     lora: str | None = None
     prompt: str = ""
@@ -90,11 +92,6 @@ class RenderRequest(BaseModel):
     strengths: list[Strength] = Field([], max_length=32)
     folder: str
     replaces: bool = False
-
-    @field_validator("base", mode="before")
-    @classmethod
-    def _a_base_by_name(cls, value: Any) -> Any:
-        return {"model": value} if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _one_way_of_asking(self) -> RenderRequest:
@@ -118,3 +115,25 @@ class RenderRequest(BaseModel):
             loras = self.cells[cell].loras
             return loras[0].unet if loras else 0.0
         return self.strengths[cell]
+
+
+class WeighRequest(BaseModel):
+    """How strong a LoRA file is in each block of a base."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+    id: int
+    base: Base
+    path: str
+    folder: str
+
+
+class ExportRequest(BaseModel):
+    """A blend to be written as one LoRA file; with a rank it is cut to that, else it is exact."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+    id: int
+    loras: Annotated[tuple[LoraUse, ...], Strict(False), Field(min_length=1, max_length=MOST_LORAS)]
+    output: str
+    family: str
+    rank: int | None = Field(None, ge=1, le=4096)
+    folder: str = ""

@@ -56,6 +56,9 @@ def merge(
         list[str] | None,
         typer.Argument(metavar="[FILE[:STRENGTH]]...", help="LoRA files, each with its strength.", show_default=False),
     ] = None,
+    blend: Annotated[
+        str, typer.Option(help="A blend saved in the window, by its name, or a blend's .toml.", show_default=False)
+    ] = "",
     base: Annotated[
         str | None,
         typer.Option(help="Put them into this base model. Without any FILE it only changes its layout.", show_default=False),
@@ -73,19 +76,26 @@ def merge(
 ) -> None:
     """Merge LoRA files, each at its strength, into one file; or, with --base, into a base model.
 
-    One file alone is baked: its strength becomes 1. With --base, OUT.safetensors is a single file as other programs read
-    it, and any other name a folder in diffusers layout.
+    One file alone is baked, or one blend: its strengths become 1. With --base, OUT.safetensors is a single file as other
+    programs read it, and any other name a folder in diffusers layout.
     """
+    from trainers.adapters.plan import Strengths
+    from trainers.blend import blend_file, read_blend
     from trainers.draw import parse_lora
     from trainers.errors import SettingError
     from trainers.families import BaseOptions, recognise_base
+    from trainers.run_folder import home_folder
     from trainers.tools.merge import merge_adapters
     from trainers.tools.merge_base import merge_into_base
 
     def tell(remark: str) -> None:
         typer.echo(remark, err=True)
 
-    inputs = [parse_lora(text) for text in files or []]
+    inputs: list[tuple[Path, float | Strengths]] = [*map(parse_lora, files or [])]
+    if blend:
+        home = home_folder()
+        file = Path(blend) if blend.endswith(".toml") else blend_file(home, blend)
+        inputs += [(Path(lora.path), lora.strengths) for lora in read_blend(file, home).loras]
     if base is None:
         if not inputs or vae or prediction_type != "auto":
             raise SettingError(

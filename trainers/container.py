@@ -65,10 +65,10 @@ def open_file(path: Path) -> BinaryIO:
         raise AdapterFileError(f"The file cannot be opened: {error}", printable(str(path), 300)) from error
 
 
-def read_header(handle: BinaryIO, path: Path, like: Header | None = None) -> Header:
+def read_header(handle: BinaryIO, path: Path, like: Mapping[str, Header] | None = None) -> Header:
     """Reads and checks the header of an open safetensors file. Raises AdapterFileError that names the first fault.
 
-    A file that lists the very tensors of the checked header `like` gets the entries of that one, the same object, at once.
+    like: checked headers by their `listing`; a file that lists the very tensors of one gets its entries, the same object.
     """
     size = os.fstat(handle.fileno()).st_size
     start = handle.read(16)
@@ -79,7 +79,7 @@ def read_header(handle: BinaryIO, path: Path, like: Header | None = None) -> Hea
         raise AdapterFileError(what, str(path), _AGAIN)
     handle.seek(8)
     raw = handle.read(length)
-    again = None if like is None else _read_like(raw, size, path, like)
+    again = _read_like(raw, size, path, like) if like else None
     if again is not None:
         return again
     values = _parse(raw, path)
@@ -147,13 +147,14 @@ def _parse(raw: bytes, path: Path) -> dict[str, Any]:
     return values
 
 
-def _read_like(raw: bytes, size: int, path: Path, like: Header) -> Header | None:
-    """The header where it lists what `like` lists, else None: then it has to be looked at as a whole."""
+def _read_like(raw: bytes, size: int, path: Path, known: Mapping[str, Header]) -> Header | None:
+    """The header where it lists what a known one lists, else None: then it has to be looked at as a whole."""
     try:
         metadata, listing = _split(raw.decode("utf-8"))
     except UnicodeDecodeError:
         return None
-    if not raw.startswith(b"{") or listing != like.listing or size - 8 - len(raw) != like.size - like.data_start:
+    like = known.get(listing)
+    if like is None or not raw.startswith(b"{") or size - 8 - len(raw) != like.size - like.data_start:
         return None
     told = like.metadata if metadata is None else _check_metadata(metadata, path)
     return Header(path, size, 8 + len(raw), like.entries, told, listing)

@@ -10,6 +10,8 @@ _UNPRINTABLE = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 
 def printable(text: str, limit: int = 80) -> str:
     """`text` on one line without control or direction characters, cut to `limit` characters ("..." marks a cut)."""
+    if len(text) <= limit and text.isascii() and text.isprintable() and text == " ".join(text.split()):
+        return text  # as nearly all are
     # Only as much is looked at as could be shown: a value may be a 50 MB picture.
     head = text[: 4 * limit + 64]
     clean = " ".join("".join(" " if char in "\t\r\n" else char for char in head if _visible(char)).split())

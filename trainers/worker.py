@@ -6,7 +6,8 @@
 A render that says `"replaces": true` cancels all unfinished ones before it. The events of a request are `loading` (only
 when something must be read), `step` with done and total (sampling steps of all its pictures), `picture` with cell (its
 number, from 0), strength (its first LoRA's) and path, and one last of `done`, `cancelled`, or `failed` with what, where and
-hint. The end of stdin ends the worker and abandons what it draws.
+hint. `weigh` and `export`, with the fields of their requests, tell one `answer` before their last. The end of stdin ends the
+worker and abandons what it draws.
 """
 
 from __future__ import annotations
@@ -24,32 +25,36 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
-from trainers.cells import RenderRequest
+from trainers.cells import ExportRequest, RenderRequest, WeighRequest
+from trainers.chores import do_chore
 from trainers.draw_cells import answer
 from trainers.errors import SettingError, TrainingError
 from trainers.warm import Tell, Warm
+
+Request = RenderRequest | WeighRequest | ExportRequest
+_REQUESTS: dict[str, type[Request]] = {"render": RenderRequest, "weigh": WeighRequest, "export": ExportRequest}
 
 
 class _Cancelled(Exception):
     """The request is no longer wanted. Raised inside of the renderer, between two sampling steps."""
 
 
-def parse_request(message: Any) -> RenderRequest | int:
-    """One line's JSON -> what to draw, or the id to cancel. Raises SettingError naming the field that is wrong."""
+def parse_request(message: Any) -> Request | int:
+    """One line's JSON -> what to do, or the id to cancel. Raises SettingError naming the field that is wrong."""
     do = message.get("do") if isinstance(message, dict) else None
     try:
-        if do == "render":
-            return RenderRequest.model_validate(message)
+        if do in _REQUESTS:
+            return _REQUESTS[do].model_validate(message)
         if do == "cancel" and type(message.get("id")) is int:
             return int(message["id"])
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         field = ".".join(str(piece) for piece in first["loc"])
         raise SettingError(f"The renderer was asked wrongly: {first['msg']}", where=field) from error
-    raise SettingError("The renderer was asked for what it does not know", hint="`do` is render or cancel, with an id.")
+    raise SettingError("The renderer was asked for what it does not know", hint="`do` is render, weigh, export or cancel.")
 
 
-Waiting = queue.SimpleQueue[tuple[RenderRequest, threading.Event] | None]
+Waiting = queue.SimpleQueue[tuple[Request, threading.Event] | None]
 """Requests in the order they came, each with an event that is set when it has ended or nobody wants it; None at the end."""
 
 
@@ -71,7 +76,7 @@ def read_requests(lines: Iterable[bytes], waiting: Waiting, tell: Tell) -> None:
             for number, over in unfinished.items():
                 if number == request or (isinstance(request, RenderRequest) and request.replaces):
                     over.set()
-            if isinstance(request, RenderRequest):
+            if not isinstance(request, int):
                 unfinished[request.id] = threading.Event()
                 waiting.put((request, unfinished[request.id]))
     finally:
@@ -87,7 +92,7 @@ def failure(error: BaseException) -> dict[str, Any]:
     elif isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
         what, where, hint = "There is not enough memory for these pictures", "", "Draw smaller ones, or fewer strengths."
     else:
-        what, where, hint = f"The picture could not be drawn: {error or type(error).__name__}", "", "See the renderer's log."
+        what, where, hint = f"This could not be done: {error or type(error).__name__}", "", "See the renderer's log."
     return {"event": "failed", "what": what, "where": where, "hint": hint}
 
 
@@ -99,7 +104,7 @@ def serve(lines: Iterable[bytes], tell: Tell, warm: Warm) -> None:
         _answer_or_say_why(*one, warm, tell)
 
 
-def _answer_or_say_why(request: RenderRequest, over: threading.Event, warm: Warm, tell: Tell) -> None:
+def _answer_or_say_why(request: Request, over: threading.Event, warm: Warm, tell: Tell) -> None:
     def check() -> None:
         if over.is_set():
             raise _Cancelled
@@ -107,7 +112,10 @@ def _answer_or_say_why(request: RenderRequest, over: threading.Event, warm: Warm
     last: dict[str, Any] = {"event": "done"}
     try:
         check()
-        answer(request, warm, lambda event: tell({"id": request.id, **event}), check)
+        if isinstance(request, RenderRequest):
+            answer(request, warm, lambda event: tell({"id": request.id, **event}), check)
+        else:
+            do_chore(request, warm, lambda event: tell({"id": request.id, **event}))
     except _Cancelled:
         last = {"event": "cancelled"}
     except Exception as error:  # whatever it is, the next request is answered

@@ -6,6 +6,7 @@ const STEPS = [
   ["recipe", "Recipe"],
   ["train", "Train"],
   ["studio", "Studio"],
+  ["blend", "Blend"],
   ["compare", "Compare"],
 ];
 

@@ -13,7 +13,7 @@ import pytest
 
 from tests.app_client import make_run
 
-SCREENS = ("images", "recipe", "train", "studio")
+SCREENS = ("images", "recipe", "train", "studio", "blend")
 
 
 def each_screen(page: Any, url: str, project: str) -> Iterator[str]:

@@ -49,6 +49,10 @@ class Strengths:
         """The strength on the layers of one of BLOCKS."""
         return (self.text if block == "text" else self.unet) * self.blocks.get(block, 1.0)
 
+    def __str__(self) -> str:
+        parts = f"{self.unet:g}" if self.text == self.unet else f"{self.unet:g} (text {self.text:g})"
+        return " ".join([parts, *(f"{block} x {value:g}" for block, value in self.blocks.items())])
+
     @property
     def is_off(self) -> bool:
         """Whether nothing of the adapter acts anywhere."""

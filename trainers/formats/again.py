@@ -43,10 +43,7 @@ class _Place:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a file was read for one base: by canonical name, where the factors stand, and alpha where it has a key.
-
-    `scratch` has room for the bytes of such a file: new memory costs as much as reading into it.
-    """
+    """How a file was read for one base: by canonical name, where the factors stand, and alpha where it has a key."""
 
     header: Header
     runs: tuple[_Run, ...]
@@ -55,7 +52,6 @@ class Layout:
     alphas: Mapping[str, float]
     unmatched: tuple[str, ...]
     family: str
-    scratch: torch.Tensor
 
 
 def layout_of(header: Header, matched: Mapping[str, KeyGroup], file: AdapterFile) -> Layout | None:
@@ -83,16 +79,19 @@ def layout_of(header: Header, matched: Mapping[str, KeyGroup], file: AdapterFile
     }
     keyed = {name: place(group.parts["alpha"], ()) for name, group in matched.items() if "alpha" in group.parts}
     alphas = {name: weights.alpha for name, weights in file.modules.items()}
-    scratch = torch.empty(header.size - header.data_start, dtype=torch.uint8)
-    return Layout(header, tuple(runs), factors, keyed, alphas, file.unmatched, file.family, scratch)
+    return Layout(header, tuple(runs), factors, keyed, alphas, file.unmatched, file.family)
 
 
-def read_again(handle: BinaryIO, header: Header, layout: Layout, device: torch.device) -> AdapterFile | None:
-    """A file with the tensors of `layout`, float32 on `device`; None where something is not as it was, or not finite."""
+def read_again(
+    handle: BinaryIO, header: Header, layout: Layout, data: torch.Tensor, device: torch.device
+) -> AdapterFile | None:
+    """A file with the tensors of `layout`, float32 on `device`; None where something is not as it was, or not finite.
+
+    data: uint8, as many as the file has bytes behind its header; what is in them afterwards is of no use.
+    """
     same_scaling = layout.header.metadata.get(METADATA_KEY) == header.metadata.get(METADATA_KEY)
     if header.entries is not layout.header.entries or not same_scaling:
         return None
-    data = layout.scratch
     handle.seek(header.data_start)
     if handle.readinto(data.numpy()) != data.numel():  # type: ignore[attr-defined]
         return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
@@ -26,6 +26,8 @@ from trainers.formats.weights import AdapterFile, ModuleWeights, check_module
 from trainers.tensors import FLOATS, NUMBERS, read_tensor
 from trainers.text import printable
 
+LAYOUTS = 16
+"""How many layouts of files are remembered."""
 LARGEST = 2**28
 """Numbers in one weight; the largest of a Stable Diffusion has 2**24."""
 KIND_NAMES = {"oft": "an OFT"}
@@ -35,23 +37,40 @@ KIND_NAMES = {"oft": "an OFT"}
 class LoadedBase:
     """What files are read for: a base's spellings, and the weight shapes of its layers where the files are held to them.
 
-    `last` is how the last file of plain LoRA was laid out, as the next one mostly is like it.
+    `layouts` is how the last files of plain LoRA were laid out, by what their headers list, as the next one mostly is like
+    one of them. `scratch` takes the bytes of such a file: new memory costs as much as reading into it.
     """
 
     family: str
     table: Mapping[tuple[str, str], str]
     shapes: Mapping[str, tuple[int, ...]] | None
     device: torch.device
-    last: Layout | None = None
+    layouts: dict[str, Layout] = field(default_factory=dict)
+    scratch: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
+
+    def room(self, size: int) -> torch.Tensor:
+        """The first `size` bytes of the scratch memory, which grows to the largest file."""
+        if len(self.scratch) < size:
+            self.scratch = torch.empty(size, dtype=torch.uint8)
+        return self.scratch[:size]
+
+    def remember(self, layout: Layout | None) -> None:
+        """Keeps the last few ways in which files were laid out."""
+        if layout is not None:
+            self.layouts.pop(layout.header.listing, None)
+            self.layouts[layout.header.listing] = layout
+            if len(self.layouts) > LAYOUTS:
+                del self.layouts[next(iter(self.layouts))]
 
 
 def read(path: Path, base: LoadedBase | None, family: str | None) -> AdapterFile:
     """See trainers.formats.read_adapter and read_without_base."""
     with open_file(path) as handle:
-        last = None if base is None else base.last
-        header = read_header(handle, path, None if last is None else last.header)
-        if base is not None and last is not None:
-            again = read_again(handle, header, last, base.device)
+        layouts = {} if base is None else base.layouts
+        header = read_header(handle, path, {listing: layout.header for listing, layout in layouts.items()})
+        if base is not None and header.listing in layouts:
+            data = base.room(header.size - header.data_start)
+            again = read_again(handle, header, layouts[header.listing], data, base.device)
             if again is not None:
                 return again
         groups, foreign = group_keys(header.entries)
@@ -73,7 +92,7 @@ def read(path: Path, base: LoadedBase | None, family: str | None) -> AdapterFile
             modules[name] = weights
     file = AdapterFile(modules, dict(header.metadata), tuple([*unmatched, *foreign]), family)
     if base is not None:
-        base.last = layout_of(header, matched, file) or base.last
+        base.remember(layout_of(header, matched, file))
     return file
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainers.adapters import ADAPTERS
+from trainers.adapters.plan import Strengths, block_of, strength_at
 from trainers.container import open_file, read_header
 from trainers.errors import AdapterFileError
 from trainers.families import FAMILIES
@@ -24,8 +25,8 @@ from trainers.tools.convert import SPELLED, tell_unread, unfold
 if TYPE_CHECKING:
     import torch
 
-Inputs = Sequence[tuple[Path, float]]
-"""Files and the strength of each."""
+Inputs = Sequence[tuple[Path, float | Strengths]]
+"""Files and the strength of each, which may differ by part and block."""
 Terms = list[tuple[float, ModuleWeights]]
 """What is added up on one layer: strength times adapter."""
 # What stays true of a sum, as far as the files agree on it. Everything else told of one training.
@@ -89,6 +90,8 @@ def merge_adapters(
         tell_unread(path, file, tell)
         _check_kinds(path, file, rank)
     sums = _add_up([(path, files[path], strength) for path, strength in inputs])
+    if not sums:
+        raise AdapterFileError("At these strengths nothing is left to merge", hint="Give one that is not 0.")
     modules = {name: joined(terms) if rank is None else reduced(name, terms, rank) for name, terms in sums.items()}
     if form == "kohya":
         modules = with_common_alpha(modules)
@@ -123,11 +126,17 @@ def _check_kinds(path: Path, file: AdapterFile, rank: int | None) -> None:
             raise AdapterFileError(what, str(path), hint)
 
 
-def _add_up(files: Sequence[tuple[Path, AdapterFile, float]]) -> dict[str, Terms]:
-    """Module -> its terms, all in the form of the first. Raises AdapterFileError where two files mean different layers."""
+def _add_up(files: Sequence[tuple[Path, AdapterFile, float | Strengths]]) -> dict[str, Terms]:
+    """Module -> its terms, all in the form of the first, without those at 0.
+
+    Raises AdapterFileError where two files mean different layers.
+    """
     sums: dict[str, Terms] = {}
-    for path, file, strength in files:
+    for path, file, whole in files:
         for name, weights in file.modules.items():
+            strength = strength_at(whole, block_of(name))
+            if strength == 0.0:
+                continue
             weights = unfold(name, weights, file.family)
             terms = sums.setdefault(name, [])
             if terms and weights.shape != terms[0][1].shape:
@@ -213,7 +222,7 @@ def _describe(
             agreed[key] = values.pop()
     agreed.pop("ss_network_args", None)
     titles = [title_of(path, files[path]) for path, _ in inputs]
-    with_strengths = [f"{title} at {strength:g}" for title, (_, strength) in zip(titles, inputs, strict=True)]
+    with_strengths = [f"{title} at {spelled(strength)}" for title, (_, strength) in zip(titles, inputs, strict=True)]
     ranks = {weights.rank for weights in modules.values()}
     triggers = ", ".join(dict.fromkeys(filter(None, (metadata.get("modelspec.trigger_phrase") for metadata in told))))
     alphas = {weights.alpha for weights in modules.values()}
@@ -238,6 +247,11 @@ def _describe(
             **({"modelspec.trigger_phrase": triggers} if triggers else {}),
         }
     )
+
+
+def spelled(strength: float | Strengths) -> str:
+    """A strength for people: 0.8, or 0.8 (text 0.5) mid x 0."""
+    return str(strength) if isinstance(strength, Strengths) else f"{strength:g}"
 
 
 def title_of(path: Path, file: AdapterFile) -> str:

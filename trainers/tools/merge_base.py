@@ -11,12 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from trainers.adapters.plan import Strengths, block_of, strength_at
 from trainers.errors import BaseModelError
 from trainers.families import BaseModelFacts
 from trainers.formats import AdapterFile, FileDtype, read_adapter
 from trainers.layers import layer_shapes
 from trainers.text import printable
-from trainers.tools.merge import Inputs, Terms, exact_delta, title_of
+from trainers.tools.merge import Inputs, Terms, exact_delta, spelled, title_of
 
 if TYPE_CHECKING:
     import torch
@@ -29,14 +30,14 @@ class MergedBase:
     base: str
     layout: str
     """single file or diffusers folder."""
-    files: tuple[tuple[str, float, int, int], ...]
+    files: tuple[tuple[str, float | Strengths, int, int], ...]
     """Each file's name, strength, modules merged, and modules in it."""
     rounding: float
     """Norm of what rounding to the stored dtype took, against that of all that the files change."""
 
     def __str__(self) -> str:
         merged = [
-            f"{done} of {total} modules of {name} at {strength:g}" for name, strength, done, total in self.files
+            f"{done} of {total} modules of {name} at {spelled(strength)}" for name, strength, done, total in self.files
         ]  # fmt: skip
         into = f" into {self.base}" if merged else self.base
         return f"{', '.join(merged)}{into}, as a {self.layout}"
@@ -66,7 +67,7 @@ def merge_into_base(
     sums: dict[str, Terms] = {}
     for path, strength in inputs:
         for name, weights in files[path].modules.items():
-            sums.setdefault(name, []).append((strength, weights))
+            sums.setdefault(name, []).append((strength_at(strength, block_of(name)), weights))
     for path, file in files.items():
         if file.unmatched:
             example = printable(file.unmatched[0])
@@ -129,7 +130,7 @@ def _told(base: BaseModelFacts, inputs: Inputs, files: Mapping[Path, AdapterFile
     if not inputs:
         return {}
     titles = [title_of(path, files[path]) for path, _ in inputs]
-    described = [f"{title} at {strength:g}" for title, (_, strength) in zip(titles, inputs, strict=True)]
+    described = [f"{title} at {spelled(strength)}" for title, (_, strength) in zip(titles, inputs, strict=True)]
     return {
         "modelspec.title": output.stem,
         "modelspec.description": f"{base.name} with {', '.join(described)}.",

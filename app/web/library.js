@@ -1,0 +1,111 @@
+// The library: every LoRA there is as a card, searched, described, brought in and taken out.
+import { bytes, confirmed, el, get, plural, post, put, Refused, tell, toast } from "/web/core.js";
+import { takeDrops } from "/web/drop.js";
+
+const FAMILIES = { sd1: "SD 1.x", sd2: "SD 2.x", sdxl: "SDXL", flux: "Flux", sd3: "SD 3", unknown: "family unknown" };
+
+/** The panel. `add(card)` is called for a LoRA of the base's `family`; `has(key)` says whether it is in use. */
+export function makeLibrary({ family, add, has }) {
+  let cards = [];
+  let all = new Map();
+  let timer = 0;
+  const trouble = el("div");
+  const search = el("input", { type: "search", "aria-label": "Search the library", placeholder: "Search: name, trigger word, family, metadata", oninput: () => { clearTimeout(timer); timer = setTimeout(look, 200); } });
+  const file = el("input", { type: "file", multiple: true, accept: ".safetensors,.png,.zip", hidden: true, "aria-label": "LoRA files", onchange: () => (bring([...file.files].map((one) => ({ file: one, path: one.name })), []), (file.value = "")) });
+  const told = el("p", { class: "subdued", role: "status" });
+  const grid = el("div", { class: "lora-cards" });
+  const node = el("section", { class: "library", "aria-label": "Library" },
+    el("div", { class: "row" }, el("h2", {}, "Library"), search, el("button", { type: "button", class: "small", onclick: () => file.click() }, "Bring files in"), file),
+    trouble, told, grid);
+  const endDrops = takeDrops((files, unread) => bring(files, unread));
+
+  async function look() {
+    const found = await get(`/library?q=${encodeURIComponent(search.value)}`).catch((error) => (tell(trouble, error), null));
+    if (!found) return;
+    cards = found.cards;
+    all = new Map([...(search.value ? all : []), ...cards.map((card) => [card.key, card])]);
+    told.textContent = found.total
+      ? search.value ? `${cards.length} of ${plural(found.total, "LoRA")}` : plural(found.total, "LoRA")
+      : "Empty: drop .safetensors files here, or train one. Finished runs show up by themselves.";
+    grid.replaceChildren(...cards.map(makeCard));
+  }
+
+  function makeCard(card) {
+    const isOther = card.family && !["unknown", family].includes(card.family);
+    const facts = [FAMILIES[card.family] || card.family, card.ranks.length ? `rank ${card.ranks.length > 1 ? `${card.ranks[0]} to ${card.ranks.at(-1)}` : card.ranks[0]}` : "", card.kinds.filter((kind) => kind !== "lora").join(", "), bytes(card.size)].filter(Boolean).join(" · ");
+    const button = el("button", { type: "button", class: "small add", data: { key: card.key }, "aria-label": `Add ${card.title} to the blend`, disabled: Boolean(card.problem) || isOther || has(card.key), onclick: () => add(card) }, has(card.key) ? "In the blend" : "Add");
+    const details = el("details", { ontoggle: () => details.open && describe(card, inside) }, el("summary", {}, "Details"));
+    const inside = el("div", { class: "details" });
+    details.append(inside);
+    return el("article", { class: "card lora-card" },
+      card.picture ? el("img", { src: card.picture, alt: "", loading: "lazy" }) : el("div", { class: "no-picture", "aria-hidden": "true" }),
+      el("b", { class: "title", title: card.key }, card.title), el("p", { class: "subdued" }, facts),
+      card.problem ? el("p", { class: "bad" }, card.problem) : el("p", { class: "words" }, card.words.length ? card.words.join(", ") : "no trigger word"),
+      el("div", { class: "row" }, button, isOther && el("span", { class: "subdued" }, "another family"), card.run && el("span", { class: "subdued" }, "own run")), details);
+  }
+
+  /** What is inside a file, and what routing does with it. */
+  async function describe(card, room) {
+    if (room.childElementCount) return;
+    const change = (said) => put("/library/card", { file: card.key, ...said }).then((now) => (Object.assign(card, now), tell(trouble, null)), (error) => tell(trouble, error));
+    const strength = el("input", { type: "number", min: -4, max: 4, step: 0.05, value: card.strength, "aria-label": "Default strength", onchange: () => change({ strength: Number(strength.value) }) });
+    const triggers = el("input", { value: card.words.map((word) => (word.includes(",") ? `"${word}"` : word)).join(", "), "aria-label": "Trigger words", onchange: () => change({ words: triggers.value }) });
+    const routed = el("input", { type: "checkbox", checked: card.routed, onchange: () => change({ routed: routed.checked }) });
+    const facts = el("div", {}, el("p", { class: "subdued" }, "Reading the file…"));
+    room.replaceChildren(
+      el("label", { class: "field" }, el("span", {}, "Trigger words"), triggers),
+      el("label", { class: "field" }, el("span", {}, "Default strength"), strength),
+      el("label", { class: "check" }, routed, " Brought in by its words"), facts,
+      card.run ? "" : el("button", { type: "button", class: "quiet small", onclick: () => remove(card) }, "Remove from the library"));
+    try {
+      const found = await get(`/library/card?file=${encodeURIComponent(card.key)}`);
+      facts.replaceChildren(el("p", { class: "hash" }, `AutoV2 ${found.autov2} · AutoV3 ${found.autov3}`),
+        el("table", {}, el("tbody", {}, Object.entries(found.metadata).map(([name, value]) => el("tr", {}, el("th", { scope: "row" }, name), el("td", {}, value))))));
+    } catch (error) {
+      facts.replaceChildren();
+      tell(trouble, error);
+    }
+  }
+
+  async function remove(card) {
+    if (!(await confirmed(`Remove ${card.title} from the library?`, "Remove", "Keep"))) return;
+    try {
+      const { ticket } = await post("/library/remove", { file: card.key });
+      await look();
+      toast(`${card.title} was removed.`, () => post("/library/restore", { ticket }).then(look, (error) => tell(trouble, error)));
+    } catch (error) {
+      tell(trouble, error);
+    }
+  }
+
+  async function bring(files, unread) {
+    if (!files.length) return;
+    told.textContent = `Adding ${plural(files.length, "file")}…`;
+    const form = new FormData();
+    for (const { file: one, path } of files) form.append("files", one, path);
+    try {
+      const answer = await fetch("/api/library/files", { method: "POST", body: form });
+      const found = await answer.json();
+      if (!answer.ok) throw new Refused(answer.status, found);
+      const bad = [...unread, ...found.rejected];
+      tell(trouble, bad.length ? new Error(bad.map(([name, why]) => `${name}: ${why}`).join(" ")) : null);
+      toast(`${plural(found.saved.length, "file")} added.`);
+    } catch (error) {
+      tell(trouble, error);
+    }
+    look();
+  }
+
+  /** Shows which cards are in the blend. */
+  function mark() {
+    for (const button of grid.querySelectorAll("button.add")) {
+      const card = all.get(button.dataset.key);
+      const isOther = card.family && !["unknown", family].includes(card.family);
+      button.disabled = Boolean(card.problem) || isOther || has(card.key);
+      button.textContent = has(card.key) ? "In the blend" : "Add";
+    }
+  }
+
+  const ready = look();
+  return { node, ready, look, mark, card: (key) => all.get(key), leave: () => (endDrops(), clearTimeout(timer)) };
+}

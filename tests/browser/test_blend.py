@@ -1,0 +1,101 @@
+"""Blending in a real browser: two LoRAs, two sliders, one picture; routing; kept by name, loaded again, exported."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tests.browser.test_window_journey import shot
+from tests.tools.mergeable import save_adapter
+from trainers.blend import read_blend
+
+
+def picture(page: Any) -> str:
+    """The address of the picture once nothing is drawn any more; it is named by what it shows."""
+    page.wait_for_timeout(300)  # longer than the screen waits before it draws
+    page.locator("#screen-blend .view progress").wait_for(state="hidden")
+    return str(page.locator("#screen-blend .stage img").get_attribute("src"))
+
+
+def move(page: Any, label: str, value: float) -> str:
+    page.get_by_label(label, exact=True).evaluate(
+        "(slider, value) => { slider.value = value; slider.dispatchEvent(new Event('input', {bubbles: true})); }", value
+    )
+    return picture(page)
+
+
+def test_two_loras_are_blended_kept_loaded_and_exported(window: Any, page: Any) -> None:
+    loras = window.home / "loras"
+    loras.mkdir(exist_ok=True)
+    for seed, name in ((1, "first"), (2, "second")):
+        save_adapter(loras / f"{name}.safetensors", Path("pocket"), {"attn1.to_q": "lora", "attn2.to_v": "lora"}, 4, seed=seed)
+    page.goto(window.url)
+    project = page.evaluate("() => import('/web/core.js').then(m => m.post('/projects', {name: 'Blend'})).then(p => p.id)")
+    page.goto(f"{window.url}#/{project}/blend")
+    page.get_by_role("button", name="Add first to the blend").click()
+    one = picture(page)
+    page.get_by_role("button", name="Add second to the blend").click()
+    both = picture(page)
+    moved = move(page, "first, strength, slider", -0.5)
+    again = move(page, "second, strength, slider", 0.25)
+    assert len({one, both, moved, again}) == 4
+    page.locator(".lora", has_text="first").get_by_text("Text encoder and blocks").click()
+    page.get_by_label("first, down 0, slider", exact=True).wait_for()
+    blocked = move(page, "first, down 0, slider", 0.0)
+    assert blocked != again
+    shot(page, "blend")
+    page.get_by_label("Name of the blend").fill("My two")
+    page.get_by_role("button", name="Save", exact=True).click()
+    page.get_by_text("Saved as My two.").wait_for()
+    kept = read_blend(window.home / "blends" / "My two.toml", window.home)
+    assert [(Path(lora.path).name, lora.unet, lora.text) for lora in kept.loras] == [
+        ("first.safetensors", -0.5, -0.5),
+        ("second.safetensors", 0.25, 0.25),
+    ]
+    assert kept.loras[0].blocks == {"down_0": 0.0}
+    page.reload()
+    page.get_by_role("button", name="Load", exact=True).click()
+    page.get_by_role("button", name="Take second out").wait_for()
+    assert picture(page) == blocked
+    page.get_by_role("button", name="Take first out").click()
+    page.get_by_role("button", name="Take second out").click()
+    page.get_by_label("Prompt", exact=True).fill("a cat, Word2")
+    page.get_by_text("brought in by the word Word2").wait_for()
+    page.get_by_label("Prompt", exact=True).fill("a cat")
+    page.get_by_text("brought in by the word Word2").wait_for(state="detached")
+    page.get_by_role("button", name="Load", exact=True).click()
+    page.get_by_role("button", name="Take second out").wait_for()
+    page.get_by_label("Name of the blend").fill("sum")
+    page.get_by_role("button", name="Export as one LoRA").click()
+    page.get_by_role("button", name="Add sum to the blend").wait_for()
+    assert (loras / "sum.safetensors").is_file()
+
+
+def test_the_library_describes_searches_and_gives_back_what_was_removed(window: Any, page: Any) -> None:
+    loras = window.home / "loras"
+    loras.mkdir(exist_ok=True)
+    save_adapter(loras / "third.safetensors", Path("pocket"), {"attn1.to_q": "lora"}, 4, seed=3)
+    page.goto(window.url)
+    project = page.evaluate("() => import('/web/core.js').then(m => m.post('/projects', {name: 'Library'})).then(p => p.id)")
+    page.goto(f"{window.url}#/{project}/blend")
+    page.get_by_label("Search the library").fill("word3")
+    card = page.locator(".lora-card", has_text="third")
+    card.wait_for()
+    page.wait_for_function("() => document.querySelectorAll('.lora-card').length === 1")
+    card.get_by_text("Details").click()
+    card.get_by_text("AutoV2").wait_for()
+    card.get_by_label("Default strength").fill("0.5")
+    card.get_by_label("Default strength").press("Tab")
+    shot(page, "library")
+    card.get_by_role("button", name="Remove from the library").click()
+    page.get_by_role("button", name="Keep").click()
+    assert (loras / "third.safetensors").is_file()
+    card.get_by_role("button", name="Remove from the library").click()
+    page.get_by_role("button", name="Remove", exact=True).click()
+    card.wait_for(state="detached")
+    assert not (loras / "third.safetensors").exists()
+    page.get_by_role("button", name="Undo").click()
+    card.wait_for()
+    assert (loras / "third.safetensors").is_file()
+    card.get_by_role("button", name="Add third to the blend").click()
+    assert page.get_by_label("third, strength", exact=True).input_value() == "0.5"
