@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from tests.command_line import ROOT, impasto
-from tests.tiny_lora import UNET, UNET_OUT, save_lora
+from tests.tiny_lora import TEXT, UNET, UNET_OUT, save_lora
 from trainers.calibrate import Plan, calibrate, make_plan, shared_words, without
 from trainers.dataset.folder import scan_folder
 from trainers.errors import DatasetError
@@ -38,13 +38,18 @@ def test_the_trigger_is_what_all_captions_share(captions: list[str], trigger: st
 
 def test_the_plan_draws_captions_with_and_without_the_trigger_at_every_strength() -> None:
     plan = make_plan(scan_folder(SAMPLES / "blackcut").examples, strengths=(1.0, 0.0, 0.5, 1.5))
-    assert plan.strengths == (0.0, 0.5, 1.0, 1.5) and len(plan.prompts) == 8 and len(plan.plain) == 4
+    assert plan.strengths == (0.0, 0.5, 1.0, 1.5) and len(plan.prompts) == 12 and len(plan.plain) == 4
     assert all("blackcut" in prompt for prompt in plan.prompts) and not any("blackcut" in prompt for prompt in plan.plain)
     cells = plan.cells(Path("ink.safetensors"))
-    assert len(cells) == 4 * 12 and {cell.seed for cell in cells} == {0}
-    cell = cells[plan.place(2, 9)]
+    assert len(cells) == 4 * 16 and {cell.seed for cell in cells} == {0}
+    cell = cells[plan.place(2, 13)]
     assert (cell.prompt, cell.loras[0].unet, cell.loras[0].text) == (plan.plain[1], 1.0, 1.0)
-    assert plan.wanted[0].with_suffix(".txt").read_text(encoding="utf-8").strip() == plan.prompts[0]
+    assert len(plan.wanted) == 24
+    captions = {path.read_text(encoding="utf-8").strip() for path in (SAMPLES / "blackcut").glob("*.txt")}
+    assert [prompt in captions for prompt in plan.prompts] == [True] * 6 + [False] * 6  # half of them new to it
+    assert plan.prompts[6] == "a fox, blackcut style"
+    subject = make_plan(scan_folder(SAMPLES / "bluebot").examples)  # its captions begin with the trigger: no new subject
+    assert all(prompt.startswith("bluebot, ") for prompt in subject.prompts) and subject.plain[0].startswith("a blue robot")
     with pytest.raises(ValueError, match="strength 0"):
         make_plan(scan_folder(SAMPLES / "blackcut").examples, strengths=(0.5, 1.0, 1.5, 2.0))
     with pytest.raises(DatasetError, match="has a caption"):
@@ -58,25 +63,24 @@ def mixed(first: Image.Image, second: Image.Image, share: float) -> Image.Image:
 
 
 def known(best: float, drifting: float) -> tuple[Plan, dict[int, Image.Image], list[Image.Image]]:
-    """Pictures that are the wanted ones at strength `best`, go past them beyond, and drift by a share of the way."""
+    """Pictures that are the wanted ones at strength `best`, go back beyond, and drift by a share of the way."""
     strengths = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
     plan = Plan(strengths, ("a", "b", "c", "d"), ("e", "f"), tuple(PATHS[:4]), 0)
     wanted = [Image.open(path).convert("RGB") for path in PATHS]
-    grey = [Image.fromarray(np.full((64, 64, 3), 120 + 20 * number, np.uint8)) for number in range(6)]
+    usual = sorted((SAMPLES / "inkline").glob("*.png"))
+    base = [Image.open(usual[number]) for number in range(6)]  # the base's pictures
     drawn = {}
     for at, strength in enumerate(strengths):
         for prompt in range(6):
-            share = (
-                (strength / best if strength <= best else max(0.0, 2 - strength / best)) if prompt < 4 else drifting * strength
-            )
-            drawn[plan.place(at, prompt)] = mixed(grey[prompt], wanted[prompt], share)
+            share = 1 - (strength / best - 1) ** 2 if prompt < 4 else drifting * strength
+            drawn[plan.place(at, prompt)] = mixed(base[prompt], wanted[prompt], share)
     return plan, drawn, wanted[:4]
 
 
 @pytest.mark.parametrize("best", [0.6, 0.9, 1.2])
 def test_the_suggestion_is_where_the_pictures_are_nearest(best: float) -> None:
     found = calibrate(*known(best, 0.0))
-    assert abs(found.suggested - best) <= 0.1
+    assert abs(found.suggested - best) <= 0.15
     zero = found.points[0]
     assert (zero.similarity, zero.drift) == (0.0, 0.0) and max(point.similarity for point in found.points) > 0.7
     assert f"{found.suggested:.2f}" in found.words and found.error < 0.2
@@ -102,22 +106,35 @@ def test_likeness_tells_styles_apart_whatever_is_drawn() -> None:
     halves = [half for rows in told.values() for half in (rows[::2], rows[1::2])]
     within = max(set_distance(halves[0], halves[1], spread), set_distance(halves[2], halves[3], spread))
     across = min(set_distance(one, other, spread) for one in halves[:2] for other in halves[2:])
-    assert within < 0.5 * across
+    assert within < 0.7 * across
     white, black = (describe(Image.new("RGB", (64, 64), colour)) for colour in ("white", "black"))
     assert np.isfinite(white).all() and np.isfinite(black).all() and not np.allclose(white, black)
 
 
-def test_the_command_measures_draws_and_bakes(tiny_base: Path, tmp_path: Path) -> None:
-    lora = save_lora(tmp_path / "ink.safetensors", UNET, UNET_OUT)
+def test_the_command_measures_draws_and_bakes(tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lora = save_lora(tmp_path / "ink.safetensors", UNET, UNET_OUT, TEXT)
     before = lora.read_bytes()
     picture, baked = tmp_path / "both.png", tmp_path / "baked.safetensors"
     asked = ("calibrate", str(lora), "--images", str(SAMPLES / "bluebot"), "--base", str(tiny_base), "--steps", "1")
-    done = impasto(*asked, "--guidance", "1", "--json", "--picture", str(picture), "--bake", str(baked))
-    assert done.returncode in (0, 1), done.stderr
-    told = json.loads(done.stdout) if done.returncode == 0 else None
+    code = impasto(*asked, "--guidance", "1", "--json", "--picture", str(picture), "--bake", str(baked))
+    said = capsys.readouterr()
     assert lora.read_bytes() == before
-    if told is None:  # a random LoRA may be best at 0: then nothing is baked, and that is said
-        assert "nothing to bake" in done.stderr and not baked.exists()
+    if code:  # a random LoRA may be best at 0: then nothing is baked, and that is said
+        assert "nothing to bake" in said.err and not baked.exists()
         return
-    assert len(told["points"]) == 7 and told["points"][0] == {"strength": 0.0, "similarity": 0.0, "drift": 0.0}
+    told = json.loads(said.out)
+    assert len(told["points"]) == 9 and told["points"][0] == {"strength": 0.0, "similarity": 0.0, "drift": 0.0}
     assert baked.exists() and Image.open(picture).width > 3 * 32
+
+
+def test_a_name_that_is_taken_or_no_png_is_refused_before_anything_is_drawn(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    taken = tmp_path / "taken.safetensors"
+    taken.write_bytes(b"")
+    for words, what in (
+        (("--bake", taken), "such a file already"),
+        (("--picture", tmp_path / "a.jpg"), "does not end with .png"),
+    ):
+        assert impasto("calibrate", taken, "--images", tmp_path, *words) > 0
+        assert what in capsys.readouterr().err

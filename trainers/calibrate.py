@@ -1,8 +1,9 @@
 """Which strength a LoRA should have: a measured curve of likeness to its folder against drift without its trigger. No torch.
 
-For some of the folder's captions the same noise is drawn at several strengths, and for the same captions without what they
-all share (the trigger). **Similarity** is 1 - d(s) / d(0): d is the distance of the drawn pictures from the folder's pictures
-of the same captions (trainers.measures.likeness), so 0 is the base and 1 the folder itself. **Drift** is the root mean
+The same noise is drawn at several strengths: for some of the folder's captions; where captions end with the trigger, as a
+style's do, for as many new subjects with it, for a LoRA knows the folder's own by heart at strengths that say little of any
+other; and for captions without the trigger. **Similarity** is 1 - d(s) / d(0): d is the distance of the drawn pictures, as a
+set, from the folder's (trainers.measures.likeness), so 0 is the base and 1 the folder itself. **Drift** is the root mean
 square difference of a picture without the trigger from the base's own on the same noise, against that of two of the base's
 pictures of different prompts: 0 is the base, 1 another picture altogether.
 
@@ -16,6 +17,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,23 +29,29 @@ from trainers.errors import DatasetError
 from trainers.measures.likeness import describe_all, set_distance, spread_of
 from trainers.measures.pixels import read_pixels
 
-STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
+STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
 PRICE = 0.1
 """Similarity given up for a drift of 1."""
 STEP = 0.05
 """To what the suggested strength is rounded."""
-_PROMPTS, _PLAIN = 8, 4
+_PROMPTS, _PLAIN, _WANTED = 12, 4, 24
 _DRAWS = 200
 # Where captions share nothing, or nothing is left of them.
 _COMMON = ("a fox", "a red apple", "a house", "a car")
+# What is drawn in a style beside the folder's own subjects.
+_NEW = (
+    "a fox", "a red apple", "a tree", "a bird", "a cup", "a chair", "a mushroom", "a bicycle", "a star", "a hat", "a clock",
+    "a boat", "a lamp", "a shoe", "a bear", "a drum", "a spoon", "a tent",
+)  # fmt: skip
 _ARTICLES = frozenset(("a", "an", "the"))
 
 Numbers = NDArray[np.float64]
+Thing = TypeVar("Thing")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is drawn: every prompt at every strength on one noise. `wanted` are the folder's pictures of `prompts`."""
+    """What is drawn: every prompt at every strength on one noise. `wanted` are pictures of the folder."""
 
     strengths: tuple[float, ...]
     prompts: tuple[str, ...]
@@ -130,26 +138,48 @@ def without(caption: str, trigger: str) -> str:
     return kept.strip(" ,")
 
 
-def make_plan(examples: Sequence[Example], trigger: str = "", strengths: Sequence[float] = STRENGTHS, seed: int = 0) -> Plan:
+def make_plan(
+    examples: Sequence[Example],
+    trigger: str = "",
+    strengths: Sequence[float] = STRENGTHS,
+    seed: int = 0,
+    new: Sequence[str] = (),
+) -> Plan:
     """Prompts out of a folder's captions, evenly spread over it; the trigger is what all share unless it is named.
 
-    Raises DatasetError for a folder without captioned pictures, ValueError without strength 0 or fewer than 4 strengths.
+    `new`: prompts with the trigger in place of the new subjects. Raises DatasetError for a folder without captioned
+    pictures, ValueError without strength 0 or with fewer than 4 strengths.
     """
     ordered = tuple(sorted(set(strengths)))
     if 0.0 not in ordered or len(ordered) < 4:
         raise ValueError("a curve needs strength 0 and at least three others")
-    with_words = [one for one in examples if one.caption]
-    if not with_words:
+    captions = [one.caption for one in examples if one.caption]
+    if not captions:
         raise DatasetError("No picture of this folder has a caption", hint="Name the folder that the LoRA was trained on.")
-    count = min(_PROMPTS, len(with_words))
-    chosen = [with_words[round(at)] for at in np.linspace(0, len(with_words) - 1, count)]
-    trigger = trigger or shared_words([one.caption for one in with_words])
-    plain = [without(one.caption, trigger) for one in chosen] if trigger else []
-    plain = [text for text in dict.fromkeys(plain) if set(text.lower().split()) - _ARTICLES]
-    plain = [plain[round(at)] for at in np.linspace(0, len(plain) - 1, min(_PLAIN, len(plain)))] if plain else []
+    trigger = trigger or shared_words(captions)
+    new = list(new) or _new_prompts(captions, trigger)
+    own = _spread(list(dict.fromkeys(captions)), _PROMPTS - len(new[: _PROMPTS // 2]))
+    plain = [without(caption, trigger) for caption in own] if trigger else []
+    plain = _spread([text for text in dict.fromkeys(plain) if set(text.lower().split()) - _ARTICLES], _PLAIN)
     plain += [text for text in _COMMON if text not in plain][: _PLAIN - len(plain)]
-    prompts, wanted = tuple(one.caption for one in chosen), tuple(one.path for one in chosen)
-    return Plan(ordered, prompts, tuple(plain), wanted, seed)
+    wanted = tuple(one.path for one in _spread(list(examples), _WANTED))
+    return Plan(ordered, (*own, *new[: _PROMPTS // 2]), tuple(plain), wanted, seed)
+
+
+def _new_prompts(captions: Sequence[str], trigger: str) -> list[str]:
+    """New subjects with the trigger, where every caption is a subject and then the trigger; else none."""
+    if not trigger or not all(caption.endswith(trigger) and without(caption, trigger) for caption in captions):
+        return []
+    known = {word for caption in captions for word in caption.lower().replace(",", " ").split()}
+    between = captions[0].removesuffix(trigger)[len(captions[0].removesuffix(trigger).rstrip(" ,")) :]
+    return [f"{subject}{between}{trigger}" for subject in _NEW if subject.split()[-1] not in known]
+
+
+def _spread(things: list[Thing], count: int) -> list[Thing]:
+    """At most `count` of them, evenly spread."""
+    if len(things) <= count:
+        return things
+    return [things[round(at)] for at in np.linspace(0, len(things) - 1, count)]
 
 
 def calibrate(plan: Plan, drawn: Mapping[int, Image.Image], wanted: Sequence[Image.Image]) -> Calibration:
@@ -163,7 +193,7 @@ def calibrate(plan: Plan, drawn: Mapping[int, Image.Image], wanted: Sequence[Ima
     drifts = _drifts(plan, drawn, zero)  # (S, Q)
 
     def curves(prompts: NDArray[np.int64], plain: NDArray[np.int64]) -> tuple[Numbers, Numbers]:
-        apart = np.array([set_distance(row[prompts], truth[prompts], spread) for row in told])
+        apart = np.array([set_distance(row[prompts], truth, spread) for row in told])
         return 1.0 - apart / max(apart[zero], 1e-9), drifts[:, plain].mean(1)
 
     similarity, drift = curves(np.arange(count), np.arange(len(plan.plain)))

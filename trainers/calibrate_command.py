@@ -30,6 +30,10 @@ def calibrate(
     base: Annotated[
         str | None, typer.Option(help="Base model. Default: that of the run the file lies in, else pocket.")
     ] = None,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(help="A prompt with the trigger, in place of new subjects. May be repeated.", show_default=False),
+    ] = None,
     trigger: Annotated[str, typer.Option(help="Trigger word. Default: what all captions share.")] = "",
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the noise.")] = 0,
     steps: Annotated[int, typer.Option(min=1, max=200, help="Sampling steps.")] = 20,
@@ -57,7 +61,7 @@ def calibrate(
         if path and path.exists():
             raise RunFolderError("There is such a file already", str(path), "Choose another name.")
     name, options = base_of_run(lora, BaseOptions()) if base is None else (base, BaseOptions())
-    plan = make_plan(scan_folder(images, trigger=trigger).examples, trigger, seed=seed)
+    plan = make_plan(scan_folder(images, trigger=trigger).examples, trigger, seed=seed, new=prompt or ())
     how = {"base": {"model": name, **asdict(options)}, "steps": steps, "guidance": guidance}
     warm = Warm()
     drawn = _draw(plan.cells(lora), how, warm)

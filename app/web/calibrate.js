@@ -7,7 +7,7 @@ const [WIDTH, HEIGHT, LEFT, BOTTOM] = [640, 260, 44, 34];
 export function makeCalibration({ files }) {
   const file = choice("Checkpoint or LoRA", files.map(([value, label]) => [value, label]), files[0][0]);
   const trouble = el("div");
-  const words = el("p", { class: "subdued", role: "status" }, "Draws some of the folder's captions at seven strengths, with the trigger and without it. Similarity is how far the pictures go from the base to your folder, drift how much prompts without the trigger change.");
+  const words = el("p", { class: "subdued", role: "status" }, "Draws some of the folder's captions, and new subjects, at nine strengths, with the trigger and without it. Similarity is how far the pictures go from the base to your folder, drift how much prompts without the trigger change.");
   const bar = el("progress", { max: 1, value: 0, hidden: true, "aria-label": "Measuring" });
   const cancel = el("button", { type: "button", hidden: true, onclick: () => post(`/calibrations/${current}/cancel`).catch(() => {}) }, "Cancel");
   const form = el("form", { class: "card settings", onsubmit: (event) => (event.preventDefault(), measure()) }, file.node, el("div", { class: "row" }, el("button", { type: "submit", class: "primary" }, "Measure"), cancel), bar, words, trouble);
@@ -34,7 +34,7 @@ export function makeCalibration({ files }) {
 
   function take(found) {
     if (found.total) bar.value = found.done / found.total;
-    words.textContent = { waiting: "Waiting…", loading: "Loading the base model…", drawing: `Drawing ${plural(found.prompts.length, "caption")} and ${plural(found.plain.length, "prompt")} without the trigger.`, done: "Measured.", cancelled: "Cancelled.", failed: "" }[found.state];
+    words.textContent = { waiting: "Waiting…", loading: "Loading the base model…", drawing: `Drawing ${plural(found.prompts.length, "prompt")} with the trigger and ${found.plain.length} without it.`, done: "Measured.", cancelled: "Cancelled.", failed: "" }[found.state];
     if (found.problem) trouble.replaceChildren(errorCard(new Error(found.problem)));
     if (["failed", "cancelled"].includes(found.state)) ended();
     if (found.result) show(found);

@@ -189,7 +189,7 @@ def test_a_calibration_is_measured_shown_and_baked(client: TestClient, tmp_path:
     while len((found := ok(client.get(f"/api/calibrations/{number}")))["result"]["best"]) < 2:
         assert time.monotonic() < end, found
     result = found["result"]
-    assert [point["strength"] for point in result["points"]][0] == 0 and len(result["curve"]) == 61
+    assert result["points"][0]["strength"] == 0 and len(result["curve"]) == 61
     assert result["points"][0]["drift"] == 0 < result["points"][-1]["drift"]
     assert len(result["whole"]) == 2 and client.get(result["best"][0]).status_code == 200
     original = (tmp_path / "runs" / "r1" / "ink.safetensors").read_bytes()
