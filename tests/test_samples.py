@@ -9,14 +9,17 @@ import numpy
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 
 from app.progress import Progress, in_a_sentence
+from tests.command_line import TINY, impasto, read_events, result_of
 from tests.tiny_lora import TEXT, UNET, save_lora
 from tests.tiny_runs import shake, tiny_training
 from trainers import events, outputs
 from trainers.attach import attach_files
 from trainers.console import in_words
 from trainers.families import load_family, recognise_base
+from trainers.formats.hashes import base_file_hashes
 from trainers.generate import Picture, RenderSettings, render, render_latents
 from trainers.outputs import Outputs
 from trainers.run_folder import RunFolder
@@ -121,3 +124,19 @@ def test_a_ladder_encodes_no_text_twice(
     ladder = [Picture("a cat", 1, {name: strength}) for strength in (0.5, 1.0, 1.5)]
     render_latents(model, ladder, RenderSettings(16, 16, steps=3, negative="blurry"))
     assert len(asked) == encoded
+
+
+def test_the_bases_file_is_hashed_once_and_after_the_first_step(
+    pictures: Path, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[int] = []
+
+    def hashes(path: Path) -> tuple[str, str]:
+        steps.append(sum(event["type"] == "step" for event in read_events(tmp_path / "run")))
+        return base_file_hashes(path)
+
+    monkeypatch.setattr("trainers.outputs.base_file_hashes", hashes)
+    assert impasto("train", pictures, "--base", tiny_base, *TINY, "--steps", 3, "-o", tmp_path / "run") == 0
+    assert len(steps) == 1 and steps[0] >= 1
+    with safe_open(result_of(tmp_path / "run"), "pt") as file:
+        assert file.metadata()["ss_new_sd_model_hash"]
