@@ -65,7 +65,7 @@ print(json.dumps([
 def test_a_training_loads_no_compiler_no_peft_and_no_other_models(pictures: Path, tiny_base: Path, tmp_path: Path) -> None:
     code, loaded = run_fresh(_TRAIN, "train", pictures, "-o", tmp_path / "run", "--base", tiny_base, *TINY, "--steps", 2)
     assert code == 0
-    unwanted = (*("peft", "gradio", "fastapi", "datasets", "torchvision", "sympy"), *("torch._inductor", "torch._dynamo.eval_frame"))
+    unwanted = (*("peft", "gradio", "fastapi", "datasets", "torchvision"), *("torch._inductor", "torch._dynamo.eval_frame"))
     assert [name for name in unwanted if name in loaded] == []
     assert [name for name in loaded if name.startswith("diffusers.models.") and ("flux" in name or "tiny" in name)] == []
     assert "diffusers.models.unets.unet_2d_condition" in loaded and "transformers.models.clip.modeling_clip" in loaded
@@ -90,3 +90,15 @@ def test_the_proof_has_peft_after_all(pictures: Path, tiny_base: Path, tmp_path:
     code, loaded = run_fresh(_TRAIN, "train", pictures, "-o", tmp_path / "run", "--base", tiny_base, *words)
     assert code == 0 and "peft.peft_model" in loaded
     assert json.loads(RunFolder(tmp_path / "run").proof.read_text(encoding="utf-8"))["ok"]
+
+
+def test_no_tensors_spread_over_machines_and_no_algebra_are_imported() -> None:
+    code = """
+import json, sys
+from trainers.families.lean import library
+library()
+from transformers.utils import is_torch_distributed_available
+print(json.dumps([*(name in sys.modules for name in ("torch.distributed.tensor", "sympy")), is_torch_distributed_available()]))
+"""
+    *loaded, available = run_fresh(code)
+    assert loaded == [False, False] and available, "transformers is told the truth again afterwards"
