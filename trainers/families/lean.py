@@ -178,7 +178,11 @@ class _PeftItself(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return spec
 
     def exec_module(self, module: Any) -> None:
-        """Runs peft as if this had never been."""
+        """Runs peft as if this had never been. It counts on tensors that transformers imports elsewhere."""
+        import torch.distributed
+
+        if torch.distributed.is_available():
+            importlib.import_module("torch.distributed.tensor")
         if isinstance(sys.modules.get(_PEFT), _InPlaceOfPeft):
             del sys.modules[_PEFT]
         sys.meta_path.remove(self)
