@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from app.processes import Process, is_alive
 from tests.browser.test_window_journey import SAMPLE, shot
 
 RECIPE = {
@@ -60,6 +66,17 @@ def at_work(page: Any) -> str:
     raise AssertionError(ask(page, "GET", "/runs"))
 
 
+@pytest.fixture
+def no_trainer_left(own_window: Any) -> Iterator[None]:
+    """A training outlives its window, and a test that fails must not leave one behind."""
+    yield
+    for note in Path(own_window.home).glob("runs/*/process.json"):
+        process = Process(**json.loads(note.read_text()))
+        if is_alive(process):
+            os.kill(process.pid, signal.SIGTERM)
+
+
+@pytest.mark.usefixtures("no_trainer_left")
 def test_a_queue_outlives_the_window(own_window: Any, page: Any) -> None:
     page.goto(own_window.url)
     page.get_by_role("button", name="New LoRA", exact=True).wait_for()
