@@ -24,7 +24,7 @@ def save_tiny_blip(folder: Path) -> Path:
     tokenizer = _tokenizer(folder)
     text = {
         **{"vocab_size": len(WORDS), "hidden_size": 16, "encoder_hidden_size": 16, "intermediate_size": 16},
-        **{"num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 32, "projection_dim": 16},
+        **{"num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 128, "projection_dim": 16},
         **{"bos_token_id": 5, "eos_token_id": 3, "sep_token_id": 3, "pad_token_id": 0, "initializer_range": 1.0},
     }
     vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -45,7 +45,7 @@ def save_tiny_encoder_decoder(folder: Path) -> Path:
     vision = ViTConfig(
         hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=16
     )
-    text = GPT2Config(vocab_size=len(WORDS), n_embd=16, n_layer=2, n_head=2, n_positions=32, initializer_range=1.0)
+    text = GPT2Config(vocab_size=len(WORDS), n_embd=16, n_layer=2, n_head=2, n_positions=128, initializer_range=1.0)
     torch.manual_seed(3)
     config = VisionEncoderDecoderConfig.from_encoder_decoder_configs(vision, text)
     config.decoder_start_token_id, config.pad_token_id, config.eos_token_id = 2, 0, 3

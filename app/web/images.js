@@ -165,9 +165,9 @@ function makeScreen(room, project) {
     const pick = el("input", { type: "checkbox", "aria-label": `Select ${image.rel}`, onchange: drawBulk });
     const out = el("button", { type: "button", class: "quiet small", onclick: () => exclude({ [image.rel]: !image.excluded }) });
     const node = el("article", { class: "picture" },
-      el("label", { class: "thumb" }, pick, el("img", { src: `${image.thumb}&w=192`, alt: image.rel, loading: "lazy", decoding: "async", draggable: false }), tools.crop(image)),
+      el("label", { class: "thumb" }, pick, el("img", { src: `${image.thumb}&w=192`, alt: image.rel, loading: "lazy", decoding: "async", draggable: false }), tools.crop(image), el("button", { type: "button", class: "small view", "aria-label": `View ${image.rel}`, onclick: () => tools.view(image) }, "View")),
       el("div", { class: "row name" }, el("span", { title: image.rel }, image.rel.split("/").pop()), mark),
-      text, cut, el("div", { class: "row under" }, count, el("button", { type: "button", class: "quiet small", "aria-label": `View ${image.rel}`, onclick: () => tools.view(image) }, "View"), out), badges, fault);
+      text, cut, el("div", { class: "row under" }, count, out), badges, fault);
     text.addEventListener("input", () => (mark.textContent = "unsaved"));
     text.addEventListener("change", () => (saving = Promise.all([saving, save()])));
     async function save() {

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from tests.browser.conftest import PATIENCE
 from tests.browser.test_images import new_project, use_folder
-from tests.tiny_captioners import save_tiny_encoder_decoder
+from tests.tiny_captioners import save_tiny_blip
 from trainers.dataset.edits import read_edits
 
 
@@ -121,7 +122,7 @@ def test_a_copy_is_left_out_and_captions_of_a_model_are_taken_after_a_look(windo
     folder = oblong(tmp_path / "copies")
     (folder / "4.png").write_bytes((folder / "2.png").read_bytes())
     (folder / "1.txt").unlink()
-    model = save_tiny_encoder_decoder(tmp_path / "captioner")
+    model = save_tiny_blip(tmp_path / "captioner")
     new_project(page, window.url)
     use_folder(page, folder)
     page.locator(".picture").nth(4).wait_for()
@@ -136,10 +137,11 @@ def test_a_copy_is_left_out_and_captions_of_a_model_are_taken_after_a_look(windo
 
     page.get_by_role("button", name="Write captions").click()
     page.get_by_label("Captioning model").fill(str(model))
+    page.get_by_label("Prompt for the model").fill("a photo of")
     page.locator("form.describe").get_by_role("button", name="Write captions").click()
-    page.get_by_role("button", name="Take 1 caption").wait_for(timeout=180_000)
+    page.get_by_role("button", name="Take 1 caption").wait_for(timeout=2 * PATIENCE)
     field = page.get_by_label("New caption of 1.png")
-    assert field.input_value()
+    assert field.input_value().startswith("a photo of ")
     assert page.get_by_label("Caption of 1.png", exact=True).input_value() == ""
     field.fill("corrected by hand")
     shoot(page, "describe")
