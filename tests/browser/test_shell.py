@@ -86,7 +86,8 @@ def test_a_new_lora_is_one_key_away_and_the_steps_are_links(window: Any, page: A
         assert page.locator(".screen:visible").get_attribute("id") == f"screen-{name}"
         assert page.locator(".steps [aria-current]").text_content() == name.capitalize()
     page.go_back()
-    page.wait_for_function("document.body.dataset.screen === 'train'")
+    page.wait_for_function("s => document.body.dataset.screen === s", arg=SCREENS[-2])
+    page.get_by_role("navigation", name="Steps").get_by_role("link", name="Train", exact=True).press("Enter")
     page.get_by_role("heading", name="Nothing has been trained yet").wait_for()
 
 
