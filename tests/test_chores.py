@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.asked_worker import kinds, run
+from tests.asked_worker import kinds, run, wait_for
 from tests.tiny_lora import TEXT, UNET, UNET_OUT, save_lora
 from tests.tools.mergeable import MIXED, save_adapter
 from trainers.adapters.inject import find_layers
@@ -16,6 +18,7 @@ from trainers.adapters.plan import block_of
 from trainers.families import load_family, recognise_base
 from trainers.formats import read_adapter, read_without_base
 from trainers.warm import Warm
+from trainers.worker import serve
 
 
 def weigh(base: Path, lora: Path, folder: Path, number: int = 1) -> dict[str, Any]:
@@ -71,3 +74,19 @@ def test_a_blend_is_exported_as_one_file(tmp_path: Path) -> None:
     last = run(request)[-1]
     assert last["event"] == "failed" and "already" in last["what"]
     assert run({**request, "loras": []})[-1]["event"] == "failed"
+
+
+def test_a_chore_is_done_although_a_picture_replaces_those_before_it(tiny_base: Path, tmp_path: Path) -> None:
+    file = save_lora(tmp_path / "a.safetensors", UNET)
+    how = {"prompt": "a", "seed": 1, "width": 32, "height": 32, "strengths": [0.0], "folder": str(tmp_path), "replaces": True}
+    told: list[dict[str, Any]] = []
+
+    def lines() -> Iterator[bytes]:
+        yield json.dumps({"do": "render", "id": 1, "base": str(tiny_base), "steps": 500, **how}).encode()
+        wait_for(told, 1, "step")
+        yield json.dumps(weigh(tiny_base, file, tmp_path, 2)).encode()
+        yield json.dumps({"do": "render", "id": 3, "base": str(tiny_base), "steps": 1, **how}).encode()
+        wait_for(told, 3, "done")
+
+    serve(lines(), told.append, Warm())
+    assert (kinds(told, 1)[-1], kinds(told, 2)[-2:], kinds(told, 3)[-1]) == ("cancelled", ["answer", "done"], "done")

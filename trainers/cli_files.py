@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from trainers.adapters.plan import Strengths
 from trainers.families.facts import BaseOptions
 
 Adapter = Annotated[Path, typer.Argument(metavar="FILE", help="A LoRA file (.safetensors).", show_default=False)]
@@ -48,6 +49,18 @@ def convert(
     typer.echo(f"{done}: {output}")
 
 
+def _blended(blend: str) -> list[tuple[Path, Strengths]]:
+    """The LoRAs of a blend, given by its name or as a file. Raises SettingError."""
+    from trainers.blend import blend_file, read_blend
+    from trainers.run_folder import home_folder
+
+    if not blend:
+        return []
+    home = home_folder()
+    file = Path(blend) if blend.endswith(".toml") else blend_file(home, blend)
+    return [(Path(lora.path), lora.strengths) for lora in read_blend(file, home).loras]
+
+
 def merge(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="OUT.safetensors; with --base also a folder to make.", show_default=False)
@@ -79,23 +92,16 @@ def merge(
     One file alone is baked, or one blend: its strengths become 1. With --base, OUT.safetensors is a single file as other
     programs read it, and any other name a folder in diffusers layout.
     """
-    from trainers.adapters.plan import Strengths
-    from trainers.blend import blend_file, read_blend
     from trainers.draw import parse_lora
     from trainers.errors import SettingError
     from trainers.families import BaseOptions, recognise_base
-    from trainers.run_folder import home_folder
     from trainers.tools.merge import merge_adapters
     from trainers.tools.merge_base import merge_into_base
 
     def tell(remark: str) -> None:
         typer.echo(remark, err=True)
 
-    inputs: list[tuple[Path, float | Strengths]] = [*map(parse_lora, files or [])]
-    if blend:
-        home = home_folder()
-        file = Path(blend) if blend.endswith(".toml") else blend_file(home, blend)
-        inputs += [(Path(lora.path), lora.strengths) for lora in read_blend(file, home).loras]
+    inputs: list[tuple[Path, float | Strengths]] = [*map(parse_lora, files or []), *_blended(blend)]
     if base is None:
         if not inputs or vae or prediction_type != "auto":
             raise SettingError(

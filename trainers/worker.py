@@ -3,7 +3,7 @@
 `python -P -m trainers.worker` reads requests from stdin and writes events to stdout; all else that prints goes to stderr.
 
 `{"do": "render", "id": 1, ...}` with the fields of RenderRequest draws; `{"do": "cancel", "id": 1}` abandons that again.
-A render that says `"replaces": true` cancels all unfinished ones before it. The events of a request are `loading` (only
+A render that says `"replaces": true` cancels all unfinished renders before it. The events of a request are `loading` (only
 when something must be read), `step` with done and total (sampling steps of all its pictures), `picture` with cell (its
 number, from 0), strength (its first LoRA's) and path, and one last of `done`, `cancelled`, or `failed` with what, where and
 hint. `weigh` and `export`, with the fields of their requests, tell one `answer` before their last. The end of stdin ends the
@@ -61,6 +61,7 @@ Waiting = queue.SimpleQueue[tuple[Request, threading.Event] | None]
 def read_requests(lines: Iterable[bytes], waiting: Waiting, tell: Tell) -> None:
     """Takes every line in, while pictures are drawn, until there are no more; then abandons all. A bad one is told."""
     unfinished: dict[int, threading.Event] = {}
+    drawings: set[int] = set()
     try:
         for line in lines:
             message: Any = None
@@ -74,8 +75,11 @@ def read_requests(lines: Iterable[bytes], waiting: Waiting, tell: Tell) -> None:
                 continue
             unfinished = {number: over for number, over in unfinished.items() if not over.is_set()}
             for number, over in unfinished.items():
-                if number == request or (isinstance(request, RenderRequest) and request.replaces):
+                replaced = isinstance(request, RenderRequest) and request.replaces and number in drawings
+                if number == request or replaced:
                     over.set()
+            if isinstance(request, RenderRequest):
+                drawings.add(request.id)
             if not isinstance(request, int):
                 unfinished[request.id] = threading.Event()
                 waiting.put((request, unfinished[request.id]))
