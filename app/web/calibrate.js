@@ -48,7 +48,7 @@ export function makeCalibration({ files }) {
     const bake = el("button", { type: "button", onclick: () => baking(bake) }, `Bake ${result.suggested.toFixed(2)} in, so that it becomes 1`);
     view.hidden = false;
     view.replaceChildren(el("h2", {}, result.words), chart(result), el("p", { class: "subdued" }, "Solid: similarity. Dashed: drift. Dots are measured, lines fitted; the suggestion is the highest point of similarity less a tenth of drift."),
-      el("div", { class: "side-by-side" }, pictures), el("div", { class: "row" }, bake));
+      el("div", { class: "side-by-side" }, pictures), el("div", { class: "row" }, result.suggested > 0 && bake));
     // The pictures at the suggested strength come a little later.
     if (result.best.length < result.whole.length || !result.whole.length) setTimeout(() => current && again(), 700);
   }

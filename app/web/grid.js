@@ -106,6 +106,7 @@ export function makeGrid({ project, files, defaults, start }) {
     tell(trouble, null);
     tools.hidden = true;
     looked.replaceChildren();
+    table.replaceChildren();
     chosen = [];
     try {
       current = (await post("/grids", readForm())).id;
