@@ -49,7 +49,11 @@ def explain_each(error: ValidationError, known: list[str]) -> list[Problem]:
 def _explain(first: Mapping[str, Any], known: list[str]) -> Problem:
     # A discriminated union puts the chosen type into the location: optimizer.adamw.learning_rate.
     parts = [str(part) for part in first["loc"]]
-    where = next((name for name in (".".join(parts), ".".join(parts[:1] + parts[2:])) if name in known), ".".join(parts))
+    if len(parts) > 2 and f"{parts[0]}.type" in known:
+        del parts[1]
+    while len(parts) > 1 and parts[-1].isdecimal():  # the place in a list
+        del parts[-1]
+    where = ".".join(parts)
     if first["type"] == "extra_forbidden":
         name = where.split(".")[-1]
         near = [k for k in known if k.split(".")[-1] == name][:1] or difflib.get_close_matches(where, known, n=1)
