@@ -32,7 +32,7 @@ PHRASES = {
     "assets/samples/": "three folders to try: blackcut, inkline, bluebot",
     "assets/licenses/": "licence texts of what ships",
     "assets/NOTICE.md": "where each asset comes from, and its licence",
-    "assets/strip.png": "the picture above",
+    "assets/strip.webp": "the picture above",
     "assets/window/": "pictures of the window",
     "tests/": "mirrors app and trainers",
     "CHANGELOG.md": "what changed",

@@ -275,7 +275,7 @@ def write_tokenizer(work: Path, folder: Path) -> None:
     signs = byte_signs()
     words = [*signs, *(f"{sign}</w>" for sign in signs), *("".join(merge.split()) for merge in merges), START, END]
     folder.mkdir(parents=True, exist_ok=True)
-    vocabulary = json.dumps({word: number for number, word in enumerate(words)}, ensure_ascii=False)
+    vocabulary = json.dumps({word: number for number, word in enumerate(words)}, ensure_ascii=False, separators=(",", ":"))
     (folder / "vocab.json").write_text(vocabulary, encoding="utf-8")
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
     settings = {
