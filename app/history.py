@@ -83,12 +83,13 @@ def change(
     project: Project,
     scanner: Scanner,
     label: str,
-    captions: Mapping[str, str] | None = None,
+    captions: Mapping[str, str | None] | None = None,
     excluded: Mapping[str, bool] | None = None,
     crops: Mapping[str, Crop | None] | None = None,
 ) -> Step:
     """Changes pictures as one step, which can be taken back. What could have been done again is forgotten.
 
+    A caption of None is the one beside the picture, without an edit, in a folder that the person named.
     Raises Refusal, with nothing changed, for a picture that is not there and a text that is no caption.
     """
     with _stepping:
@@ -97,7 +98,7 @@ def change(
         edits = look.edits
         step = Step(
             label[:200],
-            _differing(plan_captions(project, look, captions or {})),
+            _differing(_planned(project, look, captions or {})),
             _differing({name: (name in edits.excluded, out) for name, out in (excluded or {}).items()}),
             _differing({name: (edits.crops.get(name), crop) for name, crop in (crops or {}).items()}),
         )
@@ -111,6 +112,16 @@ def change(
             _lay(project, look, step, step.names, 1)
             _set_position(project, at + 1)
         return step
+
+
+def _planned(project: Project, look: Look, captions: Mapping[str, str | None]) -> dict[str, tuple[Written, Written]]:
+    plain = [name for name, text in captions.items() if text is None]
+    check_names(look, dict.fromkeys(plain))
+    planned = plan_captions(project, look, {name: text for name, text in captions.items() if text is not None})
+    for name in plain:
+        before = find_written(project, look, name)
+        planned[name] = before, Written(None, before.file)
+    return planned
 
 
 def undo(project: Project, scanner: Scanner) -> Stepped:

@@ -7,19 +7,17 @@ captions, crops and what is left out, never a picture: one that has gone stays a
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from app.captions import save_captions
+from app.history import change
 from app.planning import take_edits
-from app.projects import Project, change_edits, load_edits
+from app.projects import Project
 from app.refusals import NOT_FOUND, Refusal
-from app.scanning import Look, Scanner
-from trainers.dataset.edits import Edits, write_edits
+from app.scanning import Scanner
+from trainers.dataset.edits import Edits
 from trainers.dataset.versions import Changes, Version, compare_versions, name_version, read_version, write_version
 from trainers.errors import DatasetError
 from trainers.files import write_atomically
@@ -96,31 +94,23 @@ def go_back(project: Project, scanner: Scanner, name: str) -> WentBack:
     there = look.examples.keys()
     own = sorted(version.pictures.keys() & there)
     excluded = set(version.edits.get("excluded", ())) | (there - version.pictures.keys())
-    _lay_captions(project, scanner, look, {name: version.captions.get(name, "") for name in own})
-    change_edits(project, {}, {name: name in excluded for name in there})
-    _lay_other_parts(project, version, set(there))
+    crops = version.edits.get("crops") or {}
+    now = {name: one.caption if one.caption_source == "file" else "" for name, one in look.examples.items()}
+    captions: dict[str, str | None] = {name: text for name in own if now[name] != (text := version.captions.get(name, ""))}
+    if not project.is_own:  # where a file beside the picture says the same, no edit is left
+        beside = scanner.beside(project)
+        captions |= {name: None for name in own if beside.get(name) == version.captions.get(name, "")}
+    change(  # one step, as all that a person does to pictures, so that it is taken back among them
+        project,
+        scanner,
+        "back to a version",
+        captions=captions,
+        excluded={name: name in excluded for name in there},
+        crops={name: tuple(crops[name]) if name in crops else None for name in there},
+    )
     same = {name for name in own if look.examples[name].sha256 == version.pictures[name]}
     new = there - version.pictures.keys() - look.edits.excluded
     return WentBack(before, tuple(sorted(version.pictures.keys() - same)), tuple(sorted(new)))
-
-
-def _lay_captions(project: Project, scanner: Scanner, look: Look, captions: dict[str, str]) -> None:
-    """Changes the captions that are other ones; where a file beside the picture says the same, no edit is left."""
-    now = {name: one.caption if one.caption_source == "file" else "" for name, one in look.examples.items()}
-    save_captions(project, look, {name: text for name, text in captions.items() if now[name] != text})
-    beside = scanner.beside(project)
-    change_edits(project, {name: None for name, text in captions.items() if beside.get(name) == text}, {})
-
-
-def _lay_other_parts(project: Project, version: Version, there: set[str]) -> None:
-    """Whatever else a file of edits holds by picture."""
-    values: dict[str, Any] = json.loads(write_edits(load_edits(project)))
-    kept = {kind: values[kind] for kind in ("captions", "excluded")}
-    parts = {kind: part for kind, part in version.edits.items() if kind not in kept}
-    for kind, part in parts.items():
-        kept[kind] = {name: value for name, value in part.items() if name in there} if isinstance(part, dict) else part
-    if kept != values:
-        write_atomically(project.edits_file, json.dumps(kept, ensure_ascii=False, indent=1).encode("utf-8", "replace"))
 
 
 def _present(project: Project, scanner: Scanner, edits: Edits | None = None) -> bytes:

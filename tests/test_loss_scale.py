@@ -82,6 +82,9 @@ class Lighter:
         for batch in self._batches.step(step):
             yield replace(batch, weights=batch.weights * self._weight)
 
+    def make_ready(self, step: int) -> None:
+        """Nothing is made ahead."""
+
 
 def test_masters_and_optimizer_are_float32_over_a_half_precision_base(start: Any) -> None:
     training = start(*FP16)

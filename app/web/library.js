@@ -9,6 +9,7 @@ export function makeLibrary({ family, add, has }) {
   let cards = [];
   let all = new Map();
   let timer = 0;
+  let asked = 0;
   const trouble = el("div");
   const search = el("input", { type: "search", "aria-label": "Search the library", placeholder: "Search: name, trigger word, family, metadata", oninput: () => { clearTimeout(timer); timer = setTimeout(look, 200); } });
   const file = el("input", { type: "file", multiple: true, accept: ".safetensors,.png,.zip", hidden: true, "aria-label": "LoRA files", onchange: () => (bring([...file.files].map((one) => ({ file: one, path: one.name })), []), (file.value = "")) });
@@ -20,8 +21,9 @@ export function makeLibrary({ family, add, has }) {
   const endDrops = takeDrops((files, unread) => bring(files, unread));
 
   async function look() {
+    const turn = ++asked;
     const found = await get(`/library?q=${encodeURIComponent(search.value)}`).catch((error) => (tell(trouble, error), null));
-    if (!found) return;
+    if (!found || turn !== asked) return; // an answer that a later one has overtaken
     cards = found.cards;
     all = new Map([...(search.value ? all : []), ...cards.map((card) => [card.key, card])]);
     told.textContent = found.total

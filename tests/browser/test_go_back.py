@@ -39,7 +39,7 @@ def test_a_version_is_gone_back_to_and_a_mask_is_seen(window: Any, page: Any, pi
     shot(page, "versions")
     page.get_by_role("button", name="Go back to this version").click()
     page.wait_for_function("text => document.querySelector('.picture textarea').value === text", arg=was)
-    page.get_by_role("button", name="Undo").click()
+    page.locator(".toast").get_by_role("button", name="Undo").click()
     page.wait_for_function("() => document.querySelector('.picture textarea').value === 'other words'")
     page.get_by_text("What changed").first.click()
     veil.wait_for()
