@@ -197,3 +197,12 @@ def test_what_a_kill_after_the_state_has_prevented_is_made_up(
     for folder in ("samples", "checkpoints"):
         made, whole = ({path.name for path in (tmp_path / name / folder).iterdir()} for name in ("run", "whole"))
         assert made == whole, folder
+
+
+def test_another_type_of_adapter_or_optimizer_is_named_although_its_shapes_are_the_same(
+    stopped: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change(stopped, 'type = "lora"', 'type = "additive"')
+    change(stopped, 'init = "gaussian"\n', "")
+    assert impasto("resume", stopped) != 0
+    assert "adapter.type" in "".join(capsys.readouterr())

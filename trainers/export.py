@@ -78,13 +78,6 @@ def _own_facts(exported: Exported, config: TrainConfig) -> dict[str, str]:
     return facts | {"ss_network_module": "lycoris.kohya", "ss_network_args": json.dumps(algorithm)}
 
 
-def weight_of(model: DiffusionModel, name: str) -> torch.Tensor:
-    """The frozen weight of a layer, with an adapter beside it or without."""
-    layer: Any = find_layers(model.parts())[name]
-    weight: torch.Tensor = layer.weight
-    return weight
-
-
 def trained_modules(
     flat: FlatParameters, weights: torch.Tensor, plans: list[LayerPlan], config: TrainConfig, model: DiffusionModel
 ) -> Exported:
@@ -94,6 +87,7 @@ def trained_modules(
     """
     kind, factors = config.adapter.trained, flat.split(weights.detach())
     modules, away, size = {}, 0.0, 0.0
+    layers: Any = find_layers(model.parts())
     for plan in plans:
         known = {**factors[plan.name], **flat.constants.get(plan.name, {})}
         name, own, scale = kind.exported({part: tensor.cpu().contiguous() for part, tensor in known.items()}, plan.scale)
@@ -101,7 +95,7 @@ def trained_modules(
         rank = kind.file_rank(plan.rank)
         # What lies in its file as a difference of large parts is factored anew: see adapters/symmetric.py.
         if config.output.kind == "plain" if name != "lora" else module.rank > plan.rank:
-            base = weight_of(model, plan.name).detach().float().cpu() if module.needs_base else None
+            base = layers[plan.name].weight.detach().float().cpu() if module.needs_base else None
             most, within = (rank, 0.0) if rank else (config.output.most_rank, NEAR)
             plain, error = to_lora(plan.name, module, most, base, within)
             length = plain.delta_norm() or 0.0

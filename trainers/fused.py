@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,11 +24,17 @@ _GROUP_NORM_BACKWARD = torch.ops.aten.native_group_norm_backward
 
 @functools.cache
 def _triton_kernels() -> Any:
-    """The module of kernels for NVIDIA GPUs, or None where there is no Triton, as on Windows."""
+    """The module of kernels for NVIDIA GPUs; None where there is no Triton, as on Windows, or where it cannot make them.
+
+    It needs a C compiler and a GPU that it knows: a first small one is made to see.
+    """
     try:
-        return importlib.import_module("trainers.fused_gpu")
-    except ImportError:
+        kernels = importlib.import_module("trainers.fused_gpu")
+        kernels.gate(torch.zeros(1, 2, device="cuda"))
+    except Exception as error:  # whatever it is, PyTorch's own operations do as well
+        logging.getLogger("impasto").info("no kernels by Triton: %s", str(error).splitlines()[:1])
         return None
+    return kernels
 
 
 def gpu_kernels(states: torch.Tensor) -> Any:

@@ -57,7 +57,9 @@ class StateKeeper:
             "layout": _layout(training),
         }
         optimizer = training.optimizer.state_dict()
-        state = TrainingState(training.step, training.flat.weights, training.mean, optimizer, facts)
+        flat = training.flat
+        kept = {layer: {name: own[name] for name in flat.kept} for layer, own in flat.constants.items()} if flat.kept else {}
+        state = TrainingState(training.step, flat.weights, training.mean, optimizer, facts, kept)
         save_state(self._run, state, training.good)
 
     def save_if_older(self, ahead: float) -> None:
@@ -96,6 +98,9 @@ def put_back(training: Training, state: TrainingState) -> None:
     training.loss_scale = training.loss_scale.as_in(state.facts)
     with torch.no_grad():
         training.flat.weights.copy_(state.weights)
+        for layer, constants in state.constants.items():
+            for name, constant in constants.items():
+                training.flat.constants[layer][name].copy_(constant)
         if training.mean is not None and state.mean is not None:
             training.mean.copy_(state.mean)
     training.optimizer.load_state_dict(_copied(state.optimizer))

@@ -261,6 +261,9 @@ def make_manifest(
         "train": {"save_state_seconds", "checkpointing", "recoveries", "recording", "fit"},
     }
     settings = config.model_dump(mode="json", exclude_defaults=True, exclude=free)
+    for group, usual in (("adapter", "lora"), ("optimizer", "adamw")):  # a type is its own settings' default
+        if (kind := getattr(config, group).type) != usual:
+            settings[group] = {**settings.get(group, {}), "type": kind}
     started: dict[str, Any] = {"start_from": {"LoRA": start.sha256}} if start else {}
     if config.prior.folder:
         started["prior"] = {example.name: example.sha256 for example in planned_prior(config, Path(), 0)}

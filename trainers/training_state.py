@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,7 @@ class TrainingState:
     mean: torch.Tensor | None
     optimizer: dict[str, Any]
     facts: dict[str, Any]  # what must be set again to go on alike: kernels, seconds trained, loss scale, how often it went back
+    constants: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)  # by layer, what its type keeps beside factors
 
 
 def save_state(run: RunFolder, state: TrainingState, good: TrainingState | None = None) -> None:
@@ -84,7 +85,8 @@ def _write(path: Path, state: TrainingState) -> None:
         tensors["mean"] = state.mean
     plain = _take_tensors("optimizer", state.optimizer, tensors)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    values = json.dumps({"step": state.step, "optimizer": plain, "facts": state.facts})
+    constants = _take_tensors("constants", state.constants, tensors)
+    values = json.dumps({"step": state.step, "optimizer": plain, "constants": constants, "facts": state.facts})
     metadata = {"state": values, "sha256": _checksum(values, tensors)}
     write_atomically(path, save(tensors, metadata))
 
@@ -128,6 +130,7 @@ def _read(path: Path) -> TrainingState | None:
         tensors.get("mean"),
         _put_tensors(values["optimizer"], tensors),
         values["facts"],
+        _put_tensors(values["constants"], tensors) if "constants" in values else {},
     )
 
 

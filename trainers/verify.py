@@ -172,7 +172,8 @@ def read_trained(
     if weights.numel() != flat.weights.numel():
         return None
     for plan in plans:
-        flat.constants[plan.name] = start_of(plan, kind, config.train.seed, layers[plan.name]).constants
+        started = start_of(plan, kind, config.train.seed, layers[plan.name])
+        flat.constants[plan.name] = started.constants | state.constants.get(plan.name, {})
     return trained_modules(flat, weights, plans, config, model).modules
 
 

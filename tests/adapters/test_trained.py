@@ -11,7 +11,9 @@ from torch.nn import functional as F
 
 from trainers.adapters import ADAPTERS, AdapterConfig
 from trainers.adapters.base import Started
+from trainers.adapters.inject import inject_trainable
 from trainers.adapters.layer import AdaptedLayer, Adapter
+from trainers.adapters.plan import LayerPlan
 from trainers.formats.plain import to_lora
 from trainers.formats.weights import ModuleWeights
 from trainers.objective import generator_for
@@ -201,3 +203,24 @@ def test_an_additive_delta_is_the_articles_sum() -> None:
         tall[row, row % RANK] = 1
     wanted = SCALE * (factors["up"] @ wide + tall @ factors["down"])
     torch.testing.assert_close(KINDS["additive"].delta(factors, SCALE), wanted, rtol=1e-12, atol=1e-12)
+
+
+@every_kind
+def test_over_a_base_in_16_bits_small_changes_are_learnt(kind: Any) -> None:
+    """What is added to a bfloat16 layer after a small step is right to a few per cent of itself, and nothing before it."""
+    layer, _ = frozen_layer(SHAPES["wide linear"])
+    layer = layer.to(torch.bfloat16)
+    root = nn.ModuleDict({"layer": layer})
+    plans = [LayerPlan("unet.layer", RANK, SCALE, "unet")]
+    flat = inject_trainable({"unet": root}, plans, kind, 0, torch.device("cpu"))
+    x = torch.randn(64, 64, generator=torch.Generator().manual_seed(2)).to(torch.bfloat16)
+    stand_in: Any = root["layer"]
+    with flat.working(torch.bfloat16), torch.no_grad():
+        assert torch.equal(stand_in(x), layer(x))
+    with torch.no_grad():
+        flat.weights.add_(1e-3 * torch.randn(flat.weights.shape, generator=torch.Generator().manual_seed(3)))
+    known = {**{part: view.detach() for part, view in flat.views["unet.layer"].items()}, **flat.constants["unet.layer"]}
+    wanted = x.double() @ kind.delta(known, SCALE, layer.weight).T
+    with flat.working(torch.bfloat16), torch.no_grad():
+        found = kind.forward(layer, x, flat.used["unet.layer"], stand_in.adapters["trained"].scale).double()
+    assert float((found - wanted).norm() / wanted.norm()) < 0.05

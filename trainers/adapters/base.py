@@ -72,7 +72,9 @@ class Started:
 class Trained(Protocol):
     """What of a type is trained: `settings.trained`. Files know it as one of the table ADAPTERS, which `exported` names.
 
-    `forward` and `delta` as of AdapterKind, with the constants among the factors.
+    `forward` and `delta` as of AdapterKind, with the constants among the factors. A type may name, as `exact`, factors that
+    stay float32 over a base in 16 bits, and as `kept`, constants that a training state holds: those that are made of the
+    weight, which a run that goes on may have in fewer bits.
     """
 
     def factor_shapes(self, weight: tuple[int, ...], rank: int) -> dict[str, tuple[int, ...]]:

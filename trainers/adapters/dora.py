@@ -124,6 +124,9 @@ class TrainedDora:
     three small products and never from the matrix: ||W||^2 + 2 s B . (W A^T) + s^2 (B A A^T) . B, row by row.
     """
 
+    exact = (MAGNITUDE,)
+    """In 16 bits a gain near 1 would hardly ever move."""
+
     def factor_shapes(self, weight: tuple[int, ...], rank: int) -> dict[str, tuple[int, ...]]:
         """Those of LoRA, and one magnitude for each output."""
         return {**LORA.factor_shapes(weight, rank), MAGNITUDE: (weight[0], *(1 for _ in weight[1:]))}

@@ -35,6 +35,8 @@ class FlatParameters:
     shapes: dict[str, dict[str, tuple[int, slice, tuple[int, ...]]]]
     used: dict[str, dict[str, torch.Tensor]]  # what the layers compute with: the views, or within `working` their copies
     constants: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)  # what they compute with beside them, by layer
+    exact: tuple[str, ...] = ()  # factors that stay float32 within `working`
+    kept: tuple[str, ...] = ()  # constants that a training state holds, as they cannot be made again from another weight
 
     def parameters(self, group: str, as_views: bool) -> list[nn.Parameter]:
         """What an optimizer gets for `group`: its factors as matrices, or one flat parameter that shares their memory."""
@@ -54,14 +56,18 @@ class FlatParameters:
     def working(self, dtype: torch.dtype) -> Iterator[None]:
         """Within, the layers compute with copies of the factors in `dtype`, whose gradients one backward pass adds up.
 
+        Factors of which small differences matter, as their type says, stay float32.
+
         One cast of the whole buffer on the way there; on the way back one concatenation, one cast and one sum.
         """
         leaf = nn.Parameter(self.weights)
         leaf.grad = self.gradient
         places = [(layer, factor, shape) for layer, factors in self.shapes.items() for factor, (_, _, shape) in factors.items()]
-        pieces = leaf.to(dtype).split([math.prod(shape) for _, _, shape in places])  # type: ignore[no-untyped-call]
-        for (layer, factor, shape), piece in zip(places, pieces, strict=True):
-            self.used[layer][factor] = piece.view(shape)
+        sizes = [math.prod(shape) for _, _, shape in places]
+        pieces = leaf.to(dtype).split(sizes)  # type: ignore[no-untyped-call]
+        exact = leaf.split(sizes) if self.exact else pieces  # type: ignore[no-untyped-call]
+        for (layer, factor, shape), *piece in zip(places, pieces, exact, strict=True):
+            self.used[layer][factor] = piece[factor in self.exact].view(shape)
         try:
             yield
         finally:
@@ -102,7 +108,9 @@ def lay_out(
             view = nn.Parameter(weights[place].view(shape))
             view.grad = gradient[place].view(shape)  # autograd then adds into the flat gradient in place
             views[layer][factor] = view
-    return FlatParameters(weights, gradient, groups, views, shapes, {layer: dict(factors) for layer, factors in views.items()})
+    used: dict[str, dict[str, torch.Tensor]] = {layer: dict(factors) for layer, factors in views.items()}
+    exact, kept = (tuple(getattr(kind, name, ())) for name in ("exact", "kept"))
+    return FlatParameters(weights, gradient, groups, views, shapes, used, exact=exact, kept=kept)
 
 
 def find_layers(parts: Mapping[str, nn.Module]) -> dict[str, nn.Module]:

@@ -1,7 +1,8 @@
 """A LoRA whose factors both start non-zero (Su Jianlin, kexue.fm/archives/9590): W = W0 + s (B A - B0 A0).
 
-The start's own part is taken away again, so that step 0 is the base; both parts are computed alike, so that it is so to the
-bit, and W0 is never rewritten. Both factors learn from the first step on, where plain LoRA's A has no gradient yet.
+The start's own part is taken away again, so that step 0 is the base; it is computed by the differences to the start, so
+that this is so to the bit, and W0 is never rewritten. Both factors learn from the first step on, where plain LoRA's A has
+no gradient yet.
 
 symmetric  A0 and B0 Gaussian, of variance 1 / in and 1 / out
 pissa      s B0 A0 is the best approximation of W0 of this rank (arXiv 2404.02948)
@@ -21,11 +22,13 @@ from trainers.adapters.base import Factors, Started, Weight, apply_weight, produ
 if TYPE_CHECKING:
     import torch
 
-NAMES = ("down", "up")
-
 
 class Symmetric:
     """See base.Trained. `init` is symmetric, pissa or olora."""
+
+    exact = ("down", "up")
+    """The path is a difference of two large parts, which in 16 bits would be mostly rounding: it is taken in float32."""
+    kept = ("down0", "up0")
 
     def __init__(self, init: str) -> None:
         self.init = init
@@ -43,10 +46,9 @@ class Symmetric:
         return Started(factors, scale, {f"{name}0": factor.clone() for name, factor in factors.items()})
 
     def forward(self, frozen: Any, x: torch.Tensor, factors: Factors, scale: float | torch.Tensor) -> torch.Tensor:
-        """s (B A x - B0 A0 x): (B, ..., in) -> (B, ..., out), or of pictures."""
-        return scaled(
-            _path(frozen, x, factors["down"], factors["up"]) - _path(frozen, x, factors["down0"], factors["up0"]), scale
-        )
+        """s (B A - B0 A0) x = s ((B - B0) A x + B0 (A - A0) x): (B, ..., in) -> (B, ..., out), or of pictures."""
+        down, up, down0, up0 = (factors[name] for name in ("down", "up", "down0", "up0"))
+        return scaled(_path(frozen, x, down, up - up0) + _path(frozen, x, down - down0, up0), scale)
 
     def delta(self, factors: Factors, scale: float, weight: torch.Tensor | None = None) -> torch.Tensor:
         """s (B A - B0 A0) in float64."""

@@ -30,7 +30,7 @@ def verify_file(path: Path, base: str | None, options: BaseOptions) -> Proof:
     else:
         facts = recognise_base(base or "", options)
     check_family(path, facts.family.name)
-    device = choose_device("auto", denoiser_bytes(facts))
+    device = choose_device(config.train.precision if config is not None else "auto", denoiser_bytes(facts))
     model = load_family(facts, device.dtype, device.device)
     trained = read_trained(run, config, model, _step_of(path)) if run is not None and config is not None else None
     prompt = config.dataset.trigger if config is not None else ""
