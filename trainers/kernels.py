@@ -27,13 +27,11 @@ LARGEST = 1 << 22
 """Scores of one head above which products are never tried: they would take the memory that the kernel saves."""
 CLEARLY = 0.97
 """Share of the usual kernel's time below which another is taken."""
-WORTH_A_COPY = 0.85
-"""The same for Linear layers, whose blocks cost a second copy of every weight: plain, one serves both directions."""
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """`blocked`: frozen convolutions in oneDNN's blocks; `matrices`: Linear layers too. `products`: attention by plain products
+    """`blocked`: frozen convolutions in oneDNN's blocks; `matrices`: Linear layers too, which is no longer chosen. `products`: attention by plain products
     up to so many scores of a head."""
 
     blocked: bool = False
@@ -80,10 +78,10 @@ def measure_kernels(shapes: Shapes, dtype: torch.dtype) -> Kernels:
             break
         products = tokens * tokens
     channels, side = shapes.convolution
-    kernel, matrix = nn.Conv2d(channels, channels, 3, padding=1), nn.Linear(channels, channels)
-    pixels = (1, channels, side, side)
-    blocked = _blocks_win(kernel, pixels, dtype, CLEARLY)
-    return Kernels(blocked, blocked and _blocks_win(matrix, (4 * side * side, channels), dtype, WORTH_A_COPY), products)
+    kernel = nn.Conv2d(channels, channels, 3, padding=1)
+    # Linear layers stay plain: blocks save a few per cent there, and cost a second copy of every weight, where one serves
+    # both directions.
+    return Kernels(_blocks_win(kernel, (1, channels, side, side), dtype, CLEARLY), products=products)
 
 
 def _products_win(tokens: int, channels: int, heads: int, dtype: torch.dtype) -> bool:
