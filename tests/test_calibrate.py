@@ -36,6 +36,19 @@ def test_the_trigger_is_what_all_captions_share(captions: list[str], trigger: st
     assert without(captions[0], trigger) == left
 
 
+@pytest.mark.parametrize(
+    ("caption", "trigger", "left"),
+    [
+        ("a cute cut of meat", "cut", "a cute of meat"),
+        ("a shortcut", "cut", "a shortcut"),
+        ("a (ink+) cat, red", "(ink+)", "a cat, red"),
+        ("a <cut> cat", "<cut>", "a cat"),
+    ],
+)
+def test_only_whole_words_of_a_trigger_are_taken_out(caption: str, trigger: str, left: str) -> None:
+    assert without(caption, trigger) == left
+
+
 def test_the_plan_draws_captions_with_and_without_the_trigger_at_every_strength() -> None:
     plan = make_plan(scan_folder(SAMPLES / "blackcut").examples, strengths=(1.0, 0.0, 0.5, 1.5))
     assert plan.strengths == (0.0, 0.5, 1.0, 1.5) and len(plan.prompts) == 12 and len(plan.plain) == 4
