@@ -63,7 +63,7 @@ def plan_project(
         def look(config: TrainConfig) -> Any:
             return scanner.scan_for_run(config, edits)
 
-        plan = plan_run(chosen_preset(project, preset), {"base": {}, **values}, [], force=True, look=look)
+        plan = plan_run(chosen_preset(project, preset), {"base": {}, **values}, [], force=True, look=look, read=scanner.read)
     except TrainingError as error:
         raise refuse_settings(setting_problems(error)) from error
     advice = [problem for problem in plan.problems if problem.severity == "advice"]

@@ -91,6 +91,11 @@ class Scanner:
             raise Refusal("There is no such picture in this project", name[:200], "Load the page again.", status=NOT_FOUND)
         return path
 
+    def read(self, path: Path) -> Picture:
+        """The facts about a picture beside a project's own, as one of a prior folder, remembered too. Raises DatasetError."""
+        with self._scanning:
+            return self._read(path)
+
     def _read(self, path: Path) -> Picture:
         """The facts about a picture, from its header where its end is whole. Raises DatasetError."""
         status = path.stat()

@@ -11,7 +11,7 @@ from PIL import Image
 
 from tests.command_line import ROOT, impasto
 from tests.tiny_lora import TEXT, UNET, UNET_OUT, save_lora
-from trainers.calibrate import Plan, calibrate, make_plan, shared_words, without
+from trainers.calibrate import Calibration, Plan, Point, calibrate, make_plan, shared_words, without
 from trainers.dataset.folder import scan_folder
 from trainers.errors import DatasetError
 from trainers.measures.likeness import describe, describe_all, set_distance, spread_of
@@ -34,6 +34,19 @@ PATHS = [SAMPLES / "blackcut" / f"{name}.png" for name in ("cat", "key", "pear",
 def test_the_trigger_is_what_all_captions_share(captions: list[str], trigger: str, left: str) -> None:
     assert shared_words(captions) == trigger
     assert without(captions[0], trigger) == left
+
+
+@pytest.mark.parametrize(
+    ("caption", "trigger", "left"),
+    [
+        ("a cute cut of meat", "cut", "a cute of meat"),
+        ("a shortcut", "cut", "a shortcut"),
+        ("a (ink+) cat, red", "(ink+)", "a cat, red"),
+        ("a <cut> cat", "<cut>", "a cat"),
+    ],
+)
+def test_only_whole_words_of_a_trigger_are_taken_out(caption: str, trigger: str, left: str) -> None:
+    assert without(caption, trigger) == left
 
 
 def test_the_plan_draws_captions_with_and_without_the_trigger_at_every_strength() -> None:
@@ -121,10 +134,24 @@ def test_the_command_measures_draws_and_bakes(tiny_base: Path, tmp_path: Path, c
     assert lora.read_bytes() == before
     if code:  # a random LoRA may be best at 0: then nothing is baked, and that is said
         assert "nothing to bake" in said.err and not baked.exists()
-        return
     told = json.loads(said.out)
     assert len(told["points"]) == 9 and told["points"][0] == {"strength": 0.0, "similarity": 0.0, "drift": 0.0}
-    assert baked.exists() and Image.open(picture).width > 3 * 32
+    assert baked.exists() == (code == 0) and Image.open(picture).width > 3 * 32
+
+
+@pytest.mark.parametrize("json_too", [True, False])
+def test_what_was_measured_is_told_though_nothing_can_be_baked(
+    json_too: bool, tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = Calibration((Point(0.0, 0.0, 0.0), Point(1.0, -0.5, 0.25)), (0.0, -0.5), (0.0, 0.25), 0.0, 0.1)
+    monkeypatch.setattr("trainers.calibrate.calibrate", lambda *given: found)
+    monkeypatch.setattr("trainers.calibrate_command._draw", lambda *given: {})
+    baked = tmp_path / "baked.safetensors"
+    asked = ("calibrate", tmp_path / "a.safetensors", "--images", SAMPLES / "bluebot", "--base", tiny_base, "--bake", baked)
+    assert impasto(*asked, *(["--json"] if json_too else [])) == 2
+    said = capsys.readouterr()
+    assert "nothing to bake" in said.err and not baked.exists()
+    assert json.loads(said.out)["suggested"] == 0.0 if json_too else "-0.500" in said.out
 
 
 def test_a_name_that_is_taken_or_no_png_is_refused_before_anything_is_drawn(

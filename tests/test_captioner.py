@@ -126,6 +126,26 @@ def test_a_model_that_fails_is_told_and_lack_of_memory_by_its_name(
         assert told[-1]["event"] == "failed" and words in told[-1]["what"]
 
 
+def test_a_picture_at_which_the_model_fails_is_skipped_by_name_and_the_rest_described(
+    blip: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, asked = describe, []
+
+    def fails_at_the_second(*given: Any) -> str:
+        asked.append(given)
+        if len(asked) == 2:
+            raise ValueError("height and width must be > 28")
+        return real(*given)
+
+    monkeypatch.setattr(captioner_module, "describe", fails_at_the_second)
+    listed = [[name, str(pictures / name)] for name in ("01.png", "02.png", "05.png")]
+    told = answers({"model": str(blip), "max_tokens": 6, "pictures": listed})
+    assert [(event["event"], event.get("name")) for event in told[2:]] == [
+        ("caption", "01.png"), ("skipped", "02.png"), ("caption", "05.png"), ("done", None),
+    ]  # fmt: skip
+    assert "must be > 28" in told[3]["what"]
+
+
 BUSY = """
 import sys, time, trainers.captioner as captioner
 def write(request, tell):

@@ -111,6 +111,16 @@ def test_zero_terminal_snr_with_min_snr_is_told_to_learn_nothing_at_the_end(tiny
     assert [gamma for gamma in told if any(problem.where == "train.min_snr_gamma" for problem in told[gamma])] == [5]
 
 
+@pytest.mark.parametrize("kind", ["lora", "dora", "loha", "lokr", "additive"])
+def test_a_native_type_that_the_peft_form_cannot_hold_is_refused_before_anything_loads(kind: str) -> None:
+    told = {}
+    for output in ("native", "plain"):
+        values = {"adapter": {"type": kind}, "output": {"form": "peft", "kind": output}}
+        problems = check_settings(resolve("style", merge(GIVEN, values)), recognise_base("pocket"))
+        told[output] = [problem.where for problem in problems if problem.severity == "error"]
+    assert told == {"native": ["output.kind"] if kind in ("loha", "lokr") else [], "plain": []}
+
+
 def test_pocket_starts_from_its_own_preset() -> None:
     assert default_preset(recognise_base("pocket")) == "pocket"
 

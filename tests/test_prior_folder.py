@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from PIL import Image
 from tests.command_line import TINY, impasto, read_events
 from tests.tiny_runs import tiny_config, update_from
 from trainers.dataset.prepare import planned_prior
+from trainers.doctor import make_report
 from trainers.errors import DatasetError
 from trainers.launch import plan_run
 from trainers.run_folder import RunFolder
@@ -64,3 +67,10 @@ def test_they_are_part_of_what_went_into_a_run(tiny_base: Path, pictures: Path, 
     Image.new("RGB", (48, 64), "red").save(usual / "a.png")
     assert impasto("resume", run.path) == 1
     assert "the picture prior/a.png has changed" in read_events(run.path)[-1]["message"]
+    Image.new("RGB", (48, 64), "teal").save(usual / "a.png")
+    (usual / "a.txt").write_text("a blue wall")
+    assert impasto("resume", run.path) == 1
+    assert "the caption of prior/a.png has changed" in read_events(run.path)[-1]["message"]
+    with zipfile.ZipFile(io.BytesIO(make_report(run))) as report:  # told to others: no names of pictures
+        told = json.loads(report.read("manifest.json"))
+    assert (told["images"], told["prior"], told["prior_captions"]) == (6, 2, 2)

@@ -127,10 +127,11 @@ def _stop_at_once(*_: object) -> None:
     raise Killed
 
 
-def test_where_the_file_lies_does_not_name_the_session(tiny_base: Path, pictures: Path) -> None:
-    one, other = (
-        tiny_config(tiny_base, pictures, f"adapter.start_from={place}/old.safetensors") for place in ("here", "there")
-    )
+@pytest.mark.parametrize(
+    "setting", ["adapter.start_from={}/old.safetensors", "prior.folder={}/usual", "dataset.edits={}/edits.json"]
+)
+def test_where_a_file_lies_does_not_name_the_session(setting: str, tiny_base: Path, pictures: Path) -> None:
+    one, other = (tiny_config(tiny_base, pictures, setting.format(place)) for place in ("here", "there"))
     assert _session(one) == _session(other) != _session(tiny_config(tiny_base, pictures, "adapter.rank=3"))
 
 

@@ -14,6 +14,7 @@ hundredth more of similarity is worth taking only while it costs less than a ten
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,8 +134,8 @@ def without(caption: str, trigger: str) -> str:
     """A caption without the trigger, and without the commas that are then left over."""
     tags = {tag.strip() for tag in trigger.split(",")}
     kept = ", ".join(tag.strip() for tag in caption.split(",") if tag.strip() not in tags and tag.strip())
-    if trigger and trigger in kept:
-        kept = " ".join(kept.replace(trigger, " ").split())
+    if trigger:  # whole words alone: "cut" stays in "cute"
+        kept = " ".join(re.sub(rf"(?<!\w){re.escape(trigger)}(?!\w)", " ", kept).split())
     return kept.strip(" ,")
 
 

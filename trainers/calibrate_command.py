@@ -66,11 +66,11 @@ def calibrate(
     warm = Warm()
     drawn = _draw(plan.cells(lora), how, warm)
     found = calibrate_pictures(plan, drawn, [load_pixels(path) for path in plan.wanted])
+    _tell(found, plan, as_json)  # first: minutes of measuring are not to be lost to a file that cannot be made
     if picture:
         _save_picture(picture, plan, lora, found.suggested, how, warm)
     if bake:
         _bake(lora, found.suggested, bake, recognise_base(name, options).family.name)
-    _tell(found, plan, as_json)
 
 
 def _draw(cells: list[Cell], how: dict[str, object], warm: Warm) -> dict[int, Image.Image]:

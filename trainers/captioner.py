@@ -133,20 +133,34 @@ def _load_processor(folder: Path) -> tuple[Any, Any]:
 
 
 def write_captions(request: CaptionRequest, tell: Tell) -> None:
-    """Describes each picture in turn and tells of it; one that cannot be read is skipped. Raises BaseModelError."""
+    """Describes each picture in turn and tells of it; one that cannot be read, or at which the model fails, is skipped.
+
+    Raises BaseModelError, what the model raised where it fails at every picture, and a lack of memory at once.
+    """
     tell({"event": "loading"})
     if Path(request.model).expanduser().is_dir():
         os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: for a folder nobody is to be asked
     captioner = load_captioner(locate_model(request.model))
     tell({"event": "loaded", "device": str(captioner.model.device)})
+    worked, failed = False, None
     for name, path in request.pictures:
         try:
             text = describe(captioner, load_small(Path(path), SIDE), request.prompt, request.max_tokens)
         except DatasetError as error:
             tell({"event": "skipped", "name": name, "what": error.what})
             continue
+        except Exception as error:  # of the model's code, by a picture of odd sides, say
+            if is_out_of_memory(error):
+                raise
+            traceback.print_exc()
+            failed = error
+            tell({"event": "skipped", "name": name, "what": f"The model failed: {_first_line(error)}"})
+            continue
+        worked = True
         said = {"event": "caption", "text": text} if text else {"event": "skipped", "what": "The model wrote nothing"}
         tell({"name": name, **said})
+    if failed and not worked:
+        raise failed
 
 
 def answer_line(line: bytes, tell: Tell) -> None:

@@ -40,6 +40,10 @@ def check_settings(config: TrainConfig, base: BaseModelFacts) -> list[Problem]:
     if config.output.form == "peft":
         what = "A file in peft form is for diffusers: A1111, Forge and kohya's scripts load nothing of it, ComfyUI a part"
         problems.append(Problem("warning", what, "output.form", "Set output.form=kohya for a file that every program reads."))
+        if config.output.kind == "native" and config.adapter.type in ("loha", "lokr"):
+            name = {"loha": "LoHa", "lokr": "LoKr"}[config.adapter.type]
+            hint = "Set output.form=kohya, or output.kind=plain for a LoRA."
+            problems.append(Problem("error", f"A file in peft form holds no {name}", "output.kind", hint))
     if base.guessed:
         problems.append(
             Problem("warning", base.guessed.partition(". ")[0], "base.prediction_type", base.guessed.partition(". ")[2])

@@ -129,8 +129,10 @@ def _manifest(run: RunFolder) -> str:
     """What went in, counted: the names of pictures are nobody's business."""
     try:
         values = json.loads(run.manifest.read_text(encoding="utf-8"))
-        values["images"] = len(values.get("images", {}))
-        values["captions"] = len(values.get("captions", {}))
+        values = {"images": {}, "captions": {}} | values
+        for kind in ("images", "captions", "masks", "crops", "prior", "prior_captions"):
+            if kind in values:
+                values[kind] = len(values[kind])
         values.pop("repeats", None)
         return json.dumps(values, indent=1)
     except (OSError, ValueError, AttributeError, TypeError) as error:

@@ -182,8 +182,9 @@ def _dataset_dirs(folder: Path, data: TrainingSet) -> dict[str, tuple[int, int]]
 
 
 def _session(config: TrainConfig) -> str:
-    """Names the run by its settings; where pictures, base and a LoRA to start from lie on the disk is left out."""
-    settings = config.model_dump_json(exclude={"dataset": {"images"}, "base": {"model", "vae"}, "adapter": {"start_from"}})
+    """Names the run by its settings; where pictures, edits, prior, base and a LoRA to start from lie is left out."""
+    places: Any = {"dataset": {"images", "edits"}, "prior": {"folder"}}
+    settings = config.model_dump_json(exclude=places | {"base": {"model", "vae"}, "adapter": {"start_from"}})
     return hashlib.sha256(settings.encode()).hexdigest()[:16]
 
 

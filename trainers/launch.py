@@ -15,6 +15,7 @@ from trainers.checks import check_pictures, check_settings, count_steps, refuse
 from trainers.config import TrainConfig, build_config, parse_override, write_config
 from trainers.console import make_display
 from trainers.dataset.folder import Scan
+from trainers.dataset.pictures import Picture
 from trainers.dataset.prepare import TrainingSet, planned_prior, prepare, render_side, scan_images
 from trainers.endings import in_words, stop_signals
 from trainers.errors import ChangedError, DivergedError, LostProcessError, Problem, SettingError, TrainingError
@@ -72,11 +73,12 @@ def plan_run(
     overrides: Sequence[str],
     force: bool,
     look: Callable[[TrainConfig], Scan] = scan_images,
+    read: Callable[[Path], Picture] | None = None,
 ) -> RunPlan:
     """Resolves and checks everything that can be known without weights, in the order of what is cheapest to find out.
 
-    `look` scans the pictures; the window has its own, which does not decode a picture again. Raises TrainingError for
-    the first thing that may not pass.
+    `look` scans the pictures; the window has its own, which does not decode a picture again; and its own
+    `read` of the prior folder's. Raises TrainingError for the first thing that may not pass.
     """
     source_date()  # wrong, it would end the run only when its file is written
     own: dict[str, Any] = given
@@ -89,7 +91,7 @@ def plan_run(
     problems = check_settings(config, base) + check_start(config, base)
     refuse(problems, force)
     scan = look(config)
-    prior = planned_prior(config, Path("prior"), render_side(config, base))
+    prior = planned_prior(config, Path("prior"), render_side(config, base), read)
     data = prepare(config, base, scan.examples, prior)
     problems += check_pictures(config, base, scan, data)
     refuse(problems, force)

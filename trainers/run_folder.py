@@ -175,7 +175,7 @@ _KINDS = {
     "images": "the picture {}", "captions": "the caption of {}", "repeats": "the repeats of {}",
     "crops": "the crop of {}", "base": "the base's {}",
     "start_from": "the {} that it starts from", "configuration": "the configuration of the base's {}",
-    "masks": "the mask of {}", "prior": "the picture {}",
+    "masks": "the mask of {}", "prior": "the picture {}", "prior_captions": "the caption of {}",
 }  # fmt: skip
 
 

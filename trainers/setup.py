@@ -266,7 +266,9 @@ def make_manifest(
             settings[group] = {**settings.get(group, {}), "type": kind}
     started: dict[str, Any] = {"start_from": {"LoRA": start.sha256}} if start else {}
     if config.prior.folder:
-        started["prior"] = {example.name: example.sha256 for example in planned_prior(config, Path(), 0)}
+        prior = planned_prior(config, Path(), 0)
+        started["prior"] = {example.name: example.sha256 for example in prior}
+        started["prior_captions"] = {one.name: hashlib.sha256(one.caption.encode()).hexdigest() for one in prior}
     masks = {example.name: example.mask.sha256 or "its alpha channel" for example in scan.examples if example.mask}
     return (
         started

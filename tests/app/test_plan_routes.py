@@ -12,6 +12,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from tests.app_client import await_state, make_client, ok, project_with, refused
+from trainers.dataset.pictures import Picture, read_picture
 
 SLOWER = """
 import sys, time
@@ -55,6 +56,26 @@ def test_a_check_tells_numbers_layers_and_the_file(client: TestClient, tiny_base
         sizes.append((told["parameters"], told["file_bytes"]))
     assert sizes[1][0] == 2 * sizes[0][0]  # tiny's text encoder follows the rank too
     assert 0 < sizes[0][1] < sizes[1][1] < 2 * sizes[0][1]
+
+
+def test_a_prior_folder_is_read_once_for_all_checks(
+    client: TestClient, tiny_base: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[Path] = []
+
+    def reading(path: Path, *, decode: bool) -> Picture:
+        read.append(path)
+        assert not decode, "the window reads headers"
+        return read_picture(path, decode=decode)
+
+    prior = Path(shutil.copytree(pictures, tmp_path / "prior"))
+    for module in ("app.scanning", "trainers.dataset.folder"):
+        monkeypatch.setattr(f"{module}.read_picture", reading)
+    project = project_on(client, tiny_base, pictures, prior={"folder": str(prior)})
+    for _ in range(2):
+        told = ok(client.post(f"/api/projects/{project}/check", json={"settings": {}, "force": True}))
+        assert told["ok"] and "prior" in told["arithmetic"]
+    assert len([path for path in read if path.is_relative_to(prior)]) == 6
 
 
 def test_a_damaged_base_is_told_at_its_field(client: TestClient, tiny_base: Path, pictures: Path, tmp_path: Path) -> None:

@@ -95,3 +95,9 @@ def test_a_pattern_that_never_ends_is_ended(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_name_that_is_no_unicode_comes_back_as_it_was() -> None:
     assert replace_pattern({"\udcff.png": "käfer\n x"}, "ä", "ae") == {"\udcff.png": "kaefer\n x"}
+
+
+def test_a_tag_that_is_there_twice_keeps_its_first_place() -> None:
+    captions = {"a": "Zorbo, cat, red, zorbo"}
+    assert change_captions(captions, Operation("unique")) == {"a": "Zorbo, cat, red"}
+    assert change_captions({"a": "cat"}, Operation("add", "ink, art, Ink", front=True)) == {"a": "ink, art, cat"}

@@ -16,7 +16,7 @@ from tests.recorder import recorder
 from tests.tiny_runs import shake, tiny_training
 from trainers.dataset.buckets import assign_buckets, place
 from trainers.dataset.folder import Scan, scan_folder
-from trainers.dataset.masks import cells_of
+from trainers.dataset.masks import cells_of, load_masked
 from trainers.errors import DatasetError
 from trainers.graph import Graphed
 from trainers.objective import mean_of_squares
@@ -92,6 +92,27 @@ def test_alpha_is_a_mask_where_it_is_asked_for(pictures: Path) -> None:
     write_mask(pictures / "00.mask.png", cut.size, (0, 0, 8, 8))
     assert masked(scan_folder(pictures, masks="auto")) == {"00.png": "00.mask.png"}
     assert masked(scan_folder(pictures, masks="alpha")) == {"00.png": "alpha"}
+
+
+def test_a_mask_drawn_white_on_a_clear_layer_shows_what_is_drawn(pictures: Path) -> None:
+    size = size_of(pictures / "00.png")
+    drawn = Image.new("RGBA", size, (255, 255, 255, 0))
+    drawn.paste((255, 255, 255, 128), (8, 8, 24, 24))
+    drawn.save(pictures / "00.mask.png")
+    scan = scan_folder(pictures, masks="files")
+    assert masked(scan) == {"00.png": "00.mask.png"}
+    (example,) = (example for example in scan.examples if example.mask)
+    assert example.mask is not None
+    grey = load_masked(example.path, example.mask, example.sha256)[1]
+    assert grey.getpixel((9, 9)) == 128 and grey.getpixel((30, 30)) == 0
+
+
+def test_a_mask_file_that_hides_nothing_is_told(pictures: Path) -> None:
+    Image.new("L", size_of(pictures / "00.png"), 255).save(pictures / "00.mask.png")
+    scan = scan_folder(pictures, masks="files")
+    assert masked(scan) == {} and len(scan.examples) == 6
+    assert said(scan)["00.png"] == "Its mask 00.mask.png hides nothing; all of the picture is learnt"
+    assert "00.png" not in said(scan_folder(pictures))
 
 
 def test_what_cannot_be_a_mask_is_told_and_its_picture_left_out(pictures: Path) -> None:

@@ -116,7 +116,11 @@ def _replaced(caption: str, operation: Operation) -> str:
 
 
 def _each_once(tags: list[str]) -> list[str]:
-    return list({tag.casefold(): tag for tag in reversed(tags)}.values())[::-1]
+    """Each tag where it is met first: an early one, as the trigger, counts most."""
+    first: dict[str, str] = {}
+    for tag in tags:
+        first.setdefault(tag.casefold(), tag)
+    return list(first.values())
 
 
 def _ranks(operation: Operation) -> bool:

@@ -3,7 +3,7 @@
 A file belongs to cat.jpg that is called cat-masklabel.png (as OneTrainer writes them) or cat.mask.png, or masks/cat.png in
 a folder beside it (as kohya's scripts take a second folder of the same names). What is masked out has no influence at
 all: its pixels are replaced by the mean colour of the rest before the picture is scaled, as scaling and the VAE look
-beyond a pixel's own place, and its latents have no share in the loss.
+beyond a pixel's own place, and its latents have no share in the loss. What is transparent in a mask file is black.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy
-from PIL import Image, ImageStat
+from PIL import Image, ImageChops, ImageStat
 
 from trainers.dataset.buckets import Placement
 from trainers.dataset.files import FoundFile
@@ -33,7 +33,7 @@ ENDINGS = ("-masklabel", ".mask")
 FOLDER = "masks"
 SHAPE_OFF = 0.01
 """Share by which a mask's aspect ratio may differ from its picture's: sides are whole pixels."""
-FILLING = 1
+FILLING = 2
 """Version of what `fill` and `cells_of` make of a mask. Raise it with them: older cached latents are then unused."""
 
 
@@ -82,10 +82,15 @@ def with_masks(setting: Masks, examples: Sequence[Example], files: FoundMasks) -
         files = FoundMasks()
     for example in examples:
         try:
-            kept.append(replace(example, mask=_mask_of(setting, example, files.beside)) if setting != "off" else example)
+            mask = _mask_of(setting, example, files.beside) if setting != "off" else None
+            kept.append(replace(example, mask=mask))
         except DatasetError as error:
             hint = error.hint or "Correct the mask, or leave the picture out."
             problems.append(Problem("warning", f"{error.what}; left out", example.name, hint))
+            continue
+        if mask is None and example.path in files.beside:
+            what = f"Its mask {files.beside[example.path].path.name} hides nothing; all of the picture is learnt"
+            problems.append(Problem("note", what, example.name))
     return kept, problems
 
 
@@ -120,7 +125,7 @@ def _state(path: Path) -> tuple[int, int]:
 def _look_at_file(path: Path, size: int, changed: int) -> tuple[tuple[int, int, str], tuple[int, int]]:
     """(width, height, sha256) of a mask file, and its darkest and lightest value."""
     facts = read_picture(path, decode=False)
-    return (facts.width, facts.height, facts.sha256), _extent(load_pixels(path).convert("L"))
+    return (facts.width, facts.height, facts.sha256), _extent(_load_grey(path))
 
 
 @functools.lru_cache(maxsize=20_000)
@@ -128,6 +133,13 @@ def _look_at_alpha(path: Path, size: int, changed: int) -> tuple[int, int]:
     """Darkest and lightest value of a picture's alpha; (255, 255) where it has none, which its header tells."""
     picture = load_pixels(path, alpha=True) if has_alpha(path) else None
     return _extent(picture.getchannel("A")) if picture is not None and picture.mode == "RGBA" else (255, 255)
+
+
+def _load_grey(path: Path, sha256: str = "", data: bytes | None = None) -> Image.Image:
+    """A mask file as 8-bit grey: its luminance, black where it is transparent, as a mask painted on a clear layer is."""
+    picture = load_pixels(path, sha256, data, alpha=True)
+    grey = picture.convert("L")
+    return ImageChops.multiply(grey, picture.getchannel("A")) if picture.mode == "RGBA" else grey
 
 
 def _extent(mask: Image.Image) -> tuple[int, int]:
@@ -149,7 +161,7 @@ def load_masked(
         grey = picture.getchannel("A")
         return fill(picture.convert("RGB"), grey, grey), grey
     picture = load_pixels(path, sha256, data)
-    grey = load_pixels(mask.path, "" if mask_data is not None else mask.sha256, mask_data).convert("L")
+    grey = _load_grey(mask.path, "" if mask_data is not None else mask.sha256, mask_data)
     if grey.size != picture.size:
         grey = grey.resize(picture.size, Image.Resampling.BILINEAR)
     # Where a mask is grey the picture stays as it is: the file weighs it, and cuts nothing out.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from trainers.config import TrainConfig
 from trainers.dataset.buckets import Placement, assign_buckets
 from trainers.dataset.edits import read_edits
 from trainers.dataset.folder import Example, Scan, decode_picture, scan_folder
+from trainers.dataset.pictures import Picture
 from trainers.dataset.plan import StepPlan, split_holdout
 from trainers.dataset.versions import name_version, version_of
 from trainers.families import BaseModelFacts
@@ -83,13 +84,15 @@ def render_side(config: TrainConfig, base: BaseModelFacts) -> int:
     return max(base.step, resolution - resolution % base.step)
 
 
-def planned_prior(config: TrainConfig, folder: Path, side: int) -> list[Example]:
+def planned_prior(
+    config: TrainConfig, folder: Path, side: int, read: Callable[[Path], Picture] | None = None
+) -> list[Example]:
     """The prior pictures: those of `prior.folder`, else those that a run will draw, or has drawn, into `folder`.
 
-    Drawn ones are not looked at yet and have no hash. Raises DatasetError when nothing in `prior.folder` can be used.
+    Drawn ones are not looked at yet and have no hash. `read` as in `scan_folder`. Raises DatasetError when nothing in `prior.folder` can be used.
     """
     if config.prior.folder:
-        given = scan_folder(Path(config.prior.folder), repeats=config.prior.repeats).examples
+        given = scan_folder(Path(config.prior.folder), repeats=config.prior.repeats, read=read).examples
         usual = " ".join(config.prior.caption.split())
         captions = [example.caption if example.caption_source == "file" else usual or example.caption for example in given]
         return [
