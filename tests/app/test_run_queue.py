@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +16,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from app.queue_file import Entry, QueueFile, QueueState
+from app.refusals import Refusal
 from app.run_queue import RunQueue
 from app.runs import Runs
 from tests.app_client import await_state, make_client, make_run, ok, project_with, refused
@@ -176,6 +179,41 @@ def test_a_damaged_file_is_put_aside(desk: Desk) -> None:
     (desk.home / "queue.json").write_text('{"entries": [{"run"')
     assert desk.order() == [] and (desk.home / "queue.damaged").is_file()
     desk.queue.look()
+
+
+def test_a_file_that_cannot_be_read_for_a_moment_is_no_damage(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    desk.wait_with("one")
+    with monkeypatch.context() as fault:
+        fault.setattr(Path, "read_text", refuse)
+        with pytest.raises(Refusal, match="Permission denied"):
+            desk.queue.state()
+    assert desk.order() == ["one"]
+    os.utime(desk.home / "queue.json", (1, 1))
+    with monkeypatch.context() as fault:
+        fault.setattr(Path, "read_text", refuse)
+        assert desk.order() == ["one"]  # as it was when it could be read
+    assert not (desk.home / "queue.damaged").exists()
+
+
+def test_what_is_written_while_damage_is_read_is_not_put_aside(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    desk.wait_with("one")
+    good, file = desk.queue.state(), desk.home / "queue.json"
+    file.write_text("damaged")
+    writer = threading.Thread(target=lambda: desk.runs.queue.write(good))
+    with monkeypatch.context() as slow:
+
+        def read(*_: Any, **__: Any) -> str:
+            writer.start()
+            writer.join(0.2)
+            return "damaged"
+
+        slow.setattr(Path, "read_text", read)
+        assert desk.order() == []
+    writer.join()
+    assert desk.order() == ["one"]
 
 
 def test_a_name_that_leads_out_of_the_folder_of_runs_is_no_run(desk: Desk) -> None:
