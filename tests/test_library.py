@@ -129,6 +129,21 @@ def test_a_removed_card_comes_back_as_it_was_and_a_run_s_stays(filled: Path) -> 
         restore_card(filled, "../../runs")
 
 
+def test_what_is_taken_back_lies_in_its_folder_and_keeps_what_was_said_of_it(filled: Path) -> None:
+    key = "loras/styles/big.safetensors"
+    change_card(filled, key, words="my word", strength=0.5)
+    ticket = remove_card(filled, key)
+    (filled / "loras" / "styles").rmdir()  # as somebody tidies up
+    assert restore_card(filled, ticket) == ["styles/big.safetensors"]
+    card = find_card(filled, key)
+    assert (card.words, card.strength) == (("my word",), 0.5)
+    assert not list((filled / "loras" / ".removed").iterdir())
+    before = filled / "loras" / ".removed" / "7"  # of a version that kept no folders
+    before.mkdir()
+    save(before / "old.safetensors")
+    assert restore_card(filled, "7") == ["old.safetensors"] and find_card(filled, "loras/old.safetensors")
+
+
 def test_a_loha_tells_its_rank(tmp_path: Path) -> None:
     one, two = random_weights((320, 768), 3, 2.0, 0), random_weights((320, 768), 3, 2.0, 1)
     factors = {"w1_a": one.factors["up"], "w1_b": one.factors["down"], "w2_a": two.factors["up"], "w2_b": two.factors["down"]}

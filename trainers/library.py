@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import shutil
 import time
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -127,7 +128,8 @@ def remove_card(home: Path, key: str) -> str:
         raise AdapterFileError(what, printable(card.run, 80), "Delete the run to delete it.")
     # By a folder of its own, so that what was removed before under the same name stays.
     ticket = f"{time.time_ns()}"
-    place = home / FOLDER / REMOVED / ticket
+    # With the folders it lay in, so that it comes back under its key, by which cards.toml knows it.
+    place = home / FOLDER / REMOVED / ticket / card.path.parent.relative_to(home / FOLDER)
     place.mkdir(parents=True)
     for path in _together(card.path):
         os.replace(path, place / path.name)
@@ -135,18 +137,20 @@ def remove_card(home: Path, key: str) -> str:
 
 
 def restore_card(home: Path, ticket: str) -> list[str]:
-    """Takes back what `remove_card` moved; returns the files' names. Raises AdapterFileError where that cannot be."""
+    """Takes back what `remove_card` moved; returns their paths in HOME/loras. Raises AdapterFileError where that cannot be."""
     place = home / FOLDER / REMOVED / ticket
-    files = sorted(place.iterdir()) if ticket.isdecimal() and place.is_dir() else []
+    files = sorted(path for path in place.rglob("*") if path.is_file()) if ticket.isdecimal() else []
     if not files:
         raise AdapterFileError("There is nothing to take back", hint="It was taken back already.")
-    for file in files:
-        if (home / FOLDER / file.name).exists():
-            raise AdapterFileError("There is another file of that name now", file.name, "Remove that one first.")
-    for file in files:
-        os.replace(file, home / FOLDER / file.name)
-    place.rmdir()
-    return [file.name for file in files]
+    targets = {file: home / FOLDER / file.relative_to(place) for file in files}
+    for target in targets.values():
+        if target.exists():
+            raise AdapterFileError("There is another file of that name now", target.name, "Remove that one first.")
+    for file, target in targets.items():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(file, target)
+    shutil.rmtree(place)  # folders only, by now
+    return [file.relative_to(place).as_posix() for file in files]
 
 
 def read_facts(path: Path) -> Facts:
