@@ -6,6 +6,7 @@ import contextlib
 import functools
 import os
 import shutil
+import threading
 import time
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -29,6 +30,8 @@ from trainers.text import printable
 FOLDER, REMOVED = "loras", ".removed"
 _PREVIEWS = (".preview.png", ".png")
 """How a picture beside a file is called: its name without ending, and one of these."""
+_changing = threading.Lock()
+"""Held from the reading of cards.toml to its writing."""
 Mark = tuple[str, int, int]
 """What a file is known by: path, time of change in nanoseconds, size in bytes."""
 
@@ -111,9 +114,10 @@ def change_card(home: Path, key: str, **said: Any) -> Card:
     find_card(home, key)
     if not -LIMIT <= said.get("strength", 0.0) <= LIMIT:
         raise SettingError(f"A strength lies between -{LIMIT:g} and {LIMIT:g}", where="strength", hint="1 is usual.")
-    every = _read_said(home)
-    every[key] = {**every.get(key, {}), **said}
-    write_atomically(home / FOLDER / "cards.toml", tomlkit.dumps(every).encode())
+    with _changing:
+        every = _read_said(home)
+        every[key] = {**every.get(key, {}), **said}
+        write_atomically(home / FOLDER / "cards.toml", tomlkit.dumps(every).encode())
     return find_card(home, key)
 
 
