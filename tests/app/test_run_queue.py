@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
 
+from app.projects import Project, delete_project
 from app.queue_file import Entry, QueueFile, QueueState
-from app.refusals import Refusal
 from app.run_queue import RunQueue
 from app.runs import Runs
 from tests.app_client import await_state, make_client, make_run, ok, project_with, refused
@@ -175,47 +174,6 @@ def test_a_run_begun_or_deleted_by_somebody_else_waits_no_more(desk: Desk) -> No
     assert desk.runs.standing(RunFolder(desk.home / "runs" / "one")).state == "finished"
 
 
-def test_a_damaged_file_is_put_aside(desk: Desk) -> None:
-    (desk.home / "queue.json").write_text('{"entries": [{"run"')
-    assert desk.order() == [] and (desk.home / "queue.damaged").is_file()
-    desk.queue.look()
-
-
-def test_a_file_that_cannot_be_read_for_a_moment_is_no_damage(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: Any, **__: Any) -> str:
-        raise PermissionError(13, "Permission denied")
-
-    desk.wait_with("one")
-    with monkeypatch.context() as fault:
-        fault.setattr(Path, "read_text", refuse)
-        with pytest.raises(Refusal, match="Permission denied"):
-            desk.queue.state()
-    assert desk.order() == ["one"]
-    os.utime(desk.home / "queue.json", (1, 1))
-    with monkeypatch.context() as fault:
-        fault.setattr(Path, "read_text", refuse)
-        assert desk.order() == ["one"]  # as it was when it could be read
-    assert not (desk.home / "queue.damaged").exists()
-
-
-def test_what_is_written_while_damage_is_read_is_not_put_aside(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    desk.wait_with("one")
-    good, file = desk.queue.state(), desk.home / "queue.json"
-    file.write_text("damaged")
-    writer = threading.Thread(target=lambda: desk.runs.queue.write(good))
-    with monkeypatch.context() as slow:
-
-        def read(*_: Any, **__: Any) -> str:
-            writer.start()
-            writer.join(0.2)
-            return "damaged"
-
-        slow.setattr(Path, "read_text", read)
-        assert desk.order() == []
-    writer.join()
-    assert desk.order() == ["one"]
-
-
 def test_a_name_that_leads_out_of_the_folder_of_runs_is_no_run(desk: Desk) -> None:
     outside = make_run(desk.home / "elsewhere", "r", [])
     entry = Entry(run=f"../elsewhere/runs/{outside.path.name}", project="p")
@@ -255,6 +213,37 @@ def test_two_wait_are_reordered_and_begin_one_after_the_other(
         assert [entry["run"] for entry in ok(client.get("/api/queue"))["entries"]] == [second, first]
         await_state(client, first, lambda status: status["state"] == "finished", 60)
         assert ok(client.get("/api/queue"))["entries"] == [] and started == [second, first]
+
+
+def is_held(turn: Any) -> bool:
+    """Whether a thread has the turn, as another one finds it."""
+    with ThreadPoolExecutor(1) as pool:
+        return not pool.submit(lambda: turn.acquire(blocking=False) and (turn.release() or True)).result()
+
+
+def test_a_run_is_prepared_and_queued_and_a_project_deleted_in_one_turn(
+    home: Path, tiny_base: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, turns, held = make_client(home), list[Any](), list[bool]()
+    recipe = {"base": {"model": str(tiny_base)}, "train": {"steps": 2}, "prior": {"prompts": []}}
+    project = project_with(client, pictures, preset="pocket", recipe=recipe)
+
+    def broken(queue: RunQueue, *_: Any) -> None:
+        turns.append(queue._runs.turn)
+        held.append(is_held(turns[0]))
+        raise RuntimeError("something unforeseen")
+
+    with monkeypatch.context() as fault:
+        fault.setattr(RunQueue, "add", broken)
+        answer = client.post(f"/api/projects/{project}/queue", json={"settings": {}, "force": True})
+    assert answer.status_code == 500 and held == [True] and not list((home / "runs").iterdir())
+
+    def delete(of: Project) -> None:
+        held.append(is_held(turns[0]))
+        delete_project(of)
+
+    monkeypatch.setattr("app.routes.delete_project", delete)
+    assert client.delete(f"/api/projects/{project}").status_code == 204 and held == [True, True]
 
 
 def test_times_come_from_a_run_alike_and_a_deleted_project_waits_for_nothing(

@@ -90,7 +90,10 @@ def test_the_library_describes_searches_and_gives_back_what_was_removed(window: 
         )
         card.get_by_label("Trigger words").fill("half a wo")
     page.wait_for_timeout(100)
-    assert page.evaluate("() => [document.activeElement.ariaLabel, document.activeElement.value]") == ["Trigger words", "half a wo"]
+    assert page.evaluate("() => [document.activeElement.ariaLabel, document.activeElement.value]") == [
+        "Trigger words",
+        "half a wo",
+    ]
     card.get_by_label("Trigger words").fill("word3")
     card.get_by_label("Default strength").fill("0.5")
     card.get_by_label("Default strength").press("Tab")
