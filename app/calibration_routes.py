@@ -110,7 +110,7 @@ def post_bake(number: int, desk: TheDesk) -> BakedAnswer:
 
 def get_baked(number: int, desk: TheDesk) -> FileResponse:
     """The baked file as a download."""
-    path = desk.calibrations.bake(number)
+    path = desk.calibrations.baked(number)
     return FileResponse(path, media_type="application/octet-stream", filename=path.name)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -38,6 +39,8 @@ class _Job:
     result: Calibration | None = None
     shown: int | None = None
     """Number of the request that draws what is shown."""
+    baked: Path | None = None
+    """The file that was written for it."""
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
@@ -49,6 +52,7 @@ class Calibrations:
         """Where baked files are written."""
         self._home, self._studio = home, studio
         self._lock = threading.Lock()
+        self._baking = threading.Lock()
         self._jobs: dict[int, _Job] = {}
 
     def ask(self, config: TrainConfig, lora: Path) -> int:
@@ -93,12 +97,26 @@ class Calibrations:
         strength = job.result.suggested
         if strength <= 0:
             raise Refusal("Strength 0 is the base alone: there is nothing to bake", hint="Train it for longer.")
-        output = self.folder / f"{job.lora.stem}-at-{strength:.2f}.safetensors"
-        with job.lock:
-            if not output.exists():
+        # One at a time, so that no two take the same name.
+        with self._baking:
+            if job.baked is None or not job.baked.is_file():
                 self.folder.mkdir(parents=True, exist_ok=True)
+                output = self._free_path(f"{job.lora.stem}-at-{strength:.2f}")
                 self._merge(job, strength, output)
-        return output
+                job.baked = output
+            return job.baked
+
+    def baked(self, number: int) -> Path:
+        """The file that `bake` wrote. Raises Refusal."""
+        path = self._find(number).baked
+        if path is None or not path.is_file():
+            raise Refusal("It is not baked, or the file is gone", str(number), "Bake it.", status=NOT_FOUND)
+        return path
+
+    def _free_path(self, name: str) -> Path:
+        """Another LoRA of the same name, as of another run, keeps its file."""
+        paths = (self.folder / f"{name}{'' if number == 1 else f'-{number}'}.safetensors" for number in itertools.count(1))
+        return next(path for path in paths if not path.exists())
 
     def _merge(self, job: _Job, strength: float, output: Path) -> None:
         """In a process of its own: the window has no torch."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from app.refusals import disk_refusal
 from trainers.files import write_atomically
 
 Hold = Literal["", "person", "paused", "interrupted", "refused"]
@@ -48,29 +50,43 @@ class QueueState(BaseModel):
 
 
 class QueueFile:
-    """Reads and writes the file; one that has not changed is not read again. A damaged one is put aside."""
+    """Reads and writes the file, from any thread; one that has not changed is not read again. A damaged one is put aside."""
 
     def __init__(self, home: Path) -> None:
         self.path = home / "queue.json"
         self._known: tuple[tuple[int, int], QueueState] | None = None
+        self._lock = threading.Lock()
 
     def read(self) -> QueueState:
-        """The queue as it is; empty where there is none."""
-        try:
-            status = self.path.stat()
-        except OSError:
-            return QueueState()
-        mark = status.st_mtime_ns, status.st_size
+        """The queue as it is; empty where there is none. What cannot be read now is as it was, else Refusal is raised."""
+        with self._lock:
+            try:
+                return self._read()
+            except FileNotFoundError:
+                return QueueState()
+            except OSError as error:
+                if self._known is None:
+                    raise disk_refusal(error) from error
+                return self._known[1]
+
+    def _read(self) -> QueueState:
+        mark = self._mark()
         if self._known is None or self._known[0] != mark:
             try:
                 found = QueueState(**json.loads(self.path.read_text(encoding="utf-8")))
-            except (OSError, ValueError, TypeError, ValidationError):
+            except (ValueError, TypeError, ValidationError):
                 self.path.replace(self.path.with_suffix(".damaged"))
+                self._known = None
                 return QueueState()
             self._known = mark, found
         return self._known[1]
 
     def write(self, state: QueueState) -> None:
         """Puts it in the place of what was there, whole. Raises OSError."""
-        write_atomically(self.path, state.model_dump_json(indent=1).encode())
-        self._known = None
+        with self._lock:
+            write_atomically(self.path, state.model_dump_json(indent=1).encode())
+            self._known = self._mark(), state
+
+    def _mark(self) -> tuple[int, int]:
+        status = self.path.stat()
+        return status.st_mtime_ns, status.st_size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -79,11 +80,16 @@ def get_queue(desk: TheDesk) -> QueueAnswer:
 def post_to_queue(body: RunStart, place: ThePlace) -> RunAnswer:
     """Prepares a run as it would be started now, captions and all, and puts it at the end: 422 as a start is refused."""
     desk = place.desk
-    run, plan = desk.runs.prepare(place.project, desk.scanner, body.settings, body.preset, body.force)
-    measured = desk.preflight.known(plan, (run.path / "edits.json").read_bytes())
-    seconds = time_to_finish(plan.config, plan.data.steps, measured) if measured else None
-    title = f"{plan.data.steps} steps on {plan.base.name}, preset {plan.preset}"
-    desk.queue.add(run, place.project, title, plan.data.steps, seconds)
+    with desk.runs.turn:
+        run, plan = desk.runs.prepare(place.project, desk.scanner, body.settings, body.preset, body.force)
+        try:
+            measured = desk.preflight.known(plan, (run.path / "edits.json").read_bytes())
+            seconds = time_to_finish(plan.config, plan.data.steps, measured) if measured else None
+            title = f"{plan.data.steps} steps on {plan.base.name}, preset {plan.preset}"
+            desk.queue.add(run, place.project, title, plan.data.steps, seconds)
+        except Exception:
+            shutil.rmtree(run.path, ignore_errors=True)  # nothing was trained in it, and nobody would ever start it
+            raise
     return answer_run(desk.runs.standing(run))
 
 

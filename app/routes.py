@@ -40,6 +40,7 @@ from app.projects import (
     create_project,
     delete_project,
     list_projects,
+    read_project,
     read_recipe,
     recipe_text,
     set_source,
@@ -137,11 +138,12 @@ def patch_project(body: ProjectChange, place: ThePlace) -> ProjectAnswer:
 
 def remove_project(place: ThePlace) -> Response:
     """Removes a project and the pictures copied into it. Its runs stay, and so does a folder that the person named."""
-    other = place.desk.runs.at_work()
-    if other and other.id in place.project.runs:
-        raise Refusal("This project is training", other.id, "Stop it first.", status=CONFLICT)
-    place.desk.queue.cancel_project(place.project.id)
-    delete_project(place.project)
+    with place.desk.runs.turn:  # or a run that waits would begin in between
+        other = place.desk.runs.at_work()
+        if other and other.id in read_project(place.desk.home, place.project.id).runs:
+            raise Refusal("This project is training", other.id, "Stop it first.", status=CONFLICT)
+        place.desk.queue.cancel_project(place.project.id)
+        delete_project(place.project)
     return Response(status_code=204)
 
 

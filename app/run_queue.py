@@ -8,7 +8,6 @@ after a power cut: it is not begun again unasked, and nothing else takes the mac
 from __future__ import annotations
 
 import logging
-import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -41,7 +40,7 @@ class RunQueue:
         return state if len(kept) == len(state.entries) else state.model_copy(update={"entries": kept})
 
     def add(self, run: RunFolder, project: Project, title: str, steps: int, seconds: float | None) -> None:
-        """Puts a prepared run at the end. Raises OSError, and the run's folder is then gone."""
+        """Puts a prepared run at the end. Raises OSError; the run's folder is then still the caller's."""
         with self._runs.turn:
             state = self.state()
             entry = Entry(run=run.path.name, project=project.id, title=title, steps=steps, seconds=seconds)
@@ -49,11 +48,7 @@ class RunQueue:
             if not state.entries:  # what ended before anything waited holds nothing up
                 other = self._runs.at_work()
                 changes |= {"hold": "", "why": "", "last": other.id if other else ""}
-            try:
-                self._runs.queue.write(state.model_copy(update=changes))
-            except OSError:
-                shutil.rmtree(run.path, ignore_errors=True)
-                raise
+            self._runs.queue.write(state.model_copy(update=changes))
 
     def reorder(self, order: list[str]) -> None:
         """Sets the order. Raises Refusal when these are not exactly the runs that wait."""

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -13,7 +16,7 @@ from tests.formats.examples import random_weights
 from tests.tiny_lora import save_lora
 from trainers.errors import AdapterFileError, SettingError
 from trainers.formats import ModuleWeights, write_adapter
-from trainers.library import change_card, find_card, list_cards, remove_card, restore_card, routed_words, search
+from trainers.library import _read_said, change_card, find_card, list_cards, remove_card, restore_card, routed_words, search
 from trainers.routing_words import route
 
 CROSS = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
@@ -127,6 +130,34 @@ def test_a_removed_card_comes_back_as_it_was_and_a_run_s_stays(filled: Path) -> 
             remove_card(filled, key)
     with pytest.raises(AdapterFileError):
         restore_card(filled, "../../runs")
+
+
+def test_what_is_taken_back_lies_in_its_folder_and_keeps_what_was_said_of_it(filled: Path) -> None:
+    key = "loras/styles/big.safetensors"
+    change_card(filled, key, words="my word", strength=0.5)
+    ticket = remove_card(filled, key)
+    (filled / "loras" / "styles").rmdir()  # as somebody tidies up
+    assert restore_card(filled, ticket) == ["styles/big.safetensors"]
+    card = find_card(filled, key)
+    assert (card.words, card.strength) == (("my word",), 0.5)
+    assert not list((filled / "loras" / ".removed").iterdir())
+    before = filled / "loras" / ".removed" / "7"  # of a version that kept no folders
+    before.mkdir()
+    save(before / "old.safetensors")
+    assert restore_card(filled, "7") == ["old.safetensors"] and find_card(filled, "loras/old.safetensors")
+
+
+def test_two_cards_changed_at_once_are_both_noted(filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def slowly(home: Path) -> dict[str, dict[str, Any]]:
+        found = _read_said(home)
+        time.sleep(0.02)
+        return found
+
+    monkeypatch.setattr("trainers.library._read_said", slowly)
+    said = {"loras/ink.safetensors": 0.25, "loras/styles/big.safetensors": 0.75}
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda key: change_card(filled, key, strength=said[key]), said))
+    assert {key: find_card(filled, key).strength for key in said} == said
 
 
 def test_a_loha_tells_its_rank(tmp_path: Path) -> None:

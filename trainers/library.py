@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import shutil
+import threading
 import time
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -28,6 +30,8 @@ from trainers.text import printable
 FOLDER, REMOVED = "loras", ".removed"
 _PREVIEWS = (".preview.png", ".png")
 """How a picture beside a file is called: its name without ending, and one of these."""
+_changing = threading.Lock()
+"""Held from the reading of cards.toml to its writing."""
 Mark = tuple[str, int, int]
 """What a file is known by: path, time of change in nanoseconds, size in bytes."""
 
@@ -110,9 +114,10 @@ def change_card(home: Path, key: str, **said: Any) -> Card:
     find_card(home, key)
     if not -LIMIT <= said.get("strength", 0.0) <= LIMIT:
         raise SettingError(f"A strength lies between -{LIMIT:g} and {LIMIT:g}", where="strength", hint="1 is usual.")
-    every = _read_said(home)
-    every[key] = {**every.get(key, {}), **said}
-    write_atomically(home / FOLDER / "cards.toml", tomlkit.dumps(every).encode())
+    with _changing:
+        every = _read_said(home)
+        every[key] = {**every.get(key, {}), **said}
+        write_atomically(home / FOLDER / "cards.toml", tomlkit.dumps(every).encode())
     return find_card(home, key)
 
 
@@ -127,7 +132,8 @@ def remove_card(home: Path, key: str) -> str:
         raise AdapterFileError(what, printable(card.run, 80), "Delete the run to delete it.")
     # By a folder of its own, so that what was removed before under the same name stays.
     ticket = f"{time.time_ns()}"
-    place = home / FOLDER / REMOVED / ticket
+    # With the folders it lay in, so that it comes back under its key, by which cards.toml knows it.
+    place = home / FOLDER / REMOVED / ticket / card.path.parent.relative_to(home / FOLDER)
     place.mkdir(parents=True)
     for path in _together(card.path):
         os.replace(path, place / path.name)
@@ -135,18 +141,20 @@ def remove_card(home: Path, key: str) -> str:
 
 
 def restore_card(home: Path, ticket: str) -> list[str]:
-    """Takes back what `remove_card` moved; returns the files' names. Raises AdapterFileError where that cannot be."""
+    """Takes back what `remove_card` moved; returns their paths in HOME/loras. Raises AdapterFileError where that cannot be."""
     place = home / FOLDER / REMOVED / ticket
-    files = sorted(place.iterdir()) if ticket.isdecimal() and place.is_dir() else []
+    files = sorted(path for path in place.rglob("*") if path.is_file()) if ticket.isdecimal() else []
     if not files:
         raise AdapterFileError("There is nothing to take back", hint="It was taken back already.")
-    for file in files:
-        if (home / FOLDER / file.name).exists():
-            raise AdapterFileError("There is another file of that name now", file.name, "Remove that one first.")
-    for file in files:
-        os.replace(file, home / FOLDER / file.name)
-    place.rmdir()
-    return [file.name for file in files]
+    targets = {file: home / FOLDER / file.relative_to(place) for file in files}
+    for target in targets.values():
+        if target.exists():
+            raise AdapterFileError("There is another file of that name now", target.name, "Remove that one first.")
+    for file, target in targets.items():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(file, target)
+    shutil.rmtree(place)  # folders only, by now
+    return [file.relative_to(place).as_posix() for file in files]
 
 
 def read_facts(path: Path) -> Facts:

@@ -4,9 +4,12 @@ import { takeDrops } from "/web/drop.js";
 
 const FAMILIES = { sd1: "SD 1.x", sd2: "SD 2.x", sdxl: "SDXL", flux: "Flux", sd3: "SD 3", unknown: "family unknown" };
 
+const wordsOf = (card) => (card.words.length ? card.words.join(", ") : "no trigger word");
+
 /** The panel. `add(card)` is called for a LoRA of the base's `family`; `has(key)` says whether it is in use. */
 export function makeLibrary({ family, add, has }) {
   let cards = [];
+  let shown = new Map(); // key -> { card, node } of what the grid holds
   let all = new Map();
   let timer = 0;
   let asked = 0;
@@ -24,12 +27,21 @@ export function makeLibrary({ family, add, has }) {
     const turn = ++asked;
     const found = await get(`/library?q=${encodeURIComponent(search.value)}`).catch((error) => (tell(trouble, error), null));
     if (!found || turn !== asked) return; // an answer that a later one has overtaken
-    cards = found.cards;
+    // A card that says what it said keeps its place in the page: somebody may be typing in its details.
+    const before = shown;
+    shown = new Map(found.cards.map((card) => {
+      const old = before.get(card.key);
+      return [card.key, old && JSON.stringify(old.card) === JSON.stringify(card) ? old : { card, node: makeCard(card) }];
+    }));
+    cards = [...shown.values()].map((one) => one.card);
     all = new Map([...(search.value ? all : []), ...cards.map((card) => [card.key, card])]);
     told.textContent = found.total
       ? search.value ? `${cards.length} of ${plural(found.total, "LoRA")}` : plural(found.total, "LoRA")
       : "Empty: drop .safetensors files here, or train one. Finished runs show up by themselves.";
-    grid.replaceChildren(...cards.map(makeCard));
+    const nodes = [...shown.values()].map((one) => one.node);
+    for (const old of [...grid.children]) if (!nodes.includes(old)) old.remove();
+    nodes.forEach((one, at) => grid.children[at] !== one && grid.insertBefore(one, grid.children[at] || null));
+    mark();
   }
 
   function makeCard(card) {
@@ -42,14 +54,19 @@ export function makeLibrary({ family, add, has }) {
     return el("article", { class: "card lora-card" },
       card.picture ? el("img", { src: card.picture, alt: "", loading: "lazy" }) : el("div", { class: "no-picture", "aria-hidden": "true" }),
       el("b", { class: "title", title: card.key }, card.title), el("p", { class: "subdued" }, facts),
-      card.problem ? el("p", { class: "bad" }, card.problem) : el("p", { class: "words" }, card.words.length ? card.words.join(", ") : "no trigger word"),
+      card.problem ? el("p", { class: "bad" }, card.problem) : el("p", { class: "words" }, wordsOf(card)),
       el("div", { class: "row" }, button, isOther && el("span", { class: "subdued" }, "another family"), card.run && el("span", { class: "subdued" }, "own run")), details);
   }
 
   /** What is inside a file, and what routing does with it. */
   async function describe(card, room) {
     if (room.childElementCount) return;
-    const change = (said) => put("/library/card", { file: card.key, ...said }).then((now) => (Object.assign(card, now), tell(trouble, null)), (error) => tell(trouble, error));
+    const change = (said) => put("/library/card", { file: card.key, ...said }).then((now) => {
+      Object.assign(card, now);
+      const words = room.closest(".lora-card").querySelector(".words");
+      if (words) words.textContent = wordsOf(card);
+      tell(trouble, null);
+    }).catch((error) => tell(trouble, error));
     const strength = el("input", { type: "number", min: -4, max: 4, step: 0.05, value: card.strength, "aria-label": "Default strength", onchange: () => change({ strength: Number(strength.value) }) });
     const triggers = el("input", { value: card.words.map((word) => (word.includes(",") ? `"${word}"` : word)).join(", "), "aria-label": "Trigger words", onchange: () => change({ words: triggers.value }) });
     const routed = el("input", { type: "checkbox", checked: card.routed, onchange: () => change({ routed: routed.checked }) });

@@ -193,8 +193,13 @@ def test_a_calibration_is_measured_shown_and_baked(client: TestClient, tmp_path:
     assert result["points"][0]["drift"] == 0 < result["points"][-1]["drift"]
     assert len(result["whole"]) == 2 and client.get(result["best"][0]).status_code == 200
     original = (tmp_path / "runs" / "r1" / "ink.safetensors").read_bytes()
-    if result["suggested"] > 0:
-        baked = ok(client.post(f"/api/calibrations/{number}/bake"))
-        assert f"{result['suggested']:.2f}" in baked["name"] and client.get(baked["url"]).content != original
-        assert (tmp_path / "loras" / baked["name"]).is_file()
+    assert result["suggested"] > 0
+    other = tmp_path / "loras" / f"ink-at-{result['suggested']:.2f}.safetensors"
+    other.parent.mkdir(exist_ok=True)
+    other.write_bytes(b"another run's")
+    refused(client.get(f"/api/calibrations/{number}/baked"), 404)
+    baked = ok(client.post(f"/api/calibrations/{number}/bake"))
+    assert f"{result['suggested']:.2f}" in baked["name"] and baked["name"] != other.name
+    assert client.get(baked["url"]).content == (tmp_path / "loras" / baked["name"]).read_bytes() != original
+    assert ok(client.post(f"/api/calibrations/{number}/bake")) == baked and other.read_bytes() == b"another run's"
     assert (tmp_path / "runs" / "r1" / "ink.safetensors").read_bytes() == original

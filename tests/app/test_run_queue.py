@@ -7,12 +7,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
 
+from app.projects import Project, delete_project
 from app.queue_file import Entry, QueueFile, QueueState
 from app.run_queue import RunQueue
 from app.runs import Runs
@@ -172,12 +174,6 @@ def test_a_run_begun_or_deleted_by_somebody_else_waits_no_more(desk: Desk) -> No
     assert desk.runs.standing(RunFolder(desk.home / "runs" / "one")).state == "finished"
 
 
-def test_a_damaged_file_is_put_aside(desk: Desk) -> None:
-    (desk.home / "queue.json").write_text('{"entries": [{"run"')
-    assert desk.order() == [] and (desk.home / "queue.damaged").is_file()
-    desk.queue.look()
-
-
 def test_a_name_that_leads_out_of_the_folder_of_runs_is_no_run(desk: Desk) -> None:
     outside = make_run(desk.home / "elsewhere", "r", [])
     entry = Entry(run=f"../elsewhere/runs/{outside.path.name}", project="p")
@@ -217,6 +213,37 @@ def test_two_wait_are_reordered_and_begin_one_after_the_other(
         assert [entry["run"] for entry in ok(client.get("/api/queue"))["entries"]] == [second, first]
         await_state(client, first, lambda status: status["state"] == "finished", 60)
         assert ok(client.get("/api/queue"))["entries"] == [] and started == [second, first]
+
+
+def is_held(turn: Any) -> bool:
+    """Whether a thread has the turn, as another one finds it."""
+    with ThreadPoolExecutor(1) as pool:
+        return not pool.submit(lambda: turn.acquire(blocking=False) and (turn.release() or True)).result()
+
+
+def test_a_run_is_prepared_and_queued_and_a_project_deleted_in_one_turn(
+    home: Path, tiny_base: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, turns, held = make_client(home), list[Any](), list[bool]()
+    recipe = {"base": {"model": str(tiny_base)}, "train": {"steps": 2}, "prior": {"prompts": []}}
+    project = project_with(client, pictures, preset="pocket", recipe=recipe)
+
+    def broken(queue: RunQueue, *_: Any) -> None:
+        turns.append(queue._runs.turn)
+        held.append(is_held(turns[0]))
+        raise RuntimeError("something unforeseen")
+
+    with monkeypatch.context() as fault:
+        fault.setattr(RunQueue, "add", broken)
+        answer = client.post(f"/api/projects/{project}/queue", json={"settings": {}, "force": True})
+    assert answer.status_code == 500 and held == [True] and not list((home / "runs").iterdir())
+
+    def delete(of: Project) -> None:
+        held.append(is_held(turns[0]))
+        delete_project(of)
+
+    monkeypatch.setattr("app.routes.delete_project", delete)
+    assert client.delete(f"/api/projects/{project}").status_code == 204 and held == [True, True]
 
 
 def test_times_come_from_a_run_alike_and_a_deleted_project_waits_for_nothing(

@@ -84,6 +84,17 @@ def test_the_library_describes_searches_and_gives_back_what_was_removed(window: 
     page.wait_for_function("() => document.querySelectorAll('.lora-card').length === 1")
     card.get_by_text("Details").click()
     card.get_by_text("AutoV2").wait_for()
+    with page.expect_response("**/api/library?q=third"):  # a search that answers while a person types in the details
+        page.get_by_label("Search the library").evaluate(
+            "search => { search.value = 'third'; search.dispatchEvent(new Event('input', {bubbles: true})); }"
+        )
+        card.get_by_label("Trigger words").fill("half a wo")
+    page.wait_for_timeout(100)
+    assert page.evaluate("() => [document.activeElement.ariaLabel, document.activeElement.value]") == [
+        "Trigger words",
+        "half a wo",
+    ]
+    card.get_by_label("Trigger words").fill("word3")
     card.get_by_label("Default strength").fill("0.5")
     card.get_by_label("Default strength").press("Tab")
     shot(page, "library")
