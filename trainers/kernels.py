@@ -31,8 +31,8 @@ CLEARLY = 0.97
 
 @dataclass(frozen=True)
 class Kernels:
-    """`blocked`: frozen convolutions in oneDNN's blocks; `matrices`: Linear layers too, which is no longer chosen. `products`: attention by plain products
-    up to so many scores of a head."""
+    """`blocked`: frozen convolutions in oneDNN's blocks; `matrices`: Linear layers too, which is no longer chosen.
+    `products`: attention by plain products up to so many scores of a head."""
 
     blocked: bool = False
     matrices: bool = False
