@@ -13,6 +13,7 @@ from typing import Any
 
 from PIL import Image
 
+from app.grids import Look
 from app.refusals import CONFLICT, NOT_FOUND, Refusal
 from app.studio_client import Studio
 from trainers.calibrate import Calibration, Plan, calibrate, make_plan
@@ -36,9 +37,11 @@ class _Job:
     lora: Path
     family: str
     how: dict[str, Any]
+    look: Look
+    """How its drawing stands."""
     result: Calibration | None = None
-    shown: int | None = None
-    """Number of the request that draws what is shown."""
+    shown: Look | None = None
+    """How the drawing of what is shown stands."""
     baked: Path | None = None
     """The file that was written for it."""
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -63,8 +66,8 @@ class Calibrations:
         how: dict[str, Any] = {"negative": of.negative, "steps": of.steps, "guidance": of.guidance, "scheduler": of.scheduler}
         side = render_side(config, base)
         how |= {"width": side, "height": side, "base": config.base.model_dump()}
-        job = _Job(plan, lora, base.family.name, how)
-        number = self._draw(job, plan.cells(lora), replaces=True)
+        number = self._draw(how, plan.cells(lora), replaces=True)
+        job = _Job(plan, lora, base.family.name, how, self._studio.watch(number))
         with self._lock:
             self._jobs[number] = job
             for old in list(self._jobs)[:-REMEMBERED]:
@@ -77,12 +80,12 @@ class Calibrations:
         The first look after the last picture measures, within about a second. Raises Refusal.
         """
         job = self._find(number)
-        found = self._look(number)
+        found = job.look()
         with job.lock:
             if found["state"] == "done" and job.result is None:
                 job.result = _measure(job.plan, found["cells"])
-                job.shown = self._draw(job, self._shown_cells(job), replaces=False)
-        shown = self._look(job.shown)["cells"] if job.shown is not None else {}
+                job.shown = self._studio.watch(self._draw(job.how, self._shown_cells(job), replaces=False))
+        shown = job.shown()["cells"] if job.shown else {}
         pairs = {
             "whole": [shown[at] for at in range(_SHOWN) if at in shown],
             "suggested": [shown[at + _SHOWN] for at in range(_SHOWN) if at + _SHOWN in shown],
@@ -144,14 +147,8 @@ class Calibrations:
                 raise Refusal("There is no such measurement", str(number), "Measure again.", status=NOT_FOUND)
             return self._jobs[number]
 
-    def _look(self, number: int) -> dict[str, Any]:
-        try:
-            return self._studio.look(number)
-        except KeyError as error:
-            raise Refusal("This measurement is forgotten", str(number), "Measure again.", status=NOT_FOUND) from error
-
-    def _draw(self, job: _Job, cells: list[Cell], replaces: bool) -> int:
-        return self._studio.ask({**job.how, "cells": [cell.model_dump(mode="json") for cell in cells], "replaces": replaces})
+    def _draw(self, how: dict[str, Any], cells: list[Cell], replaces: bool) -> int:
+        return self._studio.ask({**how, "cells": [cell.model_dump(mode="json") for cell in cells], "replaces": replaces})
 
 
 def _measure(plan: Plan, drawn: dict[int, str]) -> Calibration:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from trainers.page import Difference, difference
 
 REMEMBERED = 50
 """How many grids can be looked at; of more, the oldest is forgotten."""
+Look = Callable[[], dict[str, Any]]
+"""How a drawing stands, as Studio.look tells it."""
 _hashes: dict[tuple[str, int, int], str] = {}
 
 
@@ -44,8 +46,8 @@ class Grids:
     def __init__(self, studio: Studio) -> None:
         self._studio = studio
         self._lock = threading.Lock()
-        self._grids: dict[int, AskedGrid] = {}
-        self._differences: dict[int, AskedDifference] = {}
+        self._grids: dict[int, tuple[AskedGrid, Look]] = {}
+        self._differences: dict[int, tuple[AskedDifference, Look]] = {}
 
     def ask(self, asked: AskedGrid) -> int:
         """Begins to draw a grid, which ends any other drawing; returns its number."""
@@ -68,19 +70,16 @@ class Grids:
 
     def find(self, number: int) -> AskedGrid:
         """What was asked. Raises Refusal for a grid that is not known (any more)."""
-        with self._lock:
-            if number not in self._grids:
-                raise Refusal("There is no such grid", str(number), "Draw it again.", status=NOT_FOUND)
-            return self._grids[number]
+        return self._find(number)[0]
 
     def look(self, number: int) -> dict[str, Any]:
         """How its drawing stands, as Studio.look tells it. Raises Refusal."""
-        self.find(number)
-        return self._look(number)
+        return self._find(number)[1]()
 
     def page(self, number: int) -> bytes:
         """The labelled page of what is drawn so far, as PNG with the settings in it. Raises Refusal."""
-        grid, drawn = self.find(number).grid, self._look(number)["cells"]
+        asked, look = self._find(number)
+        grid, drawn = asked.grid, look()["cells"]
         pictures = [_open(Path(drawn[cell])) if cell in drawn else None for cell in range(len(grid))]
         if not any(pictures):
             raise Refusal("Nothing of this grid is drawn yet", str(number), "Wait for its first picture.", status=CONFLICT)
@@ -89,20 +88,21 @@ class Grids:
     def difference(self, number: int) -> tuple[dict[str, Any], AskedDifference, Difference | None]:
         """How a comparison stands, and what differs once both pictures are there. Raises Refusal."""
         with self._lock:
-            asked = self._differences.get(number)
-        if asked is None:
+            known = self._differences.get(number)
+        if known is None:
             raise Refusal("There is no such comparison", str(number), "Choose the two pictures again.", status=NOT_FOUND)
-        found = self._look(number)
+        asked, look = known
+        found = look()
         drawn = found["cells"]
         if not {0, 1} <= drawn.keys():
             return found, asked, None
         return found, asked, difference(_open(Path(drawn[0])), _open(Path(drawn[1])))
 
-    def _look(self, number: int) -> dict[str, Any]:
-        try:
-            return self._studio.look(number)
-        except KeyError as error:
-            raise Refusal("This drawing is forgotten", str(number), "Draw it again.", status=NOT_FOUND) from error
+    def _find(self, number: int) -> tuple[AskedGrid, Look]:
+        with self._lock:
+            if number not in self._grids:
+                raise Refusal("There is no such grid", str(number), "Draw it again.", status=NOT_FOUND)
+            return self._grids[number]
 
     def _draw(self, asked: AskedGrid, cells: list[Cell], replaces: bool) -> int:
         how = asked.grid.model_dump(include={"negative", "width", "height", "steps", "guidance", "scheduler"})
@@ -111,7 +111,7 @@ class Grids:
 
     def _keep(self, known: dict[int, Any], number: int, asked: Any) -> None:
         with self._lock:
-            known[number] = asked
+            known[number] = asked, self._studio.watch(number)
             for old in list(known)[:-REMEMBERED]:
                 del known[old]
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -83,8 +84,16 @@ class Studio:
         state: waiting, loading, drawing, and at last done, failed or cancelled. Raises KeyError for an id never given,
         or long forgotten.
         """
+        return self.watch(number)()
+
+    def watch(self, number: int) -> Callable[[], dict[str, Any]]:
+        """A `look` for whoever keeps it, which is not forgotten however much is asked after it. Raises KeyError as `look`."""
         with self._lock:
             job = self._jobs[number]
+        return functools.partial(self._told, job)
+
+    def _told(self, job: _Job) -> dict[str, Any]:
+        with self._lock:
             return {
                 "state": job.state,
                 "done": job.done,

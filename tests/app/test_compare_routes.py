@@ -181,6 +181,20 @@ def test_one_contestant_or_a_strange_name_is_refused(client: TestClient, tmp_pat
     assert ok(client.get("/api/tournaments"))["tournaments"] == []
 
 
+def test_what_is_drawn_is_known_however_much_is_asked_of_the_renderer_after_it(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grid = drawn_grid(client)
+    measured = ok(client.post("/api/calibrations", json={"run": "r1"}))["id"]
+    await_end(client, f"/api/calibrations/{measured}")
+    monkeypatch.setattr("app.studio_client.REMEMBERED", 1)
+    for prompt in ("a", "b", "c"):  # as sliders do
+        drawn_grid(client, prompts=[prompt])
+    assert len(ok(client.get(f"/api/grids/{grid}"))["cells"]) == 6
+    assert client.get(f"/api/grids/{grid}/page").content.startswith(b"\x89PNG")
+    assert ok(client.get(f"/api/calibrations/{measured}"))["state"] == "done"
+
+
 def test_a_calibration_is_measured_shown_and_baked(client: TestClient, tmp_path: Path) -> None:
     number = ok(client.post("/api/calibrations", json={"run": "r1"}))["id"]
     refused(client.post("/api/calibrations/999/bake"), 404)
