@@ -84,12 +84,11 @@ def render_side(config: TrainConfig, base: BaseModelFacts) -> int:
     return max(base.step, resolution - resolution % base.step)
 
 
-def planned_prior(
-    config: TrainConfig, folder: Path, side: int, read: Callable[[Path], Picture] | None = None
-) -> list[Example]:
+def planned_prior(config: TrainConfig, folder: Path, side: int, read: Callable[[Path], Picture] | None = None) -> list[Example]:
     """The prior pictures: those of `prior.folder`, else those that a run will draw, or has drawn, into `folder`.
 
-    Drawn ones are not looked at yet and have no hash. `read` as in `scan_folder`. Raises DatasetError when nothing in `prior.folder` can be used.
+    Drawn ones are not looked at yet and have no hash. `read` as in `scan_folder`. Raises DatasetError when nothing in
+    `prior.folder` can be used.
     """
     if config.prior.folder:
         given = scan_folder(Path(config.prior.folder), repeats=config.prior.repeats, read=read).examples
