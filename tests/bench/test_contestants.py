@@ -73,7 +73,7 @@ def test_counts_repeat_and_stand_in_their_order(group: Group) -> None:
     group.project.runner = Eager()  # what is recorded keeps nothing
     again = count(lambda: fill_gradient(group.project))
     assert (again.operations, again.flops) == (project.operations, project.flops)
-    assert again.saved_bytes == pytest.approx(project.saved_bytes, rel=0.01), "a place in memory may be used twice"
+    assert again.saved_bytes == pytest.approx(project.saved_bytes, rel=0.03), "a place in memory may be used twice"
 
 
 def test_the_engine_without_adapters_does_the_work_of_the_limit(group: Group) -> None:

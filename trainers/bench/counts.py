@@ -76,7 +76,8 @@ class _Saved:
     def __init__(self) -> None:
         # By type(): isinstance would ask objects that pretend for their class, some of which then load what they stand for.
         before = (found for found in gc.get_objects() if issubclass(type(found), torch.Tensor))
-        self.before = {key for tensor in before if (key := _storage(tensor)) is not None}
+        # Held, so that none of them gives its place to what is saved later.
+        self.before = {key: tensor.untyped_storage() for tensor in before if (key := _storage(tensor)) is not None}
         self.sizes: dict[int, int] = {}
 
     def keep(self, tensor: torch.Tensor) -> torch.Tensor:
