@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import subprocess
 import sys
 import threading
@@ -16,6 +15,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
+from app.processes import start_worker
 from trainers.errors import sentence
 
 State = Literal["none", "loading", "writing", "done", "failed", "cancelled"]
@@ -79,19 +79,7 @@ class Captioning:
             if self._job is not None and not self._job.is_over:
                 return False
             job = _Job(project, str(request["model"]), len(request["pictures"]))
-            folder = self._home / "window"
-            folder.mkdir(parents=True, exist_ok=True)
-            with (folder / "captioner.log").open("wb") as log:
-                job.process = subprocess.Popen(
-                    self._command,
-                    cwd=self._home,
-                    env={**os.environ, "IMPASTO_HOME": str(self._home)},
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=log,
-                    start_new_session=True,
-                    creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),
-                )
+            job.process = start_worker(self._command, self._home, self._home / "window" / "captioner.log")
             self._job = job
         threading.Thread(target=self._serve, args=(job, request), daemon=True, name="listen to the captioner").start()
         return True

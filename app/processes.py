@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -72,6 +73,25 @@ def start_process(run: RunFolder, project: str, home: Path, force: bool = False)
         raise
     threading.Thread(target=_await_end, args=(started, run, process), daemon=True, name=f"await {run.path.name}").start()
     return process
+
+
+def start_worker(command: Sequence[str], home: Path, log: Path) -> subprocess.Popen[bytes]:
+    """Starts a process of the window's own that is asked on stdin and answers on stdout, its stderr going into `log`.
+
+    Ctrl-C is for the window, which then closes it; a window that crashes closes the pipe, which ends it too. Raises OSError.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") as stderr:
+        return subprocess.Popen(
+            command,
+            cwd=home,
+            env={**os.environ, "IMPASTO_HOME": str(home)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            start_new_session=True,
+            creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),
+        )
 
 
 def _await_end(started: subprocess.Popen[bytes], run: RunFolder, process: Process) -> None:

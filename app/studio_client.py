@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import os
 import subprocess
 import sys
 import threading
@@ -15,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from app.processes import start_worker
 from trainers.errors import sentence
 
 State = Literal["waiting", "loading", "drawing", "done", "failed", "cancelled"]
@@ -148,19 +148,7 @@ class Studio:
         process.stdin.flush()
 
     def _start(self) -> subprocess.Popen[bytes]:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / "worker.log").open("wb") as log:
-            process = subprocess.Popen(
-                self._command,
-                cwd=self._home,
-                env={**os.environ, "IMPASTO_HOME": str(self._home)},
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                # Ctrl-C is for the window, which then closes the worker; one that crashes closes the pipe, which ends it too.
-                start_new_session=True,
-                creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),
-            )
+        process = start_worker(self._command, self._home, self.folder / "worker.log")
         threading.Thread(target=self._listen, args=(process,), daemon=True, name="listen to the renderer").start()
         return process
 
