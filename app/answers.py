@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from app.progress import State
+from trainers.config import SampleSettings
+from trainers.samplers import SAMPLERS
 
 ShortText = Annotated[str, Field(max_length=4096)]
 
@@ -260,3 +262,23 @@ class LogAnswer(BaseModel):
     """The last lines that the process said."""
 
     lines: list[str]
+
+
+class DrawingDefaults(BaseModel):
+    """How a screen that draws begins. Sizes in pixels."""
+
+    prompt: str
+    negative: str
+    seed: int
+    width: int
+    height: int
+    steps: int
+    guidance: float
+    scheduler: str
+    schedulers: list[str]
+
+
+def begin_with(samples: SampleSettings, side: int) -> dict[str, Any]:
+    """The fields of DrawingDefaults but the prompt, out of a run's settings for its samples."""
+    how = samples.model_dump(include={"negative", "seed", "steps", "guidance", "scheduler"})
+    return {**how, "width": side, "height": side, "schedulers": list(SAMPLERS)}

@@ -9,6 +9,7 @@ from typing import Any
 from fastapi import Response
 from pydantic import ValidationError
 
+from app.answers import begin_with
 from app.desk import Desk, Place, TheDesk, ThePlace
 from app.library_answers import (
     BlendAnswer,
@@ -38,7 +39,7 @@ from trainers.library import FOLDER, list_cards, routed_words
 from trainers.presets import resolve
 from trainers.routing_words import route
 from trainers.run_folder import RunFolder
-from trainers.samplers import SAMPLERS, check_sampler
+from trainers.samplers import check_sampler
 
 
 def get_defaults(place: ThePlace) -> BlendDefaults:
@@ -49,14 +50,7 @@ def get_defaults(place: ThePlace) -> BlendDefaults:
         base=base.name,
         family=base.family.name,
         prompt=next(iter((*samples.prompts, config.dataset.trigger or "a picture"))),
-        negative=samples.negative,
-        seed=samples.seed,
-        width=side,
-        height=side,
-        steps=samples.steps,
-        guidance=samples.guidance,
-        scheduler=samples.scheduler,
-        schedulers=list(SAMPLERS),
+        **begin_with(samples, side),
         blocks=list(BLOCKS),
         blends=list_blends(place.desk.home),
     )

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, Field
 
-from app.answers import Body
+from app.answers import Body, DrawingDefaults
 from trainers.cells import MOST_LORAS, Strength
 
 Key = Annotated[str, Field(max_length=1024)]
@@ -124,20 +124,11 @@ class BlendDraw(Body):
     loras: Uses = Field(default_factory=list)
 
 
-class BlendDefaults(BaseModel):
+class BlendDefaults(DrawingDefaults):
     """GET /api/projects/{id}/blend: what the screen begins with, and what there is to choose from."""
 
     base: str
     family: str
-    prompt: str
-    negative: str
-    seed: int
-    width: int
-    height: int
-    steps: int
-    guidance: float
-    scheduler: str
-    schedulers: list[str]
     blocks: list[str]
     blends: list[str]
 

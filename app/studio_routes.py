@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from fastapi.responses import FileResponse
 from pydantic import BaseModel, Field
 
-from app.answers import Body, FileAnswer
+from app.answers import Body, DrawingDefaults, FileAnswer, begin_with
 from app.desk import TheDesk, TheRun
 from app.refusals import NOT_FOUND, Refusal, refuse_settings
 from app.run_routes import answer_run
@@ -21,7 +21,7 @@ from trainers.config import read_config
 from trainers.dataset.prepare import render_side
 from trainers.errors import Problem, TrainingError
 from trainers.families import recognise_base
-from trainers.samplers import SAMPLERS, check_sampler
+from trainers.samplers import check_sampler
 
 _FIRST_EVENTS = 1 << 18
 """Bytes of events among which the first samples are: they are drawn before the first step."""
@@ -70,19 +70,10 @@ class DrawAnswer(BaseModel):
     problem: str
 
 
-class DefaultsAnswer(BaseModel):
+class DefaultsAnswer(DrawingDefaults):
     """What the studio begins with, from the run's own settings."""
 
     run: str
-    prompt: str
-    negative: str
-    seed: int
-    width: int
-    height: int
-    steps: int
-    guidance: float
-    scheduler: str
-    schedulers: list[str]
     files: list[FileAnswer]
 
 
@@ -96,14 +87,7 @@ def get_defaults(run: TheRun, desk: TheDesk) -> DefaultsAnswer:
     return DefaultsAnswer(
         run=standing.id,
         prompt=next(iter((*samples.prompts, *drawn, config.dataset.trigger))),
-        negative=samples.negative,
-        seed=samples.seed,
-        width=side,
-        height=side,
-        steps=samples.steps,
-        guidance=samples.guidance,
-        scheduler=samples.scheduler,
-        schedulers=list(SAMPLERS),
+        **begin_with(samples, side),
         files=answer_run(standing).files,
     )
 
