@@ -12,9 +12,13 @@ from PIL import Image
 from tests.command_line import ROOT, impasto
 from tests.tiny_lora import TEXT, UNET, UNET_OUT, save_lora
 from trainers.calibrate import Calibration, Plan, Point, calibrate, make_plan, shared_words, without
+from trainers.calibrate_command import _sampling
+from trainers.config import write_config
 from trainers.dataset.folder import scan_folder
 from trainers.errors import DatasetError
+from trainers.families.facts import BaseOptions
 from trainers.measures.likeness import describe, describe_all, set_distance, spread_of
+from trainers.presets import resolve
 
 SAMPLES = ROOT / "assets" / "samples"
 PATHS = [SAMPLES / "blackcut" / f"{name}.png" for name in ("cat", "key", "pear", "ship", "rose", "horse")]
@@ -165,3 +169,15 @@ def test_a_name_that_is_taken_or_no_png_is_refused_before_anything_is_drawn(
     ):
         assert impasto("calibrate", taken, "--images", tmp_path, *words) > 0
         assert what in capsys.readouterr().err
+
+
+def test_it_draws_as_the_run_or_the_base_draws_its_samples(tmp_path: Path) -> None:
+    lora = save_lora(tmp_path / "ink.safetensors", UNET, UNET_OUT, TEXT)
+    assert _sampling(lora, "pocket", BaseOptions())["guidance"] == resolve("pocket", {}).samples.guidance == 3.0
+    run = tmp_path / "run"
+    (run / "state").mkdir(parents=True)
+    config = resolve("pocket", {"samples": {"guidance": 2.5, "steps": 9, "scheduler": "euler", "negative": "grey"}})
+    (run / "config.toml").write_text(write_config(config), encoding="utf-8")
+    lora.rename(run / lora.name)
+    told = {"guidance": 2.5, "steps": 9, "scheduler": "euler", "negative": "grey"}
+    assert _sampling(run / lora.name, "pocket", BaseOptions()) == told

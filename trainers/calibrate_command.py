@@ -36,8 +36,12 @@ def calibrate(
     ] = None,
     trigger: Annotated[str, typer.Option(help="Trigger word. Default: what all captions share.")] = "",
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the noise.")] = 0,
-    steps: Annotated[int, typer.Option(min=1, max=200, help="Sampling steps.")] = 20,
-    guidance: Annotated[float, typer.Option(min=0, max=30, help="How hard the prompt is followed.")] = 5.0,
+    steps: Annotated[
+        int | None, typer.Option(min=1, max=200, help="Sampling steps. Default: the run's for its samples, else the base's.")
+    ] = None,
+    guidance: Annotated[
+        float | None, typer.Option(min=0, max=30, help="How hard the prompt is followed. Default: as of the steps.")
+    ] = None,
     picture: Annotated[
         Path | None, typer.Option(help="Write a .png that shows strength 0, 1 and the suggested one.", show_default=False)
     ] = None,
@@ -62,7 +66,12 @@ def calibrate(
             raise RunFolderError("There is such a file already", str(path), "Choose another name.")
     name, options = base_of_run(lora, BaseOptions()) if base is None else (base, BaseOptions())
     plan = make_plan(scan_folder(images, trigger=trigger).examples, trigger, seed=seed, new=prompt or ())
-    how = {"base": {"model": name, **asdict(options)}, "steps": steps, "guidance": guidance}
+    named = {"steps": steps, "guidance": guidance}
+    how = {
+        "base": {"model": name, **asdict(options)},
+        **_sampling(lora, name, options),
+        **{key: value for key, value in named.items() if value is not None},
+    }
     warm = Warm()
     drawn = _draw(plan.cells(lora), how, warm)
     found = calibrate_pictures(plan, drawn, [load_pixels(path) for path in plan.wanted])
@@ -71,6 +80,21 @@ def calibrate(
         _save_picture(picture, plan, lora, found.suggested, how, warm)
     if bake:
         _bake(lora, found.suggested, bake, recognise_base(name, options).family.name)
+
+
+def _sampling(lora: Path, base: str, options: BaseOptions) -> dict[str, object]:
+    """How the run in which the file lies draws its samples; else how runs on this base do.
+
+    The best strength depends on it: the harder a prompt is followed, the harder its LoRA is.
+    """
+    from trainers.config import read_config
+    from trainers.families import recognise_base
+    from trainers.presets import default_preset, resolve
+    from trainers.run_folder import run_of
+
+    run = run_of(lora)
+    config = read_config(run.config) if run else resolve(default_preset(recognise_base(base, options)), {})
+    return config.samples.model_dump(include={"negative", "steps", "guidance", "scheduler"})
 
 
 def _draw(cells: list[Cell], how: dict[str, object], warm: Warm) -> dict[int, Image.Image]:
