@@ -19,6 +19,7 @@ TYPES = {
     "loha": ("adapter.type=loha",),
     "lokr": ("adapter.type=lokr", "adapter.factor=2"),
     "additive": ("adapter.type=additive",),
+    "full": ("adapter.type=full",),
     "symmetric": ("adapter.init=symmetric",),
     "pissa": ("adapter.init=pissa",),
     "olora": ("adapter.init=olora",),

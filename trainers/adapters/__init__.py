@@ -8,13 +8,13 @@ from pydantic import Field
 
 from trainers.adapters.additive import AdditiveSettings
 from trainers.adapters.dora import DORA, DORA_LOHA, DORA_LOKR, DoraSettings
-from trainers.adapters.full import FULL
+from trainers.adapters.full import FULL, FullSettings
 from trainers.adapters.loha import LOHA, LohaSettings
 from trainers.adapters.lokr import LOKR, LokrSettings
 from trainers.adapters.lora import LORA, LoraSettings
 
 AdapterConfig = Annotated[
-    LoraSettings | DoraSettings | LohaSettings | LokrSettings | AdditiveSettings,
+    LoraSettings | DoraSettings | LohaSettings | LokrSettings | AdditiveSettings | FullSettings,
     Field(discriminator="type"),
 ]
 """What can be trained; `trained` of the settings is the mathematics of it."""

@@ -1,20 +1,60 @@
-"""A full difference: the change of a weight as it is, without factors, rank or alpha (parts `diff` in kohya's names)."""
+"""A full difference: the change of a weight as it is, without factors, rank or alpha (parts `diff` in kohya's names).
+
+Trained, it is full fine-tuning of the layers that it is put beside, W = W0 + s D with W0 frozen: the corner opposite to the
+base in the plane of which matrices learn and at what rank. It takes four numbers of memory for each weight, and its forward
+a second product of the layer's own size, which a loop that rewrites W0 does not; here the base stays, and a strength blends.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from trainers.adapters.base import Factors, apply_weight, same_layer, scaled
+from trainers.adapters.base import Factors, Started, Weight, apply_weight, same_layer, scaled
+from trainers.adapters.settings import LowRankSettings
 
 if TYPE_CHECKING:
     import torch
 
 
+class FullSettings(LowRankSettings):
+    """Full fine-tuning of the targets' weights: of rank and alpha only their quotient counts, as its scale."""
+
+    type: Literal["full"] = "full"
+    """Kind of adapter."""
+
+    @property
+    def trained(self) -> Any:
+        """The mathematics that is trained."""
+        return FULL
+
+
 class Full:
-    """The mathematics of a full difference; no state. See adapters.base.AdapterKind for the meaning of each method."""
+    """The mathematics of a full difference; no state. See adapters.base.AdapterKind and Trained for what each method does."""
 
     parts = ("diff",)
     pairs: tuple[tuple[str, str], ...] = ()
+
+    @staticmethod
+    def factor_shapes(weight: tuple[int, ...], rank: int) -> dict[str, tuple[int, ...]]:
+        """The weight's own."""
+        return {"diff": weight}
+
+    @staticmethod
+    def start(shape: tuple[int, ...], rank: int, scale: float, generator: torch.Generator, weight: Weight) -> Started:
+        """Zero."""
+        import torch
+
+        return Started({"diff": torch.zeros(shape)}, scale)
+
+    @staticmethod
+    def exported(factors: Factors, scale: float) -> tuple[str, Factors, float]:
+        """At scale 1, as a file has no alpha for it."""
+        return "full", {"diff": factors["diff"] * scale}, 1.0
+
+    @staticmethod
+    def file_rank(rank: int) -> None:
+        """None holds it."""
+        return None
 
     @staticmethod
     def fault(factors: Factors) -> str:
