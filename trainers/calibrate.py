@@ -227,6 +227,13 @@ def _drifts(plan: Plan, drawn: Mapping[int, Image.Image], zero: int) -> Numbers:
     return np.array([[_apart(one, own) for one, own in zip(row, base, strict=True)] for row in pixels]) / max(usual, 1e-9)
 
 
+def drift_of(drawn: Sequence[Image.Image], base: Sequence[Image.Image]) -> float:
+    """Drift of pictures without the trigger from the base's own on the same noise, as of a calibration; at least two."""
+    mine, own = (np.stack([read_pixels(image) for image in images]) for images in (drawn, base))
+    usual = float(np.mean([_apart(first, second) for first, second in itertools.combinations(own, 2)]))
+    return float(np.mean([_apart(one, other) for one, other in zip(mine, own, strict=True)])) / max(usual, 1e-9)
+
+
 def _apart(first: Numbers, second: Numbers) -> float:
     return float(np.sqrt(((first - second) ** 2).mean()))
 

@@ -65,16 +65,35 @@ def script_command(case: Case, base: str, images: Path, work: Path, precision: s
     return Command(tuple(words), work / "script-home")
 
 
+@dataclass(frozen=True)
+class Ran:
+    """What a process told and held: its events, when it began (seconds since the epoch), and bytes at the most."""
+
+    events: list[dict[str, Any]]
+    begun: float
+    peak_at_step: int
+    peak_bytes: int
+
+
 def start(command: Command) -> Start:
     """Runs a command to its end, watching. Raises TrainingError with the end of what it said when it fails."""
     shutil.rmtree(command.home / "cache" / "latents", ignore_errors=True)
     if command.run is not None:
         shutil.rmtree(command.run, ignore_errors=True)
+    ran = run_to_end(command.words, command.home, STEPS)
+    return Start(*_split(ran.events, ran.begun), ran.peak_at_step, ran.peak_bytes)
+
+
+def run_to_end(words: Sequence[str], home: Path, step: int = 0) -> Ran:
+    """This Python with `words`, which tells events as JSON lines, under a home folder of its own; memory also at a `step`.
+
+    Raises TrainingError with the end of what it said when it fails or makes no step.
+    """
     python_path = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH", ""))))
-    environment = {**os.environ, "IMPASTO_HOME": str(command.home), "PYTHONPATH": python_path, "PYTHONUTF8": "1"}
+    environment = {**os.environ, "IMPASTO_HOME": str(home), "PYTHONPATH": python_path, "PYTHONUTF8": "1"}
     begun = time.time()
     process = subprocess.Popen(
-        [sys.executable, "-P", *command.words], env=environment, encoding="utf-8", errors="replace",
+        [sys.executable, "-P", *words], env=environment, encoding="utf-8", errors="replace",
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     assert process.stdout is not None and process.stderr is not None
@@ -84,18 +103,18 @@ def start(command: Command) -> Start:
     listener.start()
     watcher.start()
     events: list[dict[str, Any]] = []
-    until_last_step = 0
+    peak_at_step = 0
     for line in process.stdout:
         event = _event(line)
         events += [event] if event else []
-        if event and event["type"] == "step" and event["step"] == STEPS:
-            until_last_step = watcher.look()
+        if event and event["type"] == "step" and event["step"] == step:
+            peak_at_step = watcher.look()
     code = process.wait()
     listener.join(5)
     if code or not any(event["type"] == "step" for event in events):
         end = "".join(said).strip()[-500:] or str(events[-1:])
-        raise TrainingError("A process that was to be measured failed", " ".join(command.words[:3]), end)
-    return Start(*_split(events, begun), until_last_step, watcher.look())
+        raise TrainingError("A process that was to be measured failed", " ".join(words[:3]), end)
+    return Ran(events, begun, peak_at_step, watcher.look())
 
 
 def _event(line: str) -> dict[str, Any] | None:

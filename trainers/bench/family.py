@@ -1,0 +1,233 @@
+"""The table of adapter types, as a program of its own: `python -P -m trainers.bench.family IMAGES TRUTH OUT ...`.
+
+Every entry is trained on pocket at three learning rates, each run in a process of its own, and draws two sets of prompts:
+concepts of which TRUTH holds true pictures in the same style that were never trained on, and plain ones without the trigger.
+What is done lies in OUT and is not done again, so that hours of it may be cut off; `--table` prints what there is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from trainers.bench.apart import run_to_end
+from trainers.calibrate import drift_of, shared_words
+from trainers.cells import Cell, LoraUse, RenderRequest
+from trainers.dataset.folder import scan_folder
+from trainers.dataset.pictures import load_pixels
+from trainers.draw_cells import answer
+from trainers.families import recognise_base
+from trainers.families.facts import BaseOptions
+from trainers.families.settings import BaseSettings
+from trainers.measures.likeness import describe_all, set_distance, spread_of
+from trainers.warm import Warm
+
+LORA_RATES = (5e-4, 1e-3, 2e-3)
+_QUIET = ("samples.every=0", "checkpoints.every=0", "output.verify=false", "dataset.holdout=0.1")
+# None of the preset's own prior prompts, of which a run learns pictures.
+_PLAIN = (
+    "a guitar, noto style", "a red car, noto style", "a castle, twemoji style", "a penguin, twemoji style",
+    "a cactus, fluent flat style", "a mushroom, fluent flat style", "a rocket, fluent 3d style", "a pear, fluent 3d style",
+)  # fmt: skip
+_CONCEPTS = 24
+SEED = 7
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of the table: settings beside the preset's, and the learning rates of which the best is told."""
+
+    name: str
+    settings: tuple[str, ...]
+    rates: tuple[float, ...] = LORA_RATES
+
+
+def _type(name: str, *settings: str, rates: tuple[float, ...] = LORA_RATES) -> Entry:
+    kept = ("output.kind=native",) if name in ("dora", "loha", "lokr", "full", "random_projection", "restart") else ()
+    return Entry(name, (f"adapter.type={name}", *settings, *kept), rates)
+
+
+def _only(name: str, rank: int, *projections: str) -> Entry:
+    chosen = ",".join(f'"{one}"' for one in projections)
+    return Entry(name, (f"adapter.rank={rank}", 'adapter.targets=["attention"]', f"adapter.projections=[{chosen}]"))
+
+
+ENTRIES = (
+    Entry("lora", ()),
+    *(Entry(f"lora, {init}", (f"adapter.init={init}",)) for init in ("symmetric", "pissa", "olora")),
+    _type("dora"),
+    _type("loha"),
+    _type("lokr"),
+    _type("additive"),
+    _type("random_projection", rates=(1e-3, 2e-3, 4e-3)),
+    _type("restart"),
+    Entry("lora, grow", ("adapter.rank_schedule=grow",)),
+    _type("pivotal"),
+    _type("full", rates=(2e-5, 5e-5, 1e-4)),
+    *(Entry(f"lora, rank {rank}", (f"adapter.rank={rank}",)) for rank in (1, 2, 4, 8, 64)),
+    _only("q, k, v, out, rank 16", 16, "q", "k", "v", "out"),
+    _only("q, v, rank 32", 32, "q", "v"),
+)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one run came to. `similarity` and `drift` as in trainers.calibrate, against the true pictures."""
+
+    name: str
+    rate: float
+    held_out_loss: float
+    similarity: float
+    drift: float
+    seconds_per_step: float
+    peak_bytes: int
+    file_bytes: int
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Measures what is missing. Returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -P -m trainers.bench.family", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("images", type=Path, help="the sample's folder, with captions that end with the trigger")
+    parser.add_argument("truth", type=Path, help="true pictures in its style, named LABEL-OF-THE-CONCEPT.png")
+    parser.add_argument("out", type=Path, help="folder for runs, pictures and results")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--only", nargs="*", default=[], help="names of entries")
+    parser.add_argument("--table", action="store_true", help="print the table of what is done")
+    options = parser.parse_args(arguments)
+    if options.table:
+        print(table(read_results(options.out)))
+        return 0
+    options.out.mkdir(parents=True, exist_ok=True)
+    for entry in ENTRIES:
+        if entry.name in (options.only or [entry.name]):
+            for rate in entry.rates:
+                _measure(entry, rate, options)
+    return 0
+
+
+def _measure(entry: Entry, rate: float, options: Any) -> None:
+    """One run, its pictures and their figures, unless they are there."""
+    result = options.out / f"{_file_name(entry.name)}-{rate:g}.json"
+    if result.exists():
+        return
+    run = options.out / "runs" / result.stem
+    words = [
+        "-m",
+        "trainers",
+        "train",
+        str(options.images),
+        "-o",
+        str(run),
+        "--preset",
+        "pocket",
+        "--steps",
+        str(options.steps),
+    ]
+    for setting in (*_QUIET, *entry.settings, f"optimizer.learning_rate={rate}"):
+        words += ["--set", setting]
+    ran = run_to_end([*words, "--json"], options.out / "home")
+    steps = [event for event in ran.events if event["type"] == "step"]
+    losses = [event["held_out_loss"] for event in steps if event["held_out_loss"] is not None]
+    (file,) = run.glob("*.safetensors")
+    pictures = _draw(file, options)
+    similarity, drift = _judge(pictures, _draw(None, options), options)
+    pace = median(step["seconds_per_step"] for step in steps)
+    found = Measured(entry.name, rate, losses[-1], similarity, drift, pace, ran.peak_bytes, file.stat().st_size)
+    result.write_text(json.dumps(asdict(found)), encoding="utf-8")
+    print(result.read_text(encoding="utf-8"), flush=True)
+
+
+def _draw(lora: Path | None, options: Any) -> list[Image.Image]:
+    """The concepts' pictures and then the plain ones, at strength 1 of a LoRA or without any; files stay in OUT."""
+    side = recognise_base("pocket", BaseOptions()).resolution
+    use = (LoraUse(path=str(lora), unet=1.0, text=1.0),) if lora else ()
+    prompts = _prompts(options.images, _concepts(options.truth))
+    cells = [Cell(prompt=prompt, seed=SEED, loras=use) for prompt in (*prompts, *_PLAIN)]
+    folder = options.out / "pictures"
+    folder.mkdir(exist_ok=True)
+    request = RenderRequest.model_validate({
+        "id": 1, "base": BaseSettings(model="pocket"), "cells": cells, "width": side, "height": side, "guidance": 3.0,
+        "folder": str(folder),
+    })  # fmt: skip
+    drawn: dict[int, Image.Image] = {}
+
+    def tell(event: dict[str, Any]) -> None:
+        if event["event"] == "picture":
+            with Image.open(event["path"]) as image:
+                drawn[event["cell"]] = image.convert("RGB")
+
+    answer(request, _warm(), tell, lambda: None)
+    return [drawn[number] for number in range(len(cells))]
+
+
+def _judge(drawn: list[Image.Image], base: list[Image.Image], options: Any) -> tuple[float, float]:
+    concepts = _concepts(options.truth)
+    truth = describe_all([load_pixels(path) for _, path in concepts])
+    mine, before = (describe_all(images[: len(concepts)]) for images in (drawn, base))
+    spread = spread_of(before, truth)
+    similarity = 1 - set_distance(mine, truth, spread) / set_distance(before, truth, spread)
+    return similarity, drift_of(drawn[len(concepts) :], base[len(concepts) :])
+
+
+@cache
+def _warm() -> Warm:
+    """The base, loaded once for all entries."""
+    return Warm()
+
+
+def _concepts(truth: Path) -> list[tuple[str, Path]]:
+    """(label, file) of the true pictures, evenly spread over them."""
+    paths = sorted(truth.glob("*.png"))
+    chosen = [paths[round(at)] for at in np.linspace(0, len(paths) - 1, min(_CONCEPTS, len(paths)))]
+    return [(path.stem.replace("-", " "), path) for path in chosen]
+
+
+def _prompts(images: Path, concepts: Sequence[tuple[str, Path]]) -> list[str]:
+    trigger = shared_words([example.caption for example in scan_folder(images).examples])
+    return [f"{'an' if label[0] in 'aeiou' else 'a'} {label}, {trigger}" for label, _ in concepts]
+
+
+def _file_name(name: str) -> str:
+    return name.replace(", ", "-").replace(" ", "-")
+
+
+def read_results(folder: Path) -> list[Measured]:
+    """What is done, in the order of the entries."""
+    order = [entry.name for entry in ENTRIES]
+    found = [Measured(**json.loads(path.read_text(encoding="utf-8"))) for path in sorted(folder.glob("*.json"))]
+    return sorted(found, key=lambda one: (order.index(one.name), one.rate))
+
+
+def table(results: Sequence[Measured]) -> str:
+    """Each entry at the rate with the lowest held-out loss, as Markdown."""
+    best: dict[str, Measured] = {}
+    tried: dict[str, list[float]] = {}
+    for one in results:
+        tried.setdefault(one.name, []).append(one.rate)
+        if one.name not in best or one.held_out_loss < best[one.name].held_out_loss:
+            best[one.name] = one
+    lines = [
+        "| adapter | rate (of those tried) | held-out loss | similarity | drift | s/step | peak MB | file MB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, one in best.items():
+        rates = ", ".join(f"{rate:g}" for rate in tried[name])
+        lines.append(
+            f"| {name} | {one.rate:g} ({rates}) | {one.held_out_loss:.4f} | {one.similarity:.3f} | {one.drift:.3f} |"
+            f" {one.seconds_per_step:.3f} | {one.peak_bytes / 1e6:.0f} | {one.file_bytes / 1e6:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
