@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from trainers.dataset.captions import MAX_BYTES, clean_caption, read_caption_fil
 from trainers.dataset.folder import Example
 from trainers.errors import DatasetError, TrainingError
 from trainers.families import ASSETS
+from trainers.families.vocabulary import END, START, number_words, only_merges, read_merges
 from trainers.files import write_atomically
 
 if TYPE_CHECKING:
@@ -25,7 +27,6 @@ if TYPE_CHECKING:
 LIMIT = 75
 """Tokens of a caption that a text encoder reads; with the marks of begin and end they are 77."""
 # What CLIP splits text into before it looks words up; as in transformers' CLIPTokenizer.
-_MARKS = ("<|startoftext|>", "<|endoftext|>")
 _PIECES = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
@@ -137,13 +138,14 @@ def _tokenizer(folder: Path) -> Tokenizer:
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
     try:
-        if not (folder / "vocab.json").is_file():
+        if (folder / "tokenizer.json").is_file() and not (folder / "vocab.json").is_file():
             made = Tokenizer.from_file(str(folder / "tokenizer.json"))
             made.no_truncation()
             made.no_padding()
             return made
-        files = (str(folder / "vocab.json"), str(folder / "merges.txt"))
-        model = models.BPE.from_file(*files, end_of_word_suffix="</w>", continuing_subword_prefix="", unk_token=_MARKS[1])
+        merges = read_merges(folder)
+        words = number_words(merges) if only_merges(folder) else json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+        model = models.BPE(words, merges, end_of_word_suffix="</w>", continuing_subword_prefix="", unk_token=END)
     except Exception as error:  # the library raises plain Exceptions
         hint = "Download the base model's tokenizer folder again."
         raise TrainingError(f"The vocabulary cannot be read: {error}", str(folder), hint) from error
@@ -153,5 +155,5 @@ def _tokenizer(folder: Path) -> Tokenizer:
     )
     split = pre_tokenizers.Split(Regex(_PIECES), behavior="removed", invert=True)
     made.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    made.add_special_tokens(list(_MARKS))
+    made.add_special_tokens([START, END])
     return made

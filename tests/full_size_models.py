@@ -18,6 +18,7 @@ from trainers.container import Entry, serialise_header
 from trainers.families import ASSETS
 from trainers.families.configuration import read_configs
 from trainers.families.ldm import part_layouts
+from trainers.families.vocabulary import write_words
 from trainers.files import write_atomically
 
 KEYS = {
@@ -102,6 +103,7 @@ def write_configuration(family: str, folder: Path) -> Path:
     for tokenizer in folder.glob("tokenizer*"):
         own = json.loads((tokenizer / "tokenizer_config.json").read_text(encoding="utf-8"))
         shutil.copytree(ASSETS / "pocket" / "tokenizer", tokenizer, dirs_exist_ok=True)
+        write_words(tokenizer)
         base = json.loads((tokenizer / "tokenizer_config.json").read_text(encoding="utf-8"))
         (tokenizer / "tokenizer_config.json").write_text(json.dumps(base | own), encoding="utf-8")
     return folder

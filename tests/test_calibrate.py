@@ -11,9 +11,10 @@ from PIL import Image
 
 from tests.command_line import ROOT, impasto
 from tests.tiny_lora import TEXT, UNET, UNET_OUT, save_lora
-from trainers.calibrate import Calibration, Plan, Point, calibrate, make_plan, shared_words, without
+from trainers.calibrate import Calibration, Plan, Point, calibrate, make_plan
 from trainers.calibrate_command import _sampling
 from trainers.config import write_config
+from trainers.dataset.captions import shared_words, without
 from trainers.dataset.folder import scan_folder
 from trainers.errors import DatasetError
 from trainers.families.facts import BaseOptions

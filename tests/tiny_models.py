@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 
+from trainers.families.vocabulary import write_words
+
 TOKENIZER = Path(__file__).resolve().parents[1] / "assets" / "pocket" / "tokenizer"
-TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json")
+TOKENIZER_FILES = ("merges.txt", "tokenizer_config.json")
 WIDTH = 32
 """Width of the text encoder and of the UNet's cross-attention input."""
 WIDTH_2 = 48
@@ -175,6 +177,7 @@ def _save(
         (folder / tokenizer).mkdir(exist_ok=True)
         for name in TOKENIZER_FILES:
             shutil.copyfile(TOKENIZER / name, folder / tokenizer / name)
+        write_words(folder / tokenizer)
         if tokenizer in filled_with_zero:
             config = json.loads((TOKENIZER / "tokenizer_config.json").read_text(encoding="utf-8"))
             _write_json(folder / tokenizer / "tokenizer_config.json", config | {"pad_token": "!"})

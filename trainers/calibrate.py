@@ -14,7 +14,6 @@ hundredth more of similarity is worth taking only while it costs less than a ten
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +24,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from trainers.cells import Cell, LoraUse
+from trainers.dataset.captions import ARTICLES, shared_words, without
 from trainers.dataset.folder import Example
 from trainers.errors import DatasetError
-from trainers.measures.likeness import describe_all, set_distance, spread_of
+from trainers.measures.likeness import describe_all, pixels_apart, set_distance, spread_of
 from trainers.measures.pixels import read_pixels
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
@@ -44,7 +44,6 @@ _NEW = (
     "a fox", "a red apple", "a tree", "a bird", "a cup", "a chair", "a mushroom", "a bicycle", "a star", "a hat", "a clock",
     "a boat", "a lamp", "a shoe", "a bear", "a drum", "a spoon", "a tent",
 )  # fmt: skip
-_ARTICLES = frozenset(("a", "an", "the"))
 
 Numbers = NDArray[np.float64]
 Thing = TypeVar("Thing")
@@ -113,32 +112,6 @@ class Calibration:
         return text
 
 
-def shared_words(captions: Sequence[str]) -> str:
-    """What all captions hold, as a trigger: tags between commas, else the words at their beginning or end; "" for nothing."""
-    tags = [[tag.strip() for tag in caption.split(",")] for caption in captions]
-    common = [tag for tag in tags[0] if tag and all(tag in other for other in tags[1:])] if tags else []
-    if len(captions) < 2:
-        return ""
-    if common:
-        return ", ".join(common)
-    words = [caption.split() for caption in captions]
-    start = [group[0] for group in itertools.takewhile(lambda group: len(set(group)) == 1, zip(*words, strict=False))]
-    end = [group[0] for group in itertools.takewhile(lambda g: len(set(g)) == 1, zip(*(w[::-1] for w in words), strict=False))][
-        ::-1
-    ]
-    found = [part for part in (start, end) if set(part) - _ARTICLES]
-    return " ".join(found[0]) if found else ""
-
-
-def without(caption: str, trigger: str) -> str:
-    """A caption without the trigger, and without the commas that are then left over."""
-    tags = {tag.strip() for tag in trigger.split(",")}
-    kept = ", ".join(tag.strip() for tag in caption.split(",") if tag.strip() not in tags and tag.strip())
-    if trigger:  # whole words alone: "cut" stays in "cute"
-        kept = " ".join(re.sub(rf"(?<!\w){re.escape(trigger)}(?!\w)", " ", kept).split())
-    return kept.strip(" ,")
-
-
 def make_plan(
     examples: Sequence[Example],
     trigger: str = "",
@@ -161,7 +134,7 @@ def make_plan(
     new = list(new) or _new_prompts(captions, trigger)
     own = _spread(list(dict.fromkeys(captions)), _PROMPTS - len(new[: _PROMPTS // 2]))
     plain = [without(caption, trigger) for caption in own] if trigger else []
-    plain = _spread([text for text in dict.fromkeys(plain) if set(text.lower().split()) - _ARTICLES], _PLAIN)
+    plain = _spread([text for text in dict.fromkeys(plain) if set(text.lower().split()) - ARTICLES], _PLAIN)
     plain += [text for text in _COMMON if text not in plain][: _PLAIN - len(plain)]
     wanted = tuple(one.path for one in _spread(list(examples), _WANTED))
     return Plan(ordered, (*own, *new[: _PROMPTS // 2]), tuple(plain), wanted, seed)
@@ -222,20 +195,9 @@ def _drifts(plan: Plan, drawn: Mapping[int, Image.Image], zero: int) -> Numbers:
         ]
     )
     base = pixels[zero]
-    others = [_apart(first, second) for first, second in itertools.combinations(base, 2)]
+    others = [pixels_apart(first, second) for first, second in itertools.combinations(base, 2)]
     usual = float(np.mean(others)) if others else 255.0
-    return np.array([[_apart(one, own) for one, own in zip(row, base, strict=True)] for row in pixels]) / max(usual, 1e-9)
-
-
-def drift_of(drawn: Sequence[Image.Image], base: Sequence[Image.Image]) -> float:
-    """Drift of pictures without the trigger from the base's own on the same noise, as of a calibration; at least two."""
-    mine, own = (np.stack([read_pixels(image) for image in images]) for images in (drawn, base))
-    usual = float(np.mean([_apart(first, second) for first, second in itertools.combinations(own, 2)]))
-    return float(np.mean([_apart(one, other) for one, other in zip(mine, own, strict=True)])) / max(usual, 1e-9)
-
-
-def _apart(first: Numbers, second: Numbers) -> float:
-    return float(np.sqrt(((first - second) ** 2).mean()))
+    return np.array([[pixels_apart(one, own) for one, own in zip(row, base, strict=True)] for row in pixels]) / max(usual, 1e-9)
 
 
 def _fits(strengths: Sequence[float], similarity: Numbers, drift: Numbers) -> tuple[Numbers, Numbers]:

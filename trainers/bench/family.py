@@ -21,15 +21,15 @@ import numpy as np
 from PIL import Image
 
 from trainers.bench.apart import run_to_end
-from trainers.calibrate import drift_of, shared_words
 from trainers.cells import Cell, LoraUse, RenderRequest
+from trainers.dataset.captions import shared_words
 from trainers.dataset.folder import scan_folder
 from trainers.dataset.pictures import load_pixels
 from trainers.draw_cells import answer
 from trainers.families import recognise_base
 from trainers.families.facts import BaseOptions
 from trainers.families.settings import BaseSettings
-from trainers.measures.likeness import describe_all, set_distance, spread_of
+from trainers.measures.likeness import describe_all, drift_of, set_distance, spread_of
 from trainers.warm import Warm
 
 LORA_RATES = (5e-4, 1e-3, 2e-3)

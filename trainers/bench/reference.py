@@ -74,7 +74,7 @@ def load_parts(base: Path, dtype: torch.dtype, device: torch.device) -> Parts:
     for number, kind in (("", "CLIPTextModel"), ("_2", "CLIPTextModelWithProjection")):
         if (base / f"text_encoder{number}").is_dir():
             texts.append(getattr(transformers, kind).from_pretrained(base, subfolder=f"text_encoder{number}", dtype=dtype))
-            tokenizers.append(transformers.CLIPTokenizer.from_pretrained(base, subfolder=f"tokenizer{number}"))
+            tokenizers.append(_tokenizer(transformers.CLIPTokenizer, base / f"tokenizer{number}"))
     vae = diffusers.AutoencoderKL.from_pretrained(base, subfolder="vae")
     unet = diffusers.UNet2DConditionModel.from_pretrained(base, subfolder="unet", torch_dtype=dtype)
     scheduler = diffusers.DDPMScheduler.from_pretrained(base, subfolder="scheduler")
@@ -84,6 +84,15 @@ def load_parts(base: Path, dtype: torch.dtype, device: torch.device) -> Parts:
         module.requires_grad_(False)
         module.to(device)
     return Parts(unet, vae, tuple(texts), tuple(tokenizers), scheduler)
+
+
+def _tokenizer(kind: Any, folder: Path) -> Any:
+    if (folder / "vocab.json").is_file():
+        return kind.from_pretrained(folder)
+    from trainers.families.vocabulary import number_words, read_merges  # pocket's follows from its merges
+
+    merges = read_merges(folder)
+    return kind(vocab=number_words(merges), merges=merges, model_max_length=TOKENS)
 
 
 def share(module: Any, device: str | None = None, trainable: bool = False) -> Any:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import codecs
+import itertools
 import random as random_module
 import re
 import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +39,7 @@ _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
 _HASH = re.compile(r"(?=[0-9a-f]*\d)[0-9a-f]{8,}", re.IGNORECASE)
 
 MOST_WORDS = 75
+ARTICLES = frozenset(("a", "an", "the"))
 """CLIP reads 75 tokens of a caption, and a word is one or more of them."""
 
 
@@ -164,3 +167,29 @@ def vary_caption(caption: str, random: random_module.Random, shuffle: bool, keep
     rest = parts[keep:]
     random.shuffle(rest)
     return ", ".join(parts[:keep] + rest)
+
+
+def shared_words(captions: Sequence[str]) -> str:
+    """What all captions hold, as a trigger: tags between commas, else the words at their beginning or end; "" for nothing."""
+    tags = [[tag.strip() for tag in caption.split(",")] for caption in captions]
+    common = [tag for tag in tags[0] if tag and all(tag in other for other in tags[1:])] if tags else []
+    if len(captions) < 2:
+        return ""
+    if common:
+        return ", ".join(common)
+    words = [caption.split() for caption in captions]
+    start = [group[0] for group in itertools.takewhile(lambda group: len(set(group)) == 1, zip(*words, strict=False))]
+    end = [group[0] for group in itertools.takewhile(lambda g: len(set(g)) == 1, zip(*(w[::-1] for w in words), strict=False))][
+        ::-1
+    ]
+    found = [part for part in (start, end) if set(part) - ARTICLES]
+    return " ".join(found[0]) if found else ""
+
+
+def without(caption: str, trigger: str) -> str:
+    """A caption without the trigger, and without the commas that are then left over."""
+    tags = {tag.strip() for tag in trigger.split(",")}
+    kept = ", ".join(tag.strip() for tag in caption.split(",") if tag.strip() not in tags and tag.strip())
+    if trigger:  # whole words alone: "cut" stays in "cute"
+        kept = " ".join(re.sub(rf"(?<!\w){re.escape(trigger)}(?!\w)", " ", kept).split())
+    return kept.strip(" ,")

@@ -12,6 +12,7 @@ from trainers.families.facts import ASSETS, FAMILIES, BaseModelFacts, BaseOption
 from trainers.families.locate import find_path, locate_base, name_of
 from trainers.families.single_file import ZERO_TERMINAL, recognise_file, set_epsilon
 from trainers.families.stored import denoiser_bytes, stored_tensors, weight_files
+from trainers.families.vocabulary import MERGES_FILE, WORDS, WORDS_FILE, number_words, only_merges, read_merges
 
 if TYPE_CHECKING:
     from trainers.families.base import DiffusionModel
@@ -20,7 +21,6 @@ __all__ = [
     "ASSETS", "FAMILIES", "BaseModelFacts", "BaseOptions", "FamilyFacts", "check_size", "denoiser_bytes", "load_family",
     "locate_base", "recognise_base", "stored_tensors", "weight_files",
 ]  # fmt: skip
-WORDS = 49_408
 """Of CLIP's vocabulary, begin and end marks included."""
 LARGEST_SIDE = 4096
 """Of a picture to draw, in pixels."""
@@ -112,12 +112,24 @@ def _vae_scale(family: str) -> object:
 def _check_tokenizers(base: BaseModelFacts) -> None:
     for part in base.family.text_encoders:
         folder = base.folder / part.replace("text_encoder", "tokenizer")
-        if not any((folder / name).is_file() for name in ("vocab.json", "tokenizer.json")):
+        if not any((folder / name).is_file() for name in (WORDS_FILE, MERGES_FILE, "tokenizer.json")):
             raise BaseModelError("The base model has no tokenizer", where=str(folder), hint="Add vocab.json and merges.txt.")
-        words = len(read_json(folder, "vocab.json")) if (folder / "vocab.json").is_file() else WORDS
+        words = _count_words(folder)
         if words < WORDS:  # transformers takes an empty one without a word
             what = f"The base model's tokenizer knows {words:,} words in place of {WORDS:,}"
             raise BaseModelError(what, where=str(folder), hint="Copy vocab.json and merges.txt again.")
+
+
+def _count_words(folder: Path) -> int:
+    if (folder / WORDS_FILE).is_file():
+        return len(read_json(folder, WORDS_FILE))
+    if not only_merges(folder):
+        return WORDS
+    try:
+        return len(number_words(read_merges(folder)))
+    except (OSError, ValueError) as error:
+        what = f"The base model's tokenizer cannot be read: {error}"
+        raise BaseModelError(what, where=str(folder), hint="Copy merges.txt again.") from error
 
 
 def check_size(base: BaseModelFacts, height: int, width: int) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import threading
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from trainers.families.facts import ASSETS, BaseModelFacts
 from trainers.families.lean import library
 from trainers.families.stored import Stored, stored_tensors
 from trainers.families.tensor_files import TensorFiles
+from trainers.families.vocabulary import number_words, only_merges, read_merges
 
 TOKENS = 77
 CANARY = ("a photo of a cat", [49406, 320, 1125, 539, 320, 2368, 49407])
@@ -186,8 +189,7 @@ def load_tokenizer(facts: BaseModelFacts, part: str) -> Any:
     if facts.checkpoint is not None:  # OpenCLIP pads with token 0, CLIP with its end mark
         extra["pad_token"] = "!" if _is_open_clip(facts, part) else "<|endoftext|>"
     try:
-        kind = library().tokenizer
-        tokenizer = kind.from_pretrained(str(vocabulary), local_files_only=True, model_max_length=TOKENS, **extra)
+        tokenizer = read_tokenizer(vocabulary, **extra)
         known = tokenizer(CANARY[0]).input_ids == CANARY[1]
     except Exception as error:  # its library raises plain Exceptions
         what = f"The tokenizer could not be loaded: {(str(error) or type(error).__name__).splitlines()[0]}"
@@ -196,6 +198,20 @@ def load_tokenizer(facts: BaseModelFacts, part: str) -> Any:
         hint = "Copy vocab.json and merges.txt again."
         raise BaseModelError("The tokenizer is not CLIP's", where=str(vocabulary), hint=hint)
     return tokenizer
+
+
+def read_tokenizer(folder: Path, **extra: str) -> Any:
+    """A CLIPTokenizer out of a folder that holds the words, or merges alone; `extra` in place of its own marks, as pad_token.
+
+    What its library raises for damaged files it raises, too, and for missing ones nothing.
+    """
+    kind = library().tokenizer
+    if not only_merges(folder):
+        return kind.from_pretrained(str(folder), local_files_only=True, model_max_length=TOKENS, **extra)
+    merges, settings = read_merges(folder), folder / "tokenizer_config.json"
+    own = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
+    marks = {name: text for name, text in own.items() if name.endswith("_token") and isinstance(text, str)}
+    return kind(vocab=number_words(merges), merges=merges, model_max_length=TOKENS, **marks | extra)
 
 
 def _is_open_clip(facts: BaseModelFacts, part: str) -> bool:

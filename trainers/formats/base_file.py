@@ -24,6 +24,7 @@ from trainers.families.locate import WEIGHTS
 from trainers.families.single_file import CONFIGURATION
 from trainers.families.stored import Stored, entries_of, metadata_of
 from trainers.families.tensor_files import TensorFiles
+from trainers.families.vocabulary import only_merges, write_words
 from trainers.files import write_atomically
 from trainers.tensors import FLOATS, NUMBERS
 
@@ -187,6 +188,8 @@ def _write_folder(base: BaseModelFacts, folder: Path, change: Change | None, dty
         sources = [ASSETS / "pocket" / "tokenizer", base.folder / tokenizer]  # the family's own settings over the vocabulary
         for source in sources if base.checkpoint else sources[1:]:
             shutil.copytree(source, folder / tokenizer, dirs_exist_ok=True)
+        if only_merges(folder / tokenizer):
+            write_words(folder / tokenizer)  # other programs want them
 
 
 def _belongs(base: BaseModelFacts, part: str, name: str) -> bool:

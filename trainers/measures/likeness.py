@@ -6,6 +6,7 @@ captions. What is drawn, and whether it is drawn well, these numbers do not say.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -62,3 +63,15 @@ def set_distance(drawn: Pixels, wanted: Pixels, spread: Pixels) -> float:
     """Distance of the means of two sets (N, D) and (M, D): the root mean square over numbers, in units of their spread."""
     shift = (drawn.mean(0) - wanted.mean(0)) / spread
     return float(np.sqrt((shift**2).mean()))
+
+
+def drift_of(drawn: Sequence[Image.Image], base: Sequence[Image.Image]) -> float:
+    """Drift of pictures without the trigger from the base's own on the same noise, as of a calibration; at least two."""
+    mine, own = (np.stack([read_pixels(image) for image in images]) for images in (drawn, base))
+    usual = float(np.mean([pixels_apart(first, second) for first, second in itertools.combinations(own, 2)]))
+    return float(np.mean([pixels_apart(one, other) for one, other in zip(mine, own, strict=True)])) / max(usual, 1e-9)
+
+
+def pixels_apart(first: Pixels, second: Pixels) -> float:
+    """Root mean square difference of two pictures of one shape, 0..255."""
+    return float(np.sqrt(((first - second) ** 2).mean()))

