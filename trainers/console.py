@@ -105,7 +105,7 @@ def in_words(event: Event, run: RunFolder) -> str:
         case events.Finished():
             share = samples_share(event.seconds, event.sample_seconds)
             done = f"done in {time_in_words(event.seconds)}{share and f' ({share})'}: {run.path / event.path}"
-            return done + (f"\n{event.proof}" if event.proof else "")
+            return "\n".join(filter(None, (done, event.ranks, event.proof)))
         case events.Failed():
             return f"failed: {event.message}"
     return ""

@@ -22,6 +22,7 @@ from trainers.families.base import DiffusionModel
 from trainers.formats import ModuleWeights, write_adapter
 from trainers.formats.metadata import RunFacts, build_metadata
 from trainers.formats.plain import to_lora
+from trainers.formats.ranks import summarise, used_rank
 
 
 def file_name(config: TrainConfig, base: BaseModelFacts) -> str:
@@ -47,6 +48,11 @@ class Exported:
     def rank(self) -> int:
         """The highest of its modules."""
         return max((module.rank for module in self.modules.values()), default=0)
+
+    def ranks(self) -> str:
+        """How much of its ranks it uses, as a sentence; "" where that is not known or nothing was learnt."""
+        used = summarise(used_rank(module) for module in self.modules.values())
+        return f"The LoRA {used.sentence()}." if used else ""
 
     def sentence(self) -> str:
         """What a person should know of a file that is not what was trained; "" where it is."""

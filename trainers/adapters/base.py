@@ -23,7 +23,8 @@ class AdapterKind(Protocol):
     """One adapter type. Weights are (out, in) or (out, in, kh, kw); the change of a weight at strength 1 is its delta.
 
     A type may have `joined(frozen, x, [(factors, scale), ...])`, which gives frozen(x) and what `forward` adds to it in one
-    autograd node, for one layer or for several that read the same x, or None where it cannot (see adapters/lora.py).
+    autograd node, for one layer or for several that read the same x, or None where it cannot (see adapters/lora.py). It may
+    have `singular_values(factors, scale)`, which gives those of the delta, float64, falling, without forming it, or None.
     """
 
     @property
@@ -123,6 +124,18 @@ def wide(factors: Factors, least: torch.dtype) -> dict[str, torch.Tensor]:
 def product(up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
     """(out, r[, 1, 1]) times (r, in[, kh, kw]) -> (out, in[, kh, kw])."""
     return (up.flatten(1) @ down.flatten(1)).reshape(up.shape[0], *down.shape[1:])
+
+
+def values_of_product(up: torch.Tensor, down: torch.Tensor, scale: float) -> torch.Tensor | None:
+    """The r singular values, falling, float64, of scale * up @ down for (out, r, ...) and (r, in, ...), by two thin QR
+    decompositions and an SVD of (r, r). None where r is above a side, as the whole matrix is then the smaller one."""
+    import torch
+
+    up, down = up.double().flatten(1), down.double().flatten(1)
+    if up.shape[1] > min(up.shape[0], down.shape[1]):
+        return None
+    upper, lower = (torch.linalg.qr(side, mode="r").R for side in (up, down.T))
+    return abs(scale) * torch.linalg.svdvals(upper @ lower.T)
 
 
 def same_layer(made: Sequence[int], shape: Sequence[int]) -> bool:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import model_validator
 
-from trainers.adapters.base import Factors, Started, Weight, apply_weight, product, same_layer, scaled
+from trainers.adapters.base import Factors, Started, Weight, apply_weight, product, same_layer, scaled, values_of_product
 from trainers.adapters.settings import LowRankSettings
 from trainers.adapters.symmetric import Symmetric
 
@@ -180,6 +180,11 @@ class Lora:
         up, down = factors["up"].double().flatten(1), factors["down"].double().flatten(1)
         squared = float(((up.T @ up) * (down @ down.T)).sum())
         return abs(scale) * math.sqrt(max(squared, 0.0))
+
+    @staticmethod
+    def singular_values(factors: Factors, scale: float) -> torch.Tensor | None:
+        """From the factors; None where the whole matrix is smaller than they are."""
+        return values_of_product(factors["up"], factors["down"], scale)
 
 
 LORA = Lora()
