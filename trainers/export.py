@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,9 @@ class Exported:
     def ranks(self) -> str:
         """How much of its ranks it uses, as a sentence; "" where that is not known or nothing was learnt."""
         used = summarise(used_rank(module) for module in self.modules.values())
-        return f"The LoRA {used.sentence()}." if used else ""
+        counts = sorted(Counter(module.rank for module in self.modules.values()).items())
+        own = f" Its layers have ranks {', '.join(f'{rank} ({count})' for rank, count in counts)}." if len(counts) > 1 else ""
+        return f"The LoRA {used.sentence()}.{own}" if used else ""
 
     def sentence(self) -> str:
         """What a person should know of a file that is not what was trained; "" where it is."""
@@ -175,8 +178,9 @@ def describe_run(
 
 def _kind_of(config: TrainConfig) -> dict[str, str]:
     """What was trained, where it is not a LoRA that starts as usual."""
-    facts = {"type": config.adapter.type, "init": getattr(config.adapter, "init", "gaussian")}
-    return {name: value for name, value in facts.items() if value not in ("lora", "gaussian")}
+    usual = {"type": "lora", "init": "gaussian", "rank_schedule": "fixed"}
+    facts = {name: getattr(config.adapter, name, value) for name, value in usual.items()}
+    return {name: value for name, value in facts.items() if value != usual[name]}
 
 
 def _dataset_dirs(folder: Path, data: TrainingSet) -> dict[str, tuple[int, int]]:

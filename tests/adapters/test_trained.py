@@ -13,6 +13,7 @@ from trainers.adapters import ADAPTERS, AdapterConfig
 from trainers.adapters.base import Started
 from trainers.adapters.inject import inject_trainable
 from trainers.adapters.layer import AdaptedLayer, Adapter
+from trainers.adapters.lora import LoraSettings
 from trainers.adapters.plan import LayerPlan
 from trainers.formats.plain import to_lora
 from trainers.formats.weights import ModuleWeights
@@ -24,6 +25,7 @@ KINDS: dict[str, Any] = {
     for settings in get_args(get_args(AdapterConfig)[0])
     for init in (("gaussian", "symmetric", "pissa", "olora") if "init" in settings.model_fields else ("",))
 }
+KINDS["lora grow"] = LoraSettings(rank=RANK, rank_schedule="grow", grow_from=2).trained
 SHAPES = {"linear": (12, 8), "uneven linear": (11, 7), "wide linear": (56, 64), "convolution": (12, 8, 3, 3)}
 
 every_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
@@ -165,7 +167,7 @@ def test_its_file_holds_its_delta(kind: Any, shape: tuple[int, ...]) -> None:
     assert error < 1e-6 and plain.rank <= (rank or min(shape[0], wanted[0].numel()))
 
 
-@pytest.mark.parametrize("name", [name for name in KINDS if name != "lora gaussian"])
+@pytest.mark.parametrize("name", [name for name in KINDS if name not in ("lora gaussian", "lora grow")])  # see test_grow.py
 def test_it_reaches_what_a_lora_of_the_same_rank_does_not_or_starts_elsewhere(name: str) -> None:
     """No type is LoRA renamed: its delta has a higher rank, or, of a LoRA with another start, both factors learn at once."""
     kind, (layer, x) = KINDS[name], frozen_layer(SHAPES["linear"])
