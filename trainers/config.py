@@ -190,6 +190,15 @@ class TrainConfig(Settings):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _a_mean_of_factors_outlives_no_turn(self) -> TrainConfig:
+        if self.train.ema and hasattr(self.adapter, "every"):
+            raise ValueError(
+                f"train.ema = {self.train.ema:g} must be 0 with adapter.type = {self.adapter.type}: it would be a running "
+                f"mean of factors that are replaced every {self.adapter.every} steps"
+            )
+        return self
+
     @property
     def text_encoder_rate(self) -> float:
         """The text encoder's learning rate, resolved; 0 means that it is frozen."""

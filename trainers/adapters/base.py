@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
     import torch
@@ -70,12 +70,30 @@ class Started:
     constants: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
+Carry = Callable[[Literal["mean", "square"], str, "torch.Tensor"], "torch.Tensor"]
+"""carry(which, factor, tensor) -> the same shape: what an optimizer's running mean of a factor's gradients, or of their
+squares, becomes at a turn. It has the factor's shape, or is a mean over one of its axes."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What comes into the place of a layer's factors and of some of its constants, all of the same shapes."""
+
+    factors: dict[str, torch.Tensor]
+    constants: dict[str, torch.Tensor]
+    carry: Carry
+
+
 class Trained(Protocol):
     """What of a type is trained: `settings.trained`. Files know it as one of the table ADAPTERS, which `exported` names.
 
     `forward` and `delta` as of AdapterKind, with the constants among the factors. A type may name, as `exact`, factors that
     stay float32 over a base in 16 bits, and as `kept`, constants that a training state holds: those that are made of the
-    weight, which a run that goes on may have in fewer bits.
+    weight, which a run that goes on may have in fewer bits, and those that change.
+
+    A type that goes in periods has their length in updates as `every`, and `turn(factors, generator) -> Turn`, which begins
+    the next one: given the constants among the factors, all float64, it leaves the delta as it is. Its `warmup` says over
+    how many updates the rate then rises again. See trainers/turns.py.
     """
 
     def factor_shapes(self, weight: tuple[int, ...], rank: int) -> dict[str, tuple[int, ...]]:
