@@ -192,10 +192,13 @@ class TrainConfig(Settings):
 
     @model_validator(mode="after")
     def _a_mean_of_factors_outlives_no_turn(self) -> TrainConfig:
-        if self.train.ema and hasattr(self.adapter, "every"):
+        every = getattr(self.adapter.trained, "every", 0)
+        if self.train.ema and every:
+            grows = getattr(self.adapter, "rank_schedule", "fixed") == "grow"
+            which = "adapter.rank_schedule = grow" if grows else f"adapter.type = {self.adapter.type}"
             raise ValueError(
-                f"train.ema = {self.train.ema:g} must be 0 with adapter.type = {self.adapter.type}: it would be a running "
-                f"mean of factors that are replaced every {self.adapter.every} steps"
+                f"train.ema = {self.train.ema:g} must be 0 with {which}: it would be a running mean of factors that are "
+                f"replaced{' in part' if grows else ''} every {every} steps"
             )
         return self
 

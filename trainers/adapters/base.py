@@ -153,7 +153,8 @@ def values_of_product(up: torch.Tensor, down: torch.Tensor, scale: float) -> tor
     if up.shape[1] > min(up.shape[0], down.shape[1]):
         return None
     upper, lower = (torch.linalg.qr(side, mode="r").R for side in (up, down.T))
-    return abs(scale) * torch.linalg.svdvals(upper @ lower.T)
+    values: torch.Tensor = torch.linalg.svdvals(upper @ lower.T)
+    return abs(scale) * values
 
 
 def same_layer(made: Sequence[int], shape: Sequence[int]) -> bool:

@@ -67,7 +67,8 @@ def singular_values(weights: ModuleWeights) -> torch.Tensor | None:
     out, *inner = weights.shape
     if min(out, math.prod(inner)) > LARGEST:
         return None
-    return torch.linalg.svdvals(weights.delta().flatten(1))
+    whole: torch.Tensor = torch.linalg.svdvals(weights.delta().flatten(1))
+    return whole
 
 
 def effective_rank(values: torch.Tensor) -> float:
