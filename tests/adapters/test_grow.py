@@ -137,7 +137,7 @@ def test_the_settings_say_where_growing_makes_no_sense() -> None:
     assert "adapter.start_from must be empty" in refused(start_from="old.safetensors")
     assert "adapter.init = pissa cannot" in refused(init="pissa")
     assert "adapter.grow_from = 4 up to adapter.rank = 2, which is lower" in refused(rank=2)
-    assert "adapter.rank_schedule" in refused(type="dora")
+    assert "There is no adapter.rank_schedule with adapter.type = dora" in refused(type="dora")
     with pytest.raises(Exception, match=r"train\.ema = 0\.9 must be 0 with adapter\.rank_schedule = grow"):
         build_config({"adapter": {"rank_schedule": "grow"}, "train": {"ema": 0.9}})
     config = build_config({"adapter": {"rank_schedule": "grow", "rank": 12, "alpha": 6}})
