@@ -10,7 +10,8 @@ The factors are laid out at that most from the start, and what is not in use is 
 mask: the gradient of B's column is a product with A's row, and the other way round, and no optimizer moves a zero whose
 gradients were all zero. So nothing moves in memory, a training state tells the ranks by itself, and a step takes the time
 and memory of a LoRA of the most rank. What is won is the file, in which each layer has its own rank, and that no layer gets
-ranks that it does not use. To look at all layers takes a QR and an SVD of (rank, rank) each: a few steps' time in 50.
+ranks that it does not use. To look at a layer takes two thin QRs and an SVD of (rank, rank), on the CPU; all of a model's
+take less time than a step there. Several processes hold the same numbers and so decide alike.
 
 The running mean of the squared gradients begins for a new part where it stands on the average of the old part: from zero its
 first steps would be up to twice as large with AdamW, and more with Adafactor, which corrects no start.
@@ -92,7 +93,7 @@ class Growing:
     def is_used_up(self, factors: Factors) -> bool:
         """Whether the weakest of the ranks in use holds more than `share` of the update's squared norm."""
         rank = rank_in_use(factors)
-        inner = {"down": factors["down"][:rank], "up": factors["up"][:, :rank]}
+        inner = {"down": factors["down"][:rank].cpu(), "up": factors["up"][:, :rank].cpu()}  # small: a GPU is slower at it
         if not all(bool(factor.isfinite().all()) for factor in inner.values()):
             return False
         values = self._lora.singular_values(inner, 1.0)
