@@ -25,7 +25,8 @@ from trainers.training_state import load_state
 from trainers.turns import turn_if_due
 
 RESTART = ("adapter.type=restart", "adapter.every=2", "adapter.warmup=0", "optimizer.learning_rate=1e-2", "output.kind=native")
-every_type = pytest.mark.parametrize("settings", [RESTART], ids=["restart"])
+PROJECTION = ("adapter.type=random_projection", "adapter.every=2", "optimizer.learning_rate=1e-3", "output.kind=native")
+every_type = pytest.mark.parametrize("settings", [RESTART, PROJECTION], ids=["restart", "random_projection"])
 
 
 @pytest.fixture
