@@ -12,7 +12,7 @@ from trainers.adapters.full import FULL
 from trainers.adapters.loha import LOHA, LohaSettings
 from trainers.adapters.lokr import LOKR, LokrSettings
 from trainers.adapters.lora import LORA, LoraSettings
-from trainers.adapters.random_projection import RandomProjectionSettings
+from trainers.adapters.projection import RandomProjectionSettings
 from trainers.adapters.restart import RestartSettings
 
 AdapterConfig = Annotated[

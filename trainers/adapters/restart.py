@@ -31,8 +31,8 @@ class RestartSettings(LowRankSettings):
 
     type: Literal["restart"] = "restart"
     """Kind of adapter."""
-    every: int = Field(default=200, ge=1, le=1_000_000)
-    """Steps of a period, after which the adapter begins anew."""
+    every: int = Field(default=100, ge=1, le=1_000_000)
+    """Steps of a period, after which what was learnt goes into a sum and the adapter begins anew."""
     warmup: int = Field(default=20, ge=0, le=100_000)
     """Steps in which the rate rises again after each restart."""
     prune: float = Field(default=0.99, ge=0, le=1)

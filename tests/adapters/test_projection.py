@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from trainers.adapters.base import Started, Turn
-from trainers.adapters.random_projection import RandomProjection
+from trainers.adapters.projection import RandomProjection
 from trainers.objective import generator_for
 
 RANK, SCALE = 4, 0.5

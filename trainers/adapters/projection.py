@@ -41,8 +41,8 @@ class RandomProjectionSettings(LowRankSettings):
 
     type: Literal["random_projection"] = "random_projection"
     """Kind of adapter."""
-    every: int = Field(default=50, ge=1, le=1_000_000)
-    """Steps of a period, after which the projections are drawn anew."""
+    every: int = Field(default=100, ge=1, le=1_000_000)
+    """Steps of a period, after which what was learnt goes into a sum and the adapter begins anew."""
 
     @property
     def trained(self) -> Any:
