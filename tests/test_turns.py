@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-from tests.command_line import TINY, impasto, read_events, result_of, tensor_bytes
 from tests.tiny_runs import exported, tiny_config, tiny_training, update_from
 from trainers.adapters import restart
 from trainers.config import build_config
@@ -23,9 +22,11 @@ from trainers.setup import Training
 from trainers.train import factor_now, update
 from trainers.training_state import load_state
 from trainers.turns import turn_if_due
+from trainers.verify import read_trained
 
 RESTART = ("adapter.type=restart", "adapter.every=2", "adapter.warmup=0", "optimizer.learning_rate=1e-2", "output.kind=native")
-every_type = pytest.mark.parametrize("settings", [RESTART], ids=["restart"])
+PROJECTION = ("adapter.type=random_projection", "adapter.every=2", "optimizer.learning_rate=1e-3", "output.kind=native")
+every_type = pytest.mark.parametrize("settings", [RESTART, PROJECTION], ids=["restart", "random_projection"])
 
 
 @pytest.fixture
@@ -143,6 +144,29 @@ def test_prodigy_measures_its_way_from_the_new_start(begin: Callable[..., Traini
         assert group["d_numerator"] == 0
 
 
+def test_momentum_is_carried_into_each_layers_new_projection(begin: Callable[..., Training]) -> None:
+    training = begin(*PROJECTION)
+    update_from(training, 2)
+    old = {layer: dict(zip("uv", (own["u"].clone(), own["v"].clone()), strict=True)) for layer, own in constants_of(training)}
+    before = means_of(training)
+    turn_if_due(training)
+    after, seen = means_of(training), 0
+    for layer, own in constants_of(training):
+        (_, _, (rank, _)) = training.flat.shapes[layer]["core"]
+        u, v, new_u, new_v = (each[name].double().flatten(1) for each in (old[layer], own) for name in ("u", "v"))
+        less = (1 + (u.shape[0] + 1) / rank) * (1 + (v.shape[1] + 1) / rank)
+        mean, square = (before[name, layer, "core"].double() for name in ("exp_avg", "exp_avg_sq"))
+        wanted = new_u.T @ u @ mean @ v @ new_v.T / less
+        torch.testing.assert_close(after["exp_avg", layer, "core"], wanted.float(), rtol=1e-5, atol=1e-12)
+        torch.testing.assert_close(after["exp_avg_sq", layer, "core"], torch.full_like(square, square.mean()).float())
+        seen += int(mean.any())
+    assert seen > 20
+
+
+def constants_of(training: Training) -> list[tuple[str, dict[str, torch.Tensor]]]:
+    return list(training.flat.constants.items())
+
+
 def test_the_rate_rises_again_after_each_turn(begin: Callable[..., Training]) -> None:
     training = begin(*RESTART, "adapter.every=6", "adapter.warmup=3", "train.steps=16")
     plain = begin("train.steps=16", name="plain")
@@ -156,48 +180,34 @@ def test_the_rate_rises_again_after_each_turn(begin: Callable[..., Training]) ->
 
 
 @every_type
-@pytest.mark.parametrize("at", [1, 2, 3])
 def test_killed_before_at_or_after_a_turn_it_goes_on_to_the_same_bytes(
-    settings: tuple[str, ...], at: int, pictures: Path, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    words: list[Any] = ["train", pictures, "--base", tiny_base, *TINY, "--steps", 5]
-    words += [word for setting in settings for word in ("--set", setting)]
-
-    def asked(run: RunFolder) -> str | None:
-        done = run.events.exists() and any(
-            event.get("step") == at for event in read_events(run.path) if event["type"] == "step"
-        )
-        return "stop" if done else None
-
-    with monkeypatch.context() as patch:
-        patch.setattr(RunFolder, "stop_asked", asked)
-        assert impasto(*words, "-o", tmp_path / "run") == 3
-    state = load_state(RunFolder(tmp_path / "run"))
-    assert state is not None and state.facts["turned"] == (at - 1) // 2
-    assert impasto("resume", tmp_path / "run") == 0
-    assert impasto(*words, "-o", tmp_path / "whole") == 0
-    assert tensor_bytes(result_of(tmp_path / "run")) == tensor_bytes(result_of(tmp_path / "whole"))
-
-
-@every_type
-def test_a_state_saved_right_after_a_turn_does_not_take_it_again(
     settings: tuple[str, ...], begin: Callable[..., Training], tmp_path: Path
 ) -> None:
-    """As when memory runs out in the first update of a period, and the base is read anew."""
-    whole = begin(*settings, name="whole")
-    update_from(whole, 5)
-    training = begin(*settings)
-    update_from(training, 2)
-    turn_if_due(training)
-    folder = RunFolder(tmp_path / "run")
-    StateKeeper(folder, training, None).save()
+    """Also right after it, as when memory runs out in the first update of a period and the base is read anew."""
+    whole, folders = begin(*settings, name="whole"), {}
+    for at, turned in ((1, 0), (2, 0), (2, 1), (3, 1)):
+        update_from(whole, at - whole.step)
+        if turned:
+            turn_if_due(whole)
+        folders[at, turned] = RunFolder(tmp_path / f"{at}-{turned}")
+        StateKeeper(folders[at, turned], whole, None).save()
+    update_from(whole, 2)
+    kept = {name: tensor for own in whole.flat.constants.values() for name, tensor in own.items()}
     again = begin(*settings, name="again")
-    StateKeeper(folder, again, load_state(folder))
-    assert again.turned == 1
-    update_from(again, 3)
-    assert torch.equal(again.flat.weights, whole.flat.weights)
-    for layer, constants in whole.flat.constants.items():
-        assert all(torch.equal(again.flat.constants[layer][name], constant) for name, constant in constants.items())
+    for (at, turned), folder in folders.items():
+        with torch.no_grad():
+            again.flat.weights.fill_(7)
+        StateKeeper(folder, again, load_state(folder))
+        assert (again.step, again.turned) == (at, turned)
+        update_from(again, 5 - at)
+        assert torch.equal(again.flat.weights, whole.flat.weights)
+        for layer, constants in whole.flat.constants.items():
+            assert all(torch.equal(again.flat.constants[layer][name], constants[name]) for name in kept)
+    StateKeeper(folder, whole, None).save()
+    known, wanted = read_trained(folder, whole.config, whole.model, 5), exported(whole).modules
+    assert known is not None and known.keys() == wanted.keys()
+    for name, module in known.items():
+        assert torch.equal(module.delta(), wanted[name].delta()), "what the state says is what a file holds"
 
 
 @every_type

@@ -130,7 +130,7 @@ class OutputSettings(Settings):
     form: Literal["kohya", "peft"] = "kohya"
     """Names in the file: `kohya`, which every program reads, or `peft`, diffusers' own, which few others do."""
     kind: Literal["plain", "native"] = "plain"
-    """`plain`: a LoRA, which every program reads, whatever was trained; `native`: DoRA, LoHa and LoKr as they are."""
+    """`plain`: a LoRA, which every program reads, whatever was trained; `native`: as it is, a sum of periods as `diff`."""
     most_rank: int = Field(default=64, ge=1, le=1024)
     """Highest rank of a plain file of what has no low rank itself; a lower one is taken where it comes within 1 %."""
     verify: bool = True

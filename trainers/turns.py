@@ -1,4 +1,4 @@
-"""The hook between two steps: a type that goes in periods (adapters/restart.py, random_projection.py) begins the next one.
+"""The hook between two steps: a type that goes in periods (adapters/restart.py, projection.py) begins the next one.
 
 A turn is taken right before the first update of a period; what is exported before it and after it has the same delta. How
 many were taken is part of the training state, so that none is missed or taken twice, whenever a run is killed or goes back.

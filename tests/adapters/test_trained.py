@@ -33,7 +33,7 @@ every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys(
 
 
 def test_all_types_are_here() -> None:
-    assert {name.split()[0] for name in KINDS} == {"lora", "dora", "loha", "lokr", "additive", "restart"}
+    assert {name.split()[0] for name in KINDS} == {"lora", "dora", "loha", "lokr", "additive", "random_projection", "restart"}
 
 
 def frozen_layer(shape: tuple[int, ...]) -> tuple[Any, torch.Tensor]:

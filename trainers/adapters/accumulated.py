@@ -1,11 +1,11 @@
-"""What the types that go in periods have in common: their delta is s (sum + up down), a dense sum of the periods that are
-over, which is a constant, and the product of the period that goes on. Torch-free at import.
+"""A dense sum of the periods that are over, beside the one that goes on: for the types that go in periods (trainers/turns.py).
 
-The frozen weight is never rewritten, and the sum is kept apart from it: in a weight of 16 bits most of what a period learns
-would be rounded away. The price, of each adapted layer: 4 bytes for every number of its weight (374 MB for the attention
-layers of SD 1.5), as much again in the machine's memory for the state to go back to, and in each training state on the
-disk; and one more product of the weight's size each way, so that such a layer takes about twice the time. Over a base in 16
-bits a step keeps a copy of the sum in that format, half its size, for the way back.
+Their delta is s (sum + up down). The frozen weight is never rewritten and the sum is kept apart from it: in a weight of 16
+bits most of what a period learns would be rounded away. The price, of each adapted layer: 4 bytes for every number of its
+weight (374 MB for the attention layers of SD 1.5, 3.8 GB for SDXL's), as much again in the machine's memory for the state to
+go back to, and in each training state on the disk; and one more product of the weight's size each way, so that such a layer
+takes about twice the time. Over a base in 16 bits a step keeps a copy of the sum in that format, half its size, for the way
+back. Torch-free at import.
 """
 
 from __future__ import annotations

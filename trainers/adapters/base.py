@@ -90,6 +90,7 @@ class Trained(Protocol):
     `forward` and `delta` as of AdapterKind, with the constants among the factors. A type may name, as `exact`, factors that
     stay float32 over a base in 16 bits, and as `kept`, constants that a training state holds: those that are made of the
     weight, which a run that goes on may have in fewer bits, and those that change.
+    `native_shapes(weight, rank)` are those of its factors in a file of its own form, where they are others.
 
     A type that goes in periods has their length in updates as `every`, and `turn(factors, generator) -> Turn`, which begins
     the next one: given the constants among the factors, all float64, it leaves the delta as it is. Its `warmup` says over

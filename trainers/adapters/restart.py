@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from trainers.adapters import accumulated
 from trainers.adapters.accumulated import SUM
@@ -31,12 +31,20 @@ class RestartSettings(LowRankSettings):
 
     type: Literal["restart"] = "restart"
     """Kind of adapter."""
-    every: int = Field(default=200, ge=1, le=1_000_000)
-    """Steps of a period, after which the adapter begins anew."""
+    every: int = Field(default=100, ge=1, le=1_000_000)
+    """Steps of a period, after which what was learnt goes into a sum and the adapter begins anew."""
     warmup: int = Field(default=20, ge=0, le=100_000)
     """Steps in which the rate rises again after each restart."""
     prune: float = Field(default=0.99, ge=0, le=1)
     """Share of the optimizer's running means, the smallest ones, that a restart sets to zero."""
+
+    @model_validator(mode="after")
+    def _the_rate_comes_back(self) -> RestartSettings:
+        if self.warmup >= self.every:
+            raise ValueError(
+                f"adapter.warmup = {self.warmup} must be below adapter.every = {self.every}, or no step is a full one"
+            )
+        return self
 
     @property
     def trained(self) -> Any:
@@ -55,6 +63,10 @@ class Restart:
     def factor_shapes(self, weight: tuple[int, ...], rank: int) -> dict[str, tuple[int, ...]]:
         """LoRA's: down is A, up is B."""
         return LORA.factor_shapes(weight, rank)
+
+    def native_shapes(self, weight: tuple[int, ...], rank: int) -> dict[str, tuple[int, ...]]:
+        """A full difference's."""
+        return {"diff": weight}
 
     def start(self, shape: tuple[int, ...], rank: int, scale: float, generator: torch.Generator, weight: Weight) -> Started:
         """A LoRA's start, and no sum yet."""
