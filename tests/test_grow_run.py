@@ -8,10 +8,13 @@ from typing import Any
 import pytest
 import torch
 
+from app.progress import Progress, in_a_sentence
 from tests.command_line import TINY, impasto, read_events, result_of
 from tests.tiny_runs import exported, tiny_training
+from trainers import events
 from trainers import train as loop
 from trainers.adapters.grow import rank_in_use
+from trainers.console import in_words
 from trainers.export import export_adapter
 from trainers.formats import read_adapter
 from trainers.recovery import StateKeeper, go_back, remember
@@ -155,3 +158,22 @@ def test_a_runs_end_says_how_much_of_its_ranks_it_uses(
     assert impasto("inspect", result_of(tmp_path / "run")) == 0
     said = capsys.readouterr().out
     assert told.removeprefix("The LoRA uses ").partition(". Its")[0].partition("; ")[2] in said and "rank_schedule" in said
+
+
+def test_a_recorded_step_goes_on_with_the_new_ranks(start: Any) -> None:
+    """Recorded after its eighth batch, at rank 2: the growth that follows is part of what it does again."""
+    settings = (*GROW, "adapter.grow_every=10", "train.batch_size=6")
+    recorded, plain = start(*settings), start(*settings, "train.recording=off")
+    for _ in range(13):
+        assert update(recorded) == update(plain)
+    assert torch.equal(recorded.flat.weights, plain.flat.weights) and max(ranks(recorded).values()) == 4
+    assert recorded.runner._recorded
+
+
+def test_the_terminal_and_the_window_say_it_at_a_runs_end(tmp_path: Path) -> None:
+    said = "The LoRA uses 8.1 of 16 ranks; rank 11 would keep 99 % of it."
+    event = events.Finished(step=10, path="a.safetensors", seconds=9.0, proof="It is read alike.", ranks=said)
+    assert in_words(event, RunFolder(tmp_path)).splitlines()[1:] == [said, "It is read alike."]
+    progress = Progress()
+    progress.apply({"type": event.type, **vars(event)})
+    assert in_a_sentence("finished", progress, 0).endswith(f". {said} It is read alike.")
