@@ -36,14 +36,14 @@ def ranks(training: Training) -> dict[str, int]:
 
 def in_use(training: Training) -> bool:
     """Whether all that lies beyond the ranks in use is zero, in the weights and in the optimizer's running means."""
-    kept, states = [training.flat.weights], training.optimizer.state.values()
+    kept, states, found = [training.flat.weights], training.optimizer.state.values(), ranks(training)
     for name in ("exp_avg", "exp_avg_sq"):
         kept += [torch.cat([state[name].flatten() for state in states])] if any(name in state for state in states) else []
     beyond = [
         part
         for flat in kept
         for name, factors in training.flat.split(flat).items()
-        for part in (factors["down"][ranks(training)[name] :], factors["up"][:, ranks(training)[name] :])
+        for part in (factors["down"][found[name] :], factors["up"][:, found[name] :])
     ]
     return not any(bool(part.any()) for part in beyond)
 
