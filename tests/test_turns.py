@@ -211,6 +211,20 @@ def test_killed_before_at_or_after_a_turn_it_goes_on_to_the_same_bytes(
 
 
 @every_type
+def test_a_recorded_step_sees_each_turn(settings: tuple[str, ...], begin: Callable[..., Training]) -> None:
+    """A recording reads factors and constants where they lay when it was made."""
+    longer = (*settings, "adapter.every=4", "train.batch_size=2")
+    recorded, plain = begin(*longer), begin(*longer, "train.recording=off", name="plain")
+    told: list[int] = []
+    record = recorded.runner._record  # type: ignore[attr-defined]
+    recorded.runner._record = lambda work: (told.append(recorded.step), record(work))[1]  # type: ignore[attr-defined]
+    update_from(recorded, 15)
+    update_from(plain, 15)
+    assert told and told[0] < 12 < recorded.step, "recorded, and turned after that"
+    torch.testing.assert_close(recorded.flat.weights, plain.flat.weights, rtol=1e-4, atol=1e-7)
+
+
+@every_type
 def test_it_goes_back_over_a_turn(
     settings: tuple[str, ...], begin: Callable[..., Training], monkeypatch: pytest.MonkeyPatch
 ) -> None:
