@@ -141,7 +141,7 @@ def in_a_sentence(state: State, progress: Progress, saved_step: int, exit_code: 
             seconds = float(event.get("seconds") or 0)
             share = samples_share(seconds, float(event.get("sample_seconds") or 0))
             done = f"Finished: {progress.step} steps in {time_in_words(seconds)}{share and f'; {share}'}."
-            return " ".join([done, *([str(event["proof"])] if event.get("proof") else [])])
+            return " ".join([done, *(str(event[name]) for name in ("ranks", "proof") if event.get(name))])
         case "failed":
             return f"Training failed: {event.get('message') or 'no reason was given'}"
     if not progress.phase and last_line.startswith("impasto: "):

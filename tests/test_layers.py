@@ -30,8 +30,9 @@ def test_counts_what_is_injected(start, tiny_base: Path, overrides: tuple[str, .
 
 def test_foresees_the_file(home: Path, tiny_base: Path, pictures: Path, tmp_path: Path) -> None:
     words = ("--base", tiny_base, "--steps", "1", "--set", "samples.every=0", "--set", "adapter.rank=8", "--force")
-    for name, dtype in (("half", "fp16"), ("full", "fp32")):
+    native = ("--set", "adapter.type=restart", "--set", "adapter.rank=8", "--set", "output.kind=native")
+    for name, dtype, more in (("half", "fp16", ()), ("full", "fp32", ()), ("sum", "fp16", native)):
         run = tmp_path / name
-        assert impasto("train", pictures, "-o", run, *words, "--set", f"output.dtype={dtype}") == 0
+        assert impasto("train", pictures, "-o", run, *words, "--set", f"output.dtype={dtype}", *more) == 0
         size = adapter_size(read_config(RunFolder(run).config), recognise_base(str(tiny_base)))
         assert size.file_bytes == pytest.approx(result_of(run).stat().st_size, abs=4000)

@@ -203,6 +203,7 @@ def test_another_type_of_adapter_or_optimizer_is_named_although_its_shapes_are_t
     stopped: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     change(stopped, 'type = "lora"', 'type = "additive"')
-    change(stopped, 'init = "gaussian"\n', "")
+    for own in ('init = "gaussian"', 'rank_schedule = "fixed"', "grow_from = 4", "grow_every = 50", "grow_above = 0.01"):
+        change(stopped, own + "\n", "")
     assert impasto("resume", stopped) != 0
     assert "adapter.type" in "".join(capsys.readouterr())

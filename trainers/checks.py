@@ -12,6 +12,14 @@ from trainers.errors import Problem, SettingError
 from trainers.families import FAMILIES, BaseModelFacts
 from trainers.samplers import check_sampler
 
+_NOT_IN_PEFT = {
+    "loha": "LoHa",
+    "lokr": "LoKr",
+    "restart": "full difference",
+    "random_projection": "full difference",
+}
+"""What the types are in a file of their own form, where peft's form cannot hold it."""
+
 
 def count_steps(config: TrainConfig, data: TrainingSet) -> str:
     """A run's length in words: pictures x repeats, prior pictures, epochs / batch = steps, and how often each is seen."""
@@ -40,8 +48,8 @@ def check_settings(config: TrainConfig, base: BaseModelFacts) -> list[Problem]:
     if config.output.form == "peft":
         what = "A file in peft form is for diffusers: A1111, Forge and kohya's scripts load nothing of it, ComfyUI a part"
         problems.append(Problem("warning", what, "output.form", "Set output.form=kohya for a file that every program reads."))
-        if config.output.kind == "native" and config.adapter.type in ("loha", "lokr"):
-            name = {"loha": "LoHa", "lokr": "LoKr"}[config.adapter.type]
+        if config.output.kind == "native" and config.adapter.type in _NOT_IN_PEFT:
+            name = _NOT_IN_PEFT[config.adapter.type]
             hint = "Set output.form=kohya, or output.kind=plain for a LoRA."
             problems.append(Problem("error", f"A file in peft form holds no {name}", "output.kind", hint))
     if base.guessed:
@@ -155,6 +163,10 @@ def check_pictures(config: TrainConfig, base: BaseModelFacts, scan: Scan, data: 
         more = f" and {len(parts) - 20} more" if len(parts) > 20 else ""
         what = f"The file will tell everyone these words of your captions: {shown}{more}"
         problems.append(Problem("note", what, "output.caption_words", "Set output.caption_words=false to keep them."))
+    every = getattr(config.adapter, "every", 0)
+    if every >= data.steps > 0:
+        what = f"The run has {data.steps} steps: it ends before the first period of {every} is over"
+        problems.append(Problem("warning", what, "adapter.every", "Lower adapter.every, or raise train.steps."))
     if not data.training:
         problems.append(Problem("error", "No picture is left to train on", config.dataset.images, "Lower dataset.holdout."))
     elif data.steps * config.examples_per_step < len(data.training):

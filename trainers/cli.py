@@ -225,19 +225,21 @@ def inspect_command(
     clip_skip: ClipSkip = 1,
     prediction_type: PredictionType = "auto",
     zero_terminal_snr: ZeroTerminal = False,
+    modules: Annotated[bool, typer.Option("--modules", help="Name every module, not only the three strongest.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON, with every module.")] = False,
 ) -> None:
-    """Tell what is in a LoRA file: family, type, modules, rank, alpha, norms, metadata, problems."""
-    from trainers.tools.inspect_file import describe, inspect_file
+    """Tell what is in a LoRA file: family, type, modules, rank and how much of it is used, norms, metadata, problems."""
+    from trainers.tools import inspect_file as tool
 
-    inspection = inspect_file(file)
-    typer.echo(describe(inspection))
+    inspection = tool.inspect_file(file)
+    typer.echo(json.dumps(tool.as_json(inspection), indent=1) if as_json else tool.describe(inspection, modules))
     wrong = any(problem.severity == "error" for problem in inspection.problems)
     if verify:
         from trainers.tools.verify_file import verify_file
         from trainers.verify import describe as describe_proof
 
         proof = verify_file(file, base, BaseOptions(vae, clip_skip, prediction_type, zero_terminal_snr))
-        typer.echo("\n".join(describe_proof(proof)))
+        typer.echo("\n".join(describe_proof(proof)), err=as_json)
         wrong = wrong or not proof.ok
     if wrong:
         raise typer.Exit(1)

@@ -130,7 +130,7 @@ class OutputSettings(Settings):
     form: Literal["kohya", "peft"] = "kohya"
     """Names in the file: `kohya`, which every program reads, or `peft`, diffusers' own, which few others do."""
     kind: Literal["plain", "native"] = "plain"
-    """`plain`: a LoRA, which every program reads, whatever was trained; `native`: DoRA, LoHa and LoKr as they are."""
+    """`plain`: a LoRA, which every program reads, whatever was trained; `native`: as it is, a sum of periods as `diff`."""
     most_rank: int = Field(default=64, ge=1, le=1024)
     """Highest rank of a plain file of what has no low rank itself; a lower one is taken where it comes within 1 %."""
     verify: bool = True
@@ -188,6 +188,18 @@ class TrainConfig(Settings):
                     f"text_encoder.learning_rate = {rate:g} must be 0 or optimizer.learning_rate = "
                     f"{self.optimizer.learning_rate:g}. {self.optimizer.type} finds one rate for all parts."
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _a_mean_of_factors_outlives_no_turn(self) -> TrainConfig:
+        every = getattr(self.adapter.trained, "every", 0)
+        if self.train.ema and every:
+            grows = getattr(self.adapter, "rank_schedule", "fixed") == "grow"
+            which = "adapter.rank_schedule = grow" if grows else f"adapter.type = {self.adapter.type}"
+            raise ValueError(
+                f"train.ema = {self.train.ema:g} must be 0 with {which}: it would be a running mean of factors that are "
+                f"replaced{' in part' if grows else ''} every {every} steps"
+            )
         return self
 
     @property

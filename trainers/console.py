@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from trainers import events
+from trainers.adapters.lora import LoraSettings
 from trainers.events import Event
 from trainers.run_folder import RunFolder
 
@@ -105,7 +106,7 @@ def in_words(event: Event, run: RunFolder) -> str:
         case events.Finished():
             share = samples_share(event.seconds, event.sample_seconds)
             done = f"done in {time_in_words(event.seconds)}{share and f' ({share})'}: {run.path / event.path}"
-            return done + (f"\n{event.proof}" if event.proof else "")
+            return "\n".join(filter(None, (done, event.ranks, event.proof)))
         case events.Failed():
             return f"failed: {event.message}"
     return ""
@@ -146,7 +147,8 @@ def print_plan(plan: RunPlan, problems: bool = True) -> None:
     line("steps", plan.arithmetic)
     adapter = config.adapter
     scale = adapter.scale_of(adapter.effective_alpha, adapter.rank)
-    line("adapter", f"{adapter.type}, rank {adapter.rank}, effective scale {scale:g}, on {', '.join(adapter.targets)}")
+    first = f"{adapter.grow_from} to " if isinstance(adapter, LoraSettings) and adapter.rank_schedule == "grow" else ""
+    line("adapter", f"{adapter.type}, rank {first}{adapter.rank}, effective scale {scale:g}, on {', '.join(adapter.targets)}")
     if config.text_encoder_rate:
         text_scale = adapter.scale_of(config.text_encoder_alpha, config.text_encoder_rank)
         line("text", f"rank {config.text_encoder_rank}, effective scale {text_scale:g}, rate {config.text_encoder_rate:g}")

@@ -136,6 +136,7 @@ class Stopped(Event):
 @dataclass(frozen=True, kw_only=True)
 class Finished(Event):
     """The run is complete; `path` is the LoRA, relative to the run folder, and `proof` what reading it back has shown.
+    `ranks` tells how much of its ranks it uses, in a sentence; empty where that is not known.
 
     It took `seconds`, `sample_seconds` of them for the samples, in all processes that took it up.
     """
@@ -146,6 +147,7 @@ class Finished(Event):
     seconds: float
     sample_seconds: float = 0.0
     proof: str = ""
+    ranks: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ from trainers.families import BaseModelFacts
 from trainers.families.base import DiffusionModel
 from trainers.formats import ModuleWeights, write_adapter
 from trainers.formats.metadata import RunFacts, build_metadata
-from trainers.formats.plain import to_lora
+from trainers.formats.plain import nearest_lora
+from trainers.formats.ranks import summarise, used_rank
 
 
 def file_name(config: TrainConfig, base: BaseModelFacts) -> str:
@@ -42,17 +44,27 @@ class Exported:
 
     modules: dict[str, ModuleWeights]
     error: float = 0.0
+    needed: int = 0
+    """The rank at which each of them would come as near as NEAR; 0 where that is not the question."""
 
     @property
     def rank(self) -> int:
         """The highest of its modules."""
         return max((module.rank for module in self.modules.values()), default=0)
 
+    def ranks(self) -> str:
+        """How much of its ranks it uses, as a sentence; "" where that is not known or nothing was learnt."""
+        used = summarise(used_rank(module) for module in self.modules.values())
+        counts = sorted(Counter(module.rank for module in self.modules.values()).items())
+        own = f" Its layers have ranks {', '.join(f'{rank} ({count})' for rank, count in counts)}." if len(counts) > 1 else ""
+        return f"The LoRA {used.sentence()}.{own}" if used else ""
+
     def sentence(self) -> str:
         """What a person should know of a file that is not what was trained; "" where it is."""
         if not self.error:
             return ""
-        return f"a plain LoRA of rank {self.rank} at the most, {self.error:.1%} away from what was trained"
+        more = f"; {NEAR:.0%} would take rank {self.needed}" if self.needed > self.rank else ""
+        return f"a plain LoRA of rank {self.rank} at the most, {self.error:.1%} away from what was trained{more}"
 
 
 def export_adapter(path: Path, exported: Exported, config: TrainConfig, metadata: dict[str, str], family: str = "sd1") -> None:
@@ -86,7 +98,7 @@ def trained_modules(
     With `output.kind` plain all are LoRAs: exact where the delta has a low rank, else by its singular values.
     """
     kind, factors = config.adapter.trained, flat.split(weights.detach())
-    modules, away, size = {}, 0.0, 0.0
+    modules, away, size, needed = {}, 0.0, 0.0, 0
     layers: Any = find_layers(model.parts())
     for plan in plans:
         known = {**factors[plan.name], **flat.constants.get(plan.name, {})}
@@ -97,12 +109,13 @@ def trained_modules(
         if config.output.kind == "plain" if name != "lora" else module.rank > plan.rank:
             base = layers[plan.name].weight.detach().float().cpu() if module.needs_base else None
             most, within = (rank, 0.0) if rank else (config.output.most_rank, NEAR)
-            plain, error = to_lora(plan.name, module, most, base, within)
+            plain, error, near = nearest_lora(plan.name, module, most, base, within)
+            needed = max(needed, 0 if rank else near)
             length = plain.delta_norm() or 0.0
             away, size = away + (0.0 if rank else (error * length) ** 2), size + length**2
             module = plain
         modules[plan.name] = module
-    return Exported(modules, math.sqrt(away / size) if away else 0.0)
+    return Exported(modules, math.sqrt(away / size) if away else 0.0, needed)
 
 
 def describe_run(
@@ -169,8 +182,9 @@ def describe_run(
 
 def _kind_of(config: TrainConfig) -> dict[str, str]:
     """What was trained, where it is not a LoRA that starts as usual."""
-    facts = {"type": config.adapter.type, "init": getattr(config.adapter, "init", "gaussian")}
-    return {name: value for name, value in facts.items() if value not in ("lora", "gaussian")}
+    usual = {"type": "lora", "init": "gaussian", "rank_schedule": "fixed"}
+    facts = {name: getattr(config.adapter, name, value) for name, value in usual.items()}
+    return {name: value for name, value in facts.items() if value != usual[name]}
 
 
 def _dataset_dirs(folder: Path, data: TrainingSet) -> dict[str, tuple[int, int]]:

@@ -163,7 +163,8 @@ def _kept_bytes(training: Training, work: Callable[[], torch.Tensor]) -> int:
     """Of the tensors that autograd keeps, those that are there anyhow left out."""
     parts = (*training.model.parts().values(), training.model.vae)
     there = {tensor.untyped_storage().data_ptr() for part in parts for tensor in (*part.parameters(), *part.buffers())}
-    there.add(training.flat.weights.untyped_storage().data_ptr())
+    known = (training.flat.weights, *(one for own in training.flat.constants.values() for one in own.values()))
+    there |= {tensor.untyped_storage().data_ptr() for tensor in known}
     held: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:

@@ -55,11 +55,13 @@ def adapter_size(config: TrainConfig, base: BaseModelFacts) -> AdapterSize:
     native = config.output.kind == "native"
     # A plain LoRA where the delta has a low rank, else one of the most that is written.
     ranks = [kind.file_rank(plan.rank) or config.output.most_rank for plan in plans]
+    own = getattr(kind, "native_shapes", kind.factor_shapes)
     factors = [
-        kind.factor_shapes(named[plan.name], plan.rank) if native else LORA.factor_shapes(named[plan.name], rank)
+        own(named[plan.name], plan.rank) if native else LORA.factor_shapes(named[plan.name], rank)
         for plan, rank in zip(plans, ranks, strict=True)
     ]
-    header = sum(len(shapes) + 1 for shapes in factors) * _ENTRY + _METADATA  # each layer has its alpha too
+    alphas = [0 if "diff" in shapes else 1 for shapes in factors]  # a full difference alone has none
+    header = (sum(map(len, factors)) + sum(alphas)) * _ENTRY + _METADATA
     return AdapterSize(len(plans), parameters, _numbers(factors) * _BYTES[config.output.dtype] + header)
 
 

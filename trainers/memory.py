@@ -29,7 +29,8 @@ def parts_in_words(training: Training) -> str:
     # The optimizer's state is there from the first step on; before, it is told as the two moments that most keep.
     moments = bytes_of(state) or 2 * flat.weights.nbytes
     mean = 0 if training.mean is None else training.mean.nbytes
-    adapter = flat.weights.nbytes + flat.gradient.nbytes + mean + moments
+    constants = bytes_of(tensor for own in flat.constants.values() for tensor in own.values())
+    adapter = flat.weights.nbytes + flat.gradient.nbytes + mean + moments + constants
     return f"memory: base {base / 1e6:.1f} MB, adapter with gradient and optimizer {adapter / 1e6:.1f} MB"
 
 

@@ -206,17 +206,19 @@ class Outputs:
         """The run is complete: the LoRA appears at the top of the run folder, by rename."""
         name = f"{self._name}.safetensors"
         self._emit(events.Stage(name="export", detail=name))
-        proof = ""
+        proof = ranks = ""
         if self._training.device.is_main:
             exported = self._export(self._run.path, name)
             if exported.sentence():
                 self._emit(events.Stage(name="export", detail=f"{name}: {exported.sentence()}"))
+            ranks = exported.ranks()
             if self._training.config.output.verify:
                 proof = self._verify(self._run.path / name, exported)
         self._run.take_flag("stop")
         drawn = [event for event in events.read_since(self._run.events)[0] if event.get("type") == "sample"]
         drawing = sum(float(event.get("seconds") or 0.0) for event in drawn)
-        self._emit(events.Finished(step=self._training.step, path=name, seconds=seconds, sample_seconds=drawing, proof=proof))
+        step, spent = self._training.step, {"seconds": seconds, "sample_seconds": drawing}
+        self._emit(events.Finished(step=step, path=name, **spent, proof=proof, ranks=ranks))
 
     def _verify(self, path: Path, exported: Exported) -> str:
         """Reads the finished file back; the training's own adapters are taken out for it. Raises AdapterFileError."""

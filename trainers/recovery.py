@@ -16,6 +16,7 @@ from trainers.errors import DivergedError, RunFolderError
 from trainers.run_folder import RunFolder
 from trainers.setup import Training
 from trainers.training_state import Recovery, TrainingState, load_good, save_state
+from trainers.turns import goes_in_periods
 
 EVERY = 50
 """Steps between two states that are remembered: in memory, and on the disk with the next training state."""
@@ -53,13 +54,13 @@ class StateKeeper:
             "recovery": asdict(training.recovery),
             **training.loss_scale.facts(),
             "fit": training.fit.facts(),
+            "turned": training.turned,
             "good": training.good.step if training.good else None,
             "layout": _layout(training),
         }
         optimizer = training.optimizer.state_dict()
         flat = training.flat
-        kept = {layer: {name: own[name] for name in flat.kept} for layer, own in flat.constants.items()} if flat.kept else {}
-        state = TrainingState(training.step, flat.weights, training.mean, optimizer, facts, kept)
+        state = TrainingState(training.step, flat.weights, training.mean, optimizer, facts, flat.kept_constants())
         save_state(self._run, state, training.good)
 
     def save_if_older(self, ahead: float) -> None:
@@ -89,12 +90,14 @@ def snapshot(training: Training) -> TrainingState:
     """A copy in the machine's memory of all that the run moves, which nothing changes any more."""
     mean = None if training.mean is None else _copied(training.mean)
     optimizer = _copied(training.optimizer.state_dict())
-    return TrainingState(training.step, _copied(training.flat.weights), mean, optimizer, training.loss_scale.facts())
+    facts = {**training.loss_scale.facts(), "turned": training.turned}
+    constants = _copied(training.flat.kept_constants()) if goes_in_periods(training) else {}  # of other types they never change
+    return TrainingState(training.step, _copied(training.flat.weights), mean, optimizer, facts, constants)
 
 
 def put_back(training: Training, state: TrainingState) -> None:
     """The run as it was at `state`, which is left as it is."""
-    training.step = state.step
+    training.step, training.turned = state.step, state.facts.get("turned", 0)
     training.loss_scale = training.loss_scale.as_in(state.facts)
     with torch.no_grad():
         training.flat.weights.copy_(state.weights)

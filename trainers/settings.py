@@ -49,11 +49,12 @@ def explain_each(error: ValidationError, known: list[str]) -> list[Problem]:
 def _explain(first: Mapping[str, Any], known: list[str]) -> Problem:
     # A discriminated union puts the chosen type into the location: optimizer.adamw.learning_rate.
     parts = [str(part) for part in first["loc"]]
-    if len(parts) > 2 and f"{parts[0]}.type" in known:
-        del parts[1]
+    kind = parts.pop(1) if len(parts) > 2 and f"{parts[0]}.type" in known else ""
     while len(parts) > 1 and parts[-1].isdecimal():  # the place in a list
         del parts[-1]
     where = ".".join(parts)
+    if first["type"] == "extra_forbidden" and kind and where in known:
+        return Problem("error", f"There is no {where} with {parts[0]}.type = {kind}", where, "Leave it out.")
     if first["type"] == "extra_forbidden":
         name = where.split(".")[-1]
         near = [k for k in known if k.split(".")[-1] == name][:1] or difflib.get_close_matches(where, known, n=1)

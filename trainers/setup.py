@@ -45,7 +45,7 @@ from trainers.training_state import Recovery, TrainingState
 
 @dataclass
 class Training:
-    """A run in progress: what is fixed, and what moves (flat.weights, optimizer, mean, step, recovery, loss_scale)."""
+    """A run in progress: what is fixed, and what moves (flat.weights, optimizer, mean, step, turned, recovery, loss_scale)."""
 
     config: TrainConfig
     model: DiffusionModel
@@ -58,6 +58,7 @@ class Training:
     optimizer: torch.optim.Optimizer
     mean: torch.Tensor | None
     step: int = 0
+    turned: int = 0  # turns that the adapter's type has taken: turns.py
     recovery: Recovery = field(default_factory=Recovery)
     loss_scale: LossScale = field(default_factory=LossScale)
     fit: Fit = field(default_factory=Fit)

@@ -27,6 +27,7 @@ from trainers.run_folder import RunFolder, home_folder
 from trainers.schedule import rate_factor
 from trainers.setup import Training, set_up
 from trainers.training_state import load_state
+from trainers.turns import rate_after_turn, turn_if_due
 from trainers.watchdog import Watchdog
 
 
@@ -48,6 +49,7 @@ def update(training: Training) -> tuple[float, float]:
     Raises DivergedError, with the weights untouched, when either is not finite.
     """
     flat, settings = training.flat, training.config.train
+    turn_if_due(training)
     loss, norm = fill_gradient(training)
     while math.isfinite(loss) and not math.isfinite(norm) and not training.loss_scale.lowest:
         training.loss_scale = training.loss_scale.lowered()
@@ -101,7 +103,7 @@ def factor_now(training: Training) -> float:
     """The schedule's factor on the learning rates of the next update, lower once the run had to go back."""
     schedule = training.config.schedule
     factor = rate_factor(schedule.type, schedule.warmup, schedule.floor, training.step, training.data.steps)
-    return factor * training.recovery.rate
+    return factor * training.recovery.rate * rate_after_turn(training)
 
 
 @torch.no_grad()

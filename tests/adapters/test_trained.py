@@ -13,6 +13,7 @@ from trainers.adapters import ADAPTERS, AdapterConfig
 from trainers.adapters.base import Started
 from trainers.adapters.inject import inject_trainable
 from trainers.adapters.layer import AdaptedLayer, Adapter
+from trainers.adapters.lora import LoraSettings
 from trainers.adapters.plan import LayerPlan
 from trainers.formats.plain import to_lora
 from trainers.formats.weights import ModuleWeights
@@ -24,6 +25,7 @@ KINDS: dict[str, Any] = {
     for settings in get_args(get_args(AdapterConfig)[0])
     for init in (("gaussian", "symmetric", "pissa", "olora") if "init" in settings.model_fields else ("",))
 }
+KINDS["lora grow"] = LoraSettings(rank=RANK, rank_schedule="grow", grow_from=2).trained
 SHAPES = {"linear": (12, 8), "uneven linear": (11, 7), "wide linear": (56, 64), "convolution": (12, 8, 3, 3)}
 
 every_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
@@ -31,7 +33,8 @@ every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys(
 
 
 def test_all_types_are_here() -> None:
-    assert {name.split()[0] for name in KINDS} == {"lora", "dora", "loha", "lokr", "additive", "full"}
+    types = "lora dora loha lokr additive full random_projection restart"
+    assert {name.split()[0] for name in KINDS} == set(types.split())
 
 
 def frozen_layer(shape: tuple[int, ...]) -> tuple[Any, torch.Tensor]:
@@ -56,9 +59,22 @@ def begin(kind: Any, layer: Any, dtype: torch.dtype = torch.float64) -> Started:
     return Started({name: factor.to(dtype) for name, factor in started.factors.items()}, started.scale, constants)
 
 
-def shaken(started: Started, size: float = 0.3) -> Started:
+def learnt(kind: Any, layer: Any) -> Started:
+    """As if it had learnt; a type that goes in periods, in three of them."""
+    started = shaken(begin(kind, layer))
+    for number in (1, 2) if hasattr(kind, "turn") else ():
+        known = {name: tensor.double() for name, tensor in {**started.factors, **started.constants}.items()}
+        turn = kind.turn(known, generator_for(0, "turn", number))
+        same = {name: factor.to(known[name].dtype) for name, factor in {**known, **turn.constants, **turn.factors}.items()}
+        torch.testing.assert_close(kind.delta(same, SCALE), kind.delta(known, SCALE), rtol=1e-12, atol=1e-12)
+        factors, constants = ({name: same[name] for name in names} for names in (started.factors, started.constants))
+        started = shaken(Started(factors, started.scale, constants), seed=1 + number)
+    return started
+
+
+def shaken(started: Started, size: float = 0.3, seed: int = 1) -> Started:
     """As if it had learnt."""
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(seed)
     moved = {
         name: factor + size * torch.randn(factor.shape, generator=generator, dtype=factor.dtype)
         for name, factor in started.factors.items()
@@ -95,7 +111,7 @@ def test_step_zero_is_the_base_bit_for_bit(kind: Any, shape: tuple[int, ...], dt
 @every_kind
 def test_the_path_is_strength_times_the_delta(kind: Any, shape: tuple[int, ...], strength: float) -> None:
     layer, x = frozen_layer(shape)
-    started = shaken(begin(kind, layer))
+    started = learnt(kind, layer)
     delta = kind.delta({**started.factors, **started.constants}, SCALE, layer.weight)
     assert delta.shape == shape and float(delta.norm()) > 0.1
     found = beside(layer, kind, started, strength)(x)
@@ -105,7 +121,7 @@ def test_the_path_is_strength_times_the_delta(kind: Any, shape: tuple[int, ...],
 @every_kind
 def test_a_strength_for_each_row(kind: Any) -> None:
     layer, x = frozen_layer(SHAPES["linear"])
-    started, strengths = shaken(begin(kind, layer)), [0.0, 0.5, 1.0, -1.5]
+    started, strengths = learnt(kind, layer), [0.0, 0.5, 1.0, -1.5]
     alone = [beside(layer, kind, started, strength)(x[row : row + 1]) for row, strength in enumerate(strengths)]
     together = beside(layer, kind, started)
     together.strengths["a"] = torch.tensor(strengths, dtype=torch.float64)
@@ -117,7 +133,7 @@ def test_a_strength_for_each_row(kind: Any) -> None:
 def test_gradients_are_those_of_the_delta_and_of_finite_differences(kind: Any, shape: tuple[int, ...]) -> None:
     """dL/dW = dL/d(delta), projected by the factors: what the optimizer sees. A DoRA's norm takes no part in it."""
     layer, x = frozen_layer(shape)
-    started = shaken(begin(kind, layer))
+    started = learnt(kind, layer)
     factors = {name: factor.clone().requires_grad_() for name, factor in started.factors.items()}
     given = torch.randn(layer(x).shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
 
@@ -152,7 +168,7 @@ def test_gradients_are_those_of_the_delta_and_of_finite_differences(kind: Any, s
 @every_kind
 def test_its_file_holds_its_delta(kind: Any, shape: tuple[int, ...]) -> None:
     layer, _ = frozen_layer(shape)
-    started = shaken(begin(kind, layer))
+    started = learnt(kind, layer)
     known = {**started.factors, **started.constants}
     name, factors, scale = kind.exported(known, SCALE)
     assert not ADAPTERS[name].fault(factors) and set(factors) <= set(ADAPTERS[name].parts)
@@ -165,7 +181,7 @@ def test_its_file_holds_its_delta(kind: Any, shape: tuple[int, ...]) -> None:
     assert error < 1e-6 and plain.rank <= (rank or min(shape[0], wanted[0].numel()))
 
 
-@pytest.mark.parametrize("name", [name for name in KINDS if name != "lora gaussian"])
+@pytest.mark.parametrize("name", [name for name in KINDS if name not in ("lora gaussian", "lora grow")])  # see test_grow.py
 def test_it_reaches_what_a_lora_of_the_same_rank_does_not_or_starts_elsewhere(name: str) -> None:
     """No type is LoRA renamed: its delta has a higher rank, or, of a LoRA with another start, both factors learn at once."""
     kind, (layer, x) = KINDS[name], frozen_layer(SHAPES["linear"])
@@ -175,7 +191,7 @@ def test_it_reaches_what_a_lora_of_the_same_rank_does_not_or_starts_elsewhere(na
         beside(layer, kind, Started(factors, started.scale, started.constants))(x).square().sum().backward()
         assert all(factor.grad is not None and float(factor.grad.norm()) > 1e-3 for factor in factors.values())
         return
-    started = shaken(begin(kind, layer))
+    started = learnt(kind, layer)
     values = torch.linalg.svdvals(kind.delta({**started.factors, **started.constants}, SCALE, layer.weight))
     assert int((values > 1e-9).sum()) > RANK
 
@@ -194,7 +210,7 @@ def test_pissa_starts_from_the_best_approximation_and_olora_from_the_first_colum
 
 def test_an_additive_delta_is_the_articles_sum() -> None:
     layer, _ = frozen_layer(SHAPES["uneven linear"])
-    factors = shaken(begin(KINDS["additive"], layer)).factors
+    factors = learnt(KINDS["additive"], layer).factors
     wide = torch.zeros(RANK, 7, dtype=torch.float64)
     tall = torch.zeros(11, RANK, dtype=torch.float64)
     for column in range(7):

@@ -12,9 +12,18 @@ from trainers.adapters.full import FULL, FullSettings
 from trainers.adapters.loha import LOHA, LohaSettings
 from trainers.adapters.lokr import LOKR, LokrSettings
 from trainers.adapters.lora import LORA, LoraSettings
+from trainers.adapters.projection import RandomProjectionSettings
+from trainers.adapters.restart import RestartSettings
 
 AdapterConfig = Annotated[
-    LoraSettings | DoraSettings | LohaSettings | LokrSettings | AdditiveSettings | FullSettings,
+    LoraSettings
+    | DoraSettings
+    | LohaSettings
+    | LokrSettings
+    | AdditiveSettings
+    | FullSettings
+    | RandomProjectionSettings
+    | RestartSettings,
     Field(discriminator="type"),
 ]
 """What can be trained; `trained` of the settings is the mathematics of it."""

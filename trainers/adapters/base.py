@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +23,8 @@ class AdapterKind(Protocol):
     """One adapter type. Weights are (out, in) or (out, in, kh, kw); the change of a weight at strength 1 is its delta.
 
     A type may have `joined(frozen, x, [(factors, scale), ...])`, which gives frozen(x) and what `forward` adds to it in one
-    autograd node, for one layer or for several that read the same x, or None where it cannot (see adapters/lora.py).
+    autograd node, for one layer or for several that read the same x, or None where it cannot (see adapters/lora.py). It may
+    have `singular_values(factors, scale)`, which gives those of the delta, float64, falling, without forming it, or None.
     """
 
     @property
@@ -69,12 +70,31 @@ class Started:
     constants: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
+Carry = Callable[[Literal["mean", "square"], str, "torch.Tensor"], "torch.Tensor"]
+"""carry(which, factor, tensor) -> the same shape: what an optimizer's running mean of a factor's gradients, or of their
+squares, becomes at a turn. It has the factor's shape, or is a mean over one of its axes."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What comes into the place of a layer's factors and of some of its constants, all of the same shapes."""
+
+    factors: dict[str, torch.Tensor]
+    constants: dict[str, torch.Tensor]
+    carry: Carry
+
+
 class Trained(Protocol):
     """What of a type is trained: `settings.trained`. Files know it as one of the table ADAPTERS, which `exported` names.
 
     `forward` and `delta` as of AdapterKind, with the constants among the factors. A type may name, as `exact`, factors that
     stay float32 over a base in 16 bits, and as `kept`, constants that a training state holds: those that are made of the
-    weight, which a run that goes on may have in fewer bits.
+    weight, which a run that goes on may have in fewer bits, and those that change.
+    `native_shapes(weight, rank)` are those of its factors in a file of its own form, where they are others.
+
+    A type that goes in periods has their length in updates as `every`, and `turn(factors, generator) -> Turn`, which begins
+    the next one: given the constants among the factors, all float64, it leaves the delta as it is. Its `warmup` says over
+    how many updates the rate then rises again. See trainers/turns.py.
     """
 
     def factor_shapes(self, weight: tuple[int, ...], rank: int) -> dict[str, tuple[int, ...]]:
@@ -123,6 +143,19 @@ def wide(factors: Factors, least: torch.dtype) -> dict[str, torch.Tensor]:
 def product(up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
     """(out, r[, 1, 1]) times (r, in[, kh, kw]) -> (out, in[, kh, kw])."""
     return (up.flatten(1) @ down.flatten(1)).reshape(up.shape[0], *down.shape[1:])
+
+
+def values_of_product(up: torch.Tensor, down: torch.Tensor, scale: float) -> torch.Tensor | None:
+    """The r singular values, falling, float64, of scale * up @ down for (out, r, ...) and (r, in, ...), by two thin QR
+    decompositions and an SVD of (r, r). None where r is above a side, as the whole matrix is then the smaller one."""
+    import torch
+
+    up, down = up.double().flatten(1), down.double().flatten(1)
+    if up.shape[1] > min(up.shape[0], down.shape[1]):
+        return None
+    upper, lower = (torch.linalg.qr(side, mode="r").R for side in (up, down.T))
+    values: torch.Tensor = torch.linalg.svdvals(upper @ lower.T)
+    return abs(scale) * values
 
 
 def same_layer(made: Sequence[int], shape: Sequence[int]) -> bool:

@@ -36,7 +36,7 @@ class FlatParameters:
     used: dict[str, dict[str, torch.Tensor]]  # what the layers compute with: the views, or within `working` their copies
     constants: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)  # what they compute with beside them, by layer
     exact: tuple[str, ...] = ()  # factors that stay float32 within `working`
-    kept: tuple[str, ...] = ()  # constants that a training state holds, as they cannot be made again from another weight
+    kept: tuple[str, ...] = ()  # constants that a training state holds, as they cannot be made again
 
     def parameters(self, group: str, as_views: bool) -> list[nn.Parameter]:
         """What an optimizer gets for `group`: its factors as matrices, or one flat parameter that shares their memory."""
@@ -73,6 +73,10 @@ class FlatParameters:
         finally:
             for layer, factors in self.views.items():
                 self.used[layer].update(factors)
+
+    def kept_constants(self) -> dict[str, dict[str, torch.Tensor]]:
+        """Layer name -> the constants that a training state holds; empty where there are none."""
+        return {layer: {name: own[name] for name in self.kept} for layer, own in self.constants.items() if self.kept}
 
     def split(self, flat: torch.Tensor) -> dict[str, dict[str, torch.Tensor]]:
         """Another flat tensor (N,), for example the running mean, cut into layer name -> factor name -> tensor."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
-from trainers.adapters.base import Factors, Started, Weight, apply_weight, product, scaled, unfolded, wide
+from trainers.adapters.base import Factors, Started, Weight, apply_weight, product, scaled, unfolded, values_of_product, wide
 from trainers.adapters.settings import LowRankSettings
 
 if TYPE_CHECKING:
@@ -119,6 +119,15 @@ class LoHa:
     def norm(factors: Factors, scale: float) -> float:
         """Of the whole matrix, which is formed for it."""
         return float(LOHA.delta(factors, scale).norm())
+
+    @staticmethod
+    def singular_values(factors: Factors, scale: float) -> torch.Tensor | None:
+        """From the r * r products of columns and of rows, whose product it is; None with cores, and where they are many."""
+        if "t1" in factors:
+            return None
+        (up1, down1), (up2, down2) = ([factors[f"w{n}_{part}"].double().flatten(1) for part in "ab"] for n in "12")
+        up = (up1[:, :, None] * up2[:, None, :]).flatten(1)
+        return values_of_product(up, (down1[:, None] * down2[None, :]).flatten(0, 1), scale)
 
 
 def _shape_of(factors: Factors, half: int) -> tuple[int, ...]:

@@ -121,6 +121,15 @@ class LoKr:
         factors = {name: factor.double() for name, factor in factors.items()}
         return abs(scale) * math.prod(float(half.norm()) for half in (_w1(factors), _w2(factors)))
 
+    @staticmethod
+    def singular_values(factors: Factors, scale: float) -> torch.Tensor:
+        """All products of one half's with the other's."""
+        import torch
+
+        factors = {name: factor.double() for name, factor in factors.items()}
+        first, second = (torch.linalg.svdvals(half.flatten(1)) for half in (_w1(factors), _w2(factors)))
+        return abs(scale) * torch.outer(first, second).flatten().sort(descending=True).values
+
 
 class TrainedLoKr:
     """See base.Trained: w1 (o1, i1) whole, with o1 and i1 the largest divisors of the widths up to `factor`; w2 in two

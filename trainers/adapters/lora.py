@@ -10,9 +10,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
-from trainers.adapters.base import Factors, Started, Weight, apply_weight, product, same_layer, scaled
+from trainers.adapters.base import Factors, Started, Weight, apply_weight, product, same_layer, scaled, values_of_product
+from trainers.adapters.grow import Growing
 from trainers.adapters.settings import LowRankSettings
 from trainers.adapters.symmetric import Symmetric
 
@@ -27,6 +28,29 @@ class LoraSettings(LowRankSettings):
     """Kind of adapter."""
     init: Literal["gaussian", "symmetric", "pissa", "olora"] = "gaussian"
     """How it starts: `gaussian` with the up side zero; `symmetric`, `pissa` and `olora` with both sides non-zero."""
+    rank_schedule: Literal["fixed", "grow"] = "fixed"
+    """`fixed`: every layer has adapter.rank. `grow`: it starts low, and a layer gets more where it uses all it has."""
+    grow_from: int = Field(default=4, ge=1, le=1024)
+    """Rank that a growing LoRA starts with, and by which it grows; adapter.rank is the most that a layer gets."""
+    grow_every: int = Field(default=50, ge=1, le=1_000_000)
+    """Steps from one look at a growing LoRA's layers to the next."""
+    grow_above: float = Field(default=0.01, gt=0, lt=1)
+    """A layer grows when its weakest singular value holds more than this share of its update's squared norm."""
+
+    @model_validator(mode="after")
+    def _grows_from_below(self) -> LoraSettings:
+        if self.rank_schedule == "fixed":
+            return self
+        grow = "adapter.rank_schedule = grow"
+        if self.start_from:
+            raise ValueError(f"{grow} starts from nothing at a low rank, so adapter.start_from must be empty")
+        if self.init != "gaussian":
+            raise ValueError(f"{grow} adds ranks that change nothing at first, which adapter.init = {self.init} cannot")
+        if self.rank < self.grow_from:
+            raise ValueError(
+                f"{grow} goes from adapter.grow_from = {self.grow_from} up to adapter.rank = {self.rank}, which is lower"
+            )
+        return self
 
     @model_validator(mode="after")
     def _starts_from_one_thing(self) -> LoraSettings:
@@ -42,6 +66,8 @@ class LoraSettings(LowRankSettings):
     @property
     def trained(self) -> Any:
         """The mathematics that is trained."""
+        if self.rank_schedule == "grow":
+            return Growing(LORA, self.grow_from, self.grow_every, self.grow_above)
         return LORA if self.init == "gaussian" else Symmetric(self.init)
 
 
@@ -180,6 +206,11 @@ class Lora:
         up, down = factors["up"].double().flatten(1), factors["down"].double().flatten(1)
         squared = float(((up.T @ up) * (down @ down.T)).sum())
         return abs(scale) * math.sqrt(max(squared, 0.0))
+
+    @staticmethod
+    def singular_values(factors: Factors, scale: float) -> torch.Tensor | None:
+        """From the factors; None where the whole matrix is smaller than they are."""
+        return values_of_product(factors["up"], factors["down"], scale)
 
 
 LORA = Lora()

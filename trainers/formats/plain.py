@@ -19,6 +19,13 @@ def to_lora(
     comes so near. alpha is the rank, the scale 1. Raises
     AdapterFileError for a DoRA without `base_weight`, and for numbers that are not finite.
     """
+    return nearest_lora(name, weights, rank, base_weight, within)[:2]
+
+
+def nearest_lora(
+    name: str, weights: ModuleWeights, rank: int, base_weight: torch.Tensor | None = None, within: float = 0.0
+) -> tuple[ModuleWeights, float, int]:
+    """As `to_lora`, with the rank at which it would come `within` that error, whatever `rank` allows."""
     if weights.needs_base and base_weight is None:
         what = f"{printable(name, 120)} is a DoRA: what it changes depends on the base model's weight"
         raise AdapterFileError(what, hint="Give the base model too.")
@@ -26,14 +33,14 @@ def to_lora(
     if not bool(delta.isfinite().all()):
         raise AdapterFileError(f"{printable(name, 120)} holds NaN or infinite numbers", hint="Take an earlier checkpoint.")
     size = float(delta.norm())
-    up, down = _factored(weights, delta, rank, within)
+    up, down, needed = _factored(weights, delta, rank, within)
     ones = (1,) * (delta.ndim - 2)
     made = ModuleWeights({"down": down.reshape(-1, *delta.shape[1:]), "up": up.reshape(*up.shape, *ones)}, float(down.shape[0]))
-    return made, float((made.delta() - delta).norm()) / size if size else 0.0
+    return made, float((made.delta() - delta).norm()) / size if size else 0.0, needed
 
 
-def _factored(weights: ModuleWeights, delta: torch.Tensor, rank: int, within: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """up (out, r) and down (r, in * kernel) of equal sizes, float32, contiguous; r is at least 1."""
+def _factored(weights: ModuleWeights, delta: torch.Tensor, rank: int, within: float) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """up (out, r) and down (r, in * kernel) of equal sizes, float32, contiguous, r at least 1; the rank needed."""
     matrix = delta.flatten(1)
     if weights.kind == "lora" and weights.rank < min(matrix.shape):
         left, values, right = _svd_of_product(weights)
@@ -41,9 +48,11 @@ def _factored(weights: ModuleWeights, delta: torch.Tensor, rank: int, within: fl
         left, values, right = torch.linalg.svd(matrix, full_matrices=False)
     # What lies below float64's rounding is no direction of the delta's.
     present = int((values > values[0] * 1e-13 * max(matrix.shape)).sum()) if float(values[0]) else 1
-    keep = max(1, min(rank, present, rank_within(values, within) if within else present))
+    needed = max(1, min(present, rank_within(values, within) if within else present))
+    keep = min(rank, needed)
     roots = values[:keep].sqrt()
-    return (left[:, :keep] * roots).float().contiguous(), (roots[:, None] * right[:keep]).float().contiguous()
+    up, down = left[:, :keep] * roots, roots[:, None] * right[:keep]
+    return up.float().contiguous(), down.float().contiguous(), needed
 
 
 def rank_within(values: torch.Tensor, error: float) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -22,6 +23,7 @@ class AdafactorSettings(OptimizerSettings):
     weight_decay: float = Field(default=0.0, ge=0, le=1)
     """Pull of the weights towards zero, per unit of learning rate."""
 
+    moments: ClassVar[Mapping[str, Literal["mean", "square"]]] = dict.fromkeys(("row_var", "col_var", "variance"), "square")
     views: ClassVar[bool] = True  # rows and columns exist only in matrices
 
     def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:

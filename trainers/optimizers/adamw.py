@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -27,6 +28,8 @@ class AdamWSettings(OptimizerSettings):
     """Pull of the weights towards zero, per unit of learning rate."""
     epsilon: float = Field(default=1e-8, gt=0, le=1e-2)
     """Added to the denominator."""
+
+    moments: ClassVar[Mapping[str, Literal["mean", "square"]]] = {"exp_avg": "mean", "exp_avg_sq": "square"}
 
     def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """See OptimizerSettings.build."""

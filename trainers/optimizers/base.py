@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import field_validator
 
@@ -39,6 +40,12 @@ class OptimizerSettings(Settings):
     def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """The torch optimizer over parameter groups [{'params': [...], 'lr': rate}]; each group keeps its own rate."""
         raise AssertionError("each optimizer's settings build their own")
+
+    moments: ClassVar[Mapping[str, Literal["mean", "square"]]] = {}
+    """Names in its state of the running means of the gradient, and of its square. None: the state has another form."""
+
+    def begin_anew(self, optimizer: torch.optim.Optimizer) -> None:
+        """The weights are others all at once, their running means are seen to: what else `optimizer` holds of the old ones."""
 
     views: ClassVar[bool] = False
     """Whether the optimizer needs the parameters as matrices (True) or takes one flat buffer per rate (False)."""

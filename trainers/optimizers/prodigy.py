@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -28,6 +29,17 @@ class ProdigySettings(OptimizerSettings):
     highest: ClassVar[float] = 2.0
     one_rate: ClassVar[bool] = True  # its step fails on groups of different rates
     usual: ClassVar[str] = "Prodigy finds the rate by itself: 1 is right, 0.5 is cautious."
+
+    moments: ClassVar[Mapping[str, Literal["mean", "square"]]] = {"exp_avg": "mean", "exp_avg_sq": "square"}
+
+    def begin_anew(self, optimizer: torch.optim.Optimizer) -> None:
+        """The way from the start, of which it finds its rate, begins where the weights are now; the rate stays."""
+        for group in optimizer.param_groups:
+            group["d_numerator"] = 0.0
+            for parameter in group["params"]:
+                if state := optimizer.state.get(parameter):
+                    state["s"].zero_()
+                    state["p0"] = parameter.detach().flatten().clone()
 
     def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """See OptimizerSettings.build."""

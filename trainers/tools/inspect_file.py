@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from trainers.adapters import ADAPTERS
 from trainers.container import Header, open_file, read_header
@@ -16,12 +17,14 @@ from trainers.formats.hashes import FileHashes, file_hashes
 from trainers.formats.keys import KeyGroup, group_keys
 from trainers.formats.matching import no_adapter
 from trainers.formats.peft import PARTS, PeftScaling, read_scaling
+from trainers.formats.ranks import RankSummary, UsedRank, summarise, used_rank
 from trainers.formats.reading import read_alpha, read_module
 from trainers.formats.recognise import guess_family, input_width, part_of
-from trainers.formats.weights import check_module
+from trainers.formats.weights import ModuleWeights, check_module
 from trainers.tensors import FLOATS, read_tensor
 from trainers.text import printable
 from trainers.tools.file_problems import metadata_problems, module_problems, name_problems
+from trainers.tools.rank_bars import rank_lines
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,8 @@ class ModuleReport:
     """None where the file does not say: every reader then takes the rank."""
     scale: float | None = None
     norm: float | None = None
+    used: UsedRank | None = None
+    """How much of the rank it uses; None where that cannot be worked out, or would take long."""
     fault: str = ""
     """Why it could not be read: a misfit, NaN, a part missing."""
 
@@ -73,6 +78,11 @@ class Inspection:
     def zero_modules(self) -> tuple[str, ...]:
         """Names of modules that change nothing."""
         return tuple(module.name for module in self.modules if module.norm == 0)
+
+    @property
+    def used(self) -> RankSummary | None:
+        """How much of the ranks the modules use together; None where it is known of none."""
+        return summarise(module.used for module in self.modules)
 
     def part_norm(self, part: str) -> float:
         """Norm of all weight changes of a part taken as one vector."""
@@ -109,6 +119,19 @@ def inspect_file(path: Path) -> Inspection:
     )
 
 
+def as_json(inspection: Inspection) -> dict[str, Any]:
+    """All of the inspection in JSON's types; what is not known, or is no finite number, is null."""
+    values = dataclasses.asdict(inspection)
+    for module in values["modules"]:
+        if module["used"]:
+            del module["used"]["squares"]
+        module |= {
+            key: None for key in ("alpha", "scale", "norm") if module[key] is not None and not math.isfinite(module[key])
+        }
+    used = inspection.used
+    return {**values, "path": str(inspection.path), "used": dataclasses.asdict(used) if used else None}
+
+
 def describe(inspection: Inspection, every_module: bool = False) -> str:
     """The inspection as lines of plain text for a terminal; print it without markup, as brackets are the file's own."""
     modules = inspection.modules
@@ -125,10 +148,12 @@ def describe(inspection: Inspection, every_module: bool = False) -> str:
         f"hashes      AutoV2 {inspection.hashes.autov2}, AutoV3 {inspection.hashes.autov3}",
     ]
     lines += [f"norm        {part}: {inspection.part_norm(part):.4g}" for part in inspection.parts]
+    lines += rank_lines([(m.name, m.used) for m in modules], inspection.used, inspection.family)
     strongest = sorted((m for m in modules if m.norm is not None), key=lambda m: -(m.norm or 0.0))
     for module in modules if every_module else strongest[:3]:
         norm = "?" if module.norm is None else f"{module.norm:.4g}"
-        lines.append(f"  {norm:>10}  {module.name}")
+        used = f"  uses {module.used.effective:.1f} of {module.used.most}, {module.used.keeps} keep 99 %" if module.used else ""
+        lines.append(f"  {norm:>10}  {module.name}{used}")
     if inspection.zero_modules:
         lines.append(f"zero        {len(inspection.zero_modules)} modules change nothing")
     lines += ["metadata"] + [f"  {key}: {value}" for key, value in inspection.metadata.items()]
@@ -162,7 +187,8 @@ def _measure(handle: BinaryIO, header: Header, group: KeyGroup, scaling: Mapping
     if kind == "lora" and ("mid" in group.parts or (down is not None and max(down.shape[2:], default=1) > 1)):
         kind = "locon"
     if kind == "full":
-        return ModuleReport(name, part, kind, dtype, inputs, norm=_norm_of_all(handle, header, group))
+        norm = _norm_of_all(handle, header, group)
+        return ModuleReport(name, part, kind, dtype, inputs, norm=norm, used=_used_of_full(handle, header, group, norm))
     if group.kind not in ADAPTERS:
         return ModuleReport(name, part, kind, dtype, inputs)
     rank = down.shape[0] if down is not None and down.shape else None
@@ -174,7 +200,8 @@ def _measure(handle: BinaryIO, header: Header, group: KeyGroup, scaling: Mapping
         check_module(group.prefix, weights)
     except AdapterFileError as error:
         return ModuleReport(name, part, kind, dtype, inputs, rank, alpha, fault=error.what)
-    return ModuleReport(name, part, kind, dtype, inputs, rank, alpha, weights.scale, weights.delta_norm())
+    norm = weights.delta_norm()
+    return ModuleReport(name, part, kind, dtype, inputs, rank, alpha, weights.scale, norm, used_rank(weights))
 
 
 def _norm_of_all(handle: BinaryIO, header: Header, group: KeyGroup) -> float | None:
@@ -186,3 +213,11 @@ def _norm_of_all(handle: BinaryIO, header: Header, group: KeyGroup) -> float | N
     except AdapterFileError:
         return None
     return math.sqrt(sum(float(tensor.double().pow(2).sum()) for tensor in tensors))
+
+
+def _used_of_full(handle: BinaryIO, header: Header, group: KeyGroup, norm: float | None) -> UsedRank | None:
+    """Of the difference of a weight; a bias has no rank, and a normalisation's weight neither."""
+    key = group.parts.get("diff")
+    if norm is None or not math.isfinite(norm) or key is None or len(header.entries[key].shape) not in (2, 4):
+        return None
+    return used_rank(ModuleWeights({"diff": read_tensor(handle, header, key, FLOATS)}, 1.0, "full"))
