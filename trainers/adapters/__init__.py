@@ -12,9 +12,10 @@ from trainers.adapters.full import FULL
 from trainers.adapters.loha import LOHA, LohaSettings
 from trainers.adapters.lokr import LOKR, LokrSettings
 from trainers.adapters.lora import LORA, LoraSettings
+from trainers.adapters.pivotal import PivotalSettings
 
 AdapterConfig = Annotated[
-    LoraSettings | DoraSettings | LohaSettings | LokrSettings | AdditiveSettings,
+    LoraSettings | DoraSettings | LohaSettings | LokrSettings | AdditiveSettings | PivotalSettings,
     Field(discriminator="type"),
 ]
 """What can be trained; `trained` of the settings is the mathematics of it."""
