@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Sequence
 
+from trainers.adapters.pivotal import NO_TRIGGER
 from trainers.config import TrainConfig
 from trainers.dataset.folder import Scan
 from trainers.dataset.prepare import TrainingSet
@@ -111,8 +112,7 @@ def _check_trigger(config: TrainConfig, base: BaseModelFacts) -> list[Problem]:
         return []
     where, trigger = "dataset.trigger", config.dataset.trigger.strip()
     if not trigger:
-        hint = "Give a word of your own, as --trigger zwx; or choose another adapter.type."
-        return [Problem("error", "Pivotal tuning needs a trigger word: its vectors are what is learnt", where, hint)]
+        return [Problem("error", *NO_TRIGGER)]
     if set(trigger) & set('/\\:*?"<>|,') or trigger.startswith(".") or len(trigger.encode()) > 100:
         what = f"The trigger word {printable(trigger)} cannot name a file, and other programs call an embedding by its file"
         return [Problem("error", what, where, "Take letters and digits, as zwx.")]

@@ -130,7 +130,7 @@ def generate(
         list[str] | None, typer.Option(help="A LoRA file, with its strength after a colon. May be repeated.")
     ] = None,
     embedding: Annotated[
-        list[Path] | None, typer.Option(help="An embedding file; one trained with a LoRA comes by itself. May be repeated.")
+        list[Path] | None, typer.Option(help="An embedding file. Default: the one trained with a LoRA. May be repeated.")
     ] = None,
     negative: Annotated[str, typer.Option(help="What the picture should not show.")] = "",
     strengths: Annotated[str, typer.Option(help="Strengths to draw, comma-separated; multiplies each LoRA's own.")] = "1",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -56,15 +56,14 @@ def parse_lora(text: str) -> tuple[Path, float]:
     return path, _within_limit(strength, text)
 
 
-def find_embeddings(given: Iterable[Path], loras: Iterable[Path]) -> tuple[Path, ...]:
-    """The embeddings to draw with: those given, and those that were trained with the LoRAs. Raises AdapterFileError."""
+def find_embeddings(given: Sequence[Path], loras: Iterable[Path]) -> tuple[Path, ...]:
+    """The embeddings to draw with: those given, else those that were trained with the LoRAs. Raises AdapterFileError."""
     from trainers.embeddings import embedding_beside
 
-    found = dict.fromkeys(path.absolute() for path in given)
-    for path in found:
+    for path in given:
         if not path.is_file():
             raise AdapterFileError("There is no such embedding", where=str(path), hint="Check the path.")
-    return tuple(found | dict.fromkeys(path.absolute() for path in map(embedding_beside, loras) if path))
+    return tuple(given) or tuple(path for path in map(embedding_beside, loras) if path)
 
 
 def parse_strengths(text: str) -> tuple[float, ...]:

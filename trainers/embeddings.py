@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainers.adapters.inject import FlatParameters
-from trainers.adapters.pivotal import VECTORS, vectors_of
+from trainers.adapters.pivotal import NO_TRIGGER, VECTORS, vectors_of
 from trainers.adapters.plan import VectorPlan
 from trainers.adapters.vectors import add_tables
 from trainers.config import TrainConfig, read_config
@@ -35,6 +35,8 @@ def plan_vectors(config: TrainConfig, model: DiffusionModel) -> list[VectorPlan]
     if not adapter.trigger_vectors:
         return []
     trigger = config.dataset.trigger.strip()
+    if not trigger:
+        raise SettingError(*NO_TRIGGER)
     start = getattr(adapter, "start_words", "").strip() or trigger
     for part in model.parts():
         if part == "unet":

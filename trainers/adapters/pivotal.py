@@ -23,6 +23,12 @@ if TYPE_CHECKING:
 
 VECTORS, LENGTH = "vectors", "length"
 """Names of what learns (n, width), and of the constant beside it (n, 1) where lengths are kept."""
+NO_TRIGGER = (
+    "Pivotal tuning needs a trigger word: its vectors are what is learnt",
+    "dataset.trigger",
+    "Give a word of your own, as --trigger zwx; or choose another adapter.type.",
+)
+"""What, where and hint of the refusal."""
 
 
 class PivotalSettings(LowRankSettings):
