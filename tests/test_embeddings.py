@@ -94,8 +94,9 @@ def test_diffusers_reads_the_file_to_the_same_conditioning_and_picture(trained: 
         pipeline.load_textual_inversion(str(path.parent), weight_name=path.name, token="zwx", local_files_only=True)
     plain = ours.encode_captions([PROMPT])
     assert add_embedding(ours, path) == "zwx"
-    mine, them = ours.encode_captions([PROMPT]), pipeline.encode_prompt(
-        PROMPT, device=torch.device("cpu"), num_images_per_prompt=1, do_classifier_free_guidance=False
+    mine, them = (
+        ours.encode_captions([PROMPT]),
+        pipeline.encode_prompt(PROMPT, device=torch.device("cpu"), num_images_per_prompt=1, do_classifier_free_guidance=False),
     )
     assert float((mine.hidden_states - plain.hidden_states).abs().max()) > 0.1
     assert torch.allclose(them[0], mine.hidden_states, atol=1e-6)

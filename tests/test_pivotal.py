@@ -23,6 +23,7 @@ from trainers.setup import Training
 
 PIVOTAL = ("adapter.type=pivotal", "dataset.trigger=zwx")
 ALONE = (*PIVOTAL, "adapter.lora=false")
+WITH_TEXT = (*PIVOTAL, "text_encoder.learning_rate=0.01")
 CAPTIONS = (
     "zwx, a red apple",
     "a photo of ZWX's house, zwx-like (zwx)",
@@ -104,7 +105,10 @@ def test_gradients_are_those_of_finite_differences(keeps: bool) -> None:
     vectors = torch.randn(3, 5, generator=generator, dtype=torch.float64)
     constants = {LENGTH: lengths_of(vectors) * 1.3} if keeps else {}
     moved = (vectors + 0.3).requires_grad_()
-    tokens, mix = torch.tensor([[0, -1, -3, 6], [-2, -2, -1, 3]]), torch.randn(2, 4, 5, generator=generator, dtype=torch.float64)
+    tokens, mix = (
+        torch.tensor([[0, -1, -3, 6], [-2, -2, -1, 3]]),
+        torch.randn(2, 4, 5, generator=generator, dtype=torch.float64),
+    )
 
     def answer(own: torch.Tensor) -> torch.Tensor:
         table.words["zwx"] = {VECTORS: own, **constants}
@@ -144,7 +148,7 @@ def test_gradients_come_through_both_text_encoders_as_finite_differences_have_th
         assert float((gradient * way).sum()) == pytest.approx((at[0] - at[1]) / 2e-5, rel=1e-6), part
 
 
-@pytest.mark.parametrize("settings", [PIVOTAL, ALONE, (*PIVOTAL, "text_encoder.learning_rate=0.01")], ids=["lora", "alone", "text"])
+@pytest.mark.parametrize("settings", [PIVOTAL, ALONE, WITH_TEXT], ids=["lora", "alone", "text"])
 def test_only_what_learns_moves_and_the_table_stays_to_the_byte(settings: tuple[str, ...], start: Any) -> None:
     training = start(*settings)
     frozen = {
@@ -157,13 +161,13 @@ def test_only_what_learns_moves_and_the_table_stays_to_the_byte(settings: tuple[
     after = update_from(training, 3)
     assert table.weight.shape == (49408, 32)
     assert all(bool(row.any()) for row in (after - before)[vectors].view(2, 32))
-    assert set(training.flat.groups) == {"vectors"} | ({"unet"} if settings != ALONE else set()) | (
-        {"text_encoder"} if len(settings) == 3 and settings != ALONE else set()
-    )
+    others: dict[tuple[str, ...], set[str]] = {PIVOTAL: {"unet"}, ALONE: set(), WITH_TEXT: {"unet", "text_encoder"}}
+    assert set(training.flat.groups) == {"vectors"} | others[settings]
     for part, module in training.model.parts().items():
         assert all(torch.equal(frozen[f"{part}.{name}"], own) for name, own in module.named_parameters())
     (kept,) = trained_vectors(training.flat, after).values()
-    assert torch.allclose(lengths_of(kept), lengths_of(table.weight[list(plan_vectors(training.config, training.model)[0].tokens)]))
+    (plan,) = plan_vectors(training.config, training.model)
+    assert torch.allclose(lengths_of(kept), lengths_of(table.weight[list(plan.tokens)]))
     training.take_out()
     assert training.model.parts()["text_encoder"].get_input_embeddings() is table.frozen and not training.model.words
 
@@ -196,7 +200,7 @@ def test_the_running_mean_is_what_samples_and_files_have(start: Any) -> None:
 
 
 def test_the_strength_is_the_lora_s_alone(start: Any) -> None:
-    training = start(*PIVOTAL, "adapter.length=free")
+    training = start(*PIVOTAL, "adapter.keep_length=false")
     shake(training, 0.3)
     how = RenderSettings(32, 32, steps=2, guidance=1.0)
 

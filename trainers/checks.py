@@ -84,7 +84,8 @@ def check_settings(config: TrainConfig, base: BaseModelFacts) -> list[Problem]:
         check_sampler(config.samples.scheduler)
     except SettingError as error:
         problems.append(Problem("error", error.what, "samples.scheduler", error.hint))
-    return problems + _check_packages(config) + _check_trigger(config, base) + _check_adapter(config, base) + _check_rates(config)
+    problems += _check_packages(config) + _check_trigger(config, base)
+    return problems + _check_adapter(config, base) + _check_rates(config)
 
 
 def _check_packages(config: TrainConfig) -> list[Problem]:

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
+
+import torch
+from torch import nn
 
 from trainers.adapters.inject import FlatParameters
 from trainers.adapters.pivotal import NO_TRIGGER, VECTORS, vectors_of
 from trainers.adapters.plan import VectorPlan
-from trainers.adapters.vectors import add_tables
+from trainers.adapters.vectors import VectorTable, add_tables
 from trainers.config import TrainConfig, read_config
 from trainers.errors import AdapterFileError, SettingError
 from trainers.families.base import DiffusionModel
-from trainers.formats.embeddings import Embedding, read_embedding
+from trainers.formats.embeddings import read_embedding
 from trainers.run_folder import RunFolder, run_of
-
-if TYPE_CHECKING:
-    import torch
 
 _TABLE = "embeddings.token_embedding"
 _ARCHITECTURE = "modelspec.architecture"
@@ -44,7 +44,7 @@ def plan_vectors(config: TrainConfig, model: DiffusionModel) -> list[VectorPlan]
         tokens = model.word_tokens(part, start)
         if not tokens:
             raise SettingError(f"The base reads nothing in {start!r}", "adapter.start_words", "Give a word it knows.")
-        keeps = getattr(adapter, "length", "free") == "kept"
+        keeps = getattr(adapter, "keep_length", False)
         plans.append(VectorPlan(f"{part}.{_TABLE}", trigger.casefold(), adapter.trigger_vectors, tokens, keeps))
     return plans
 
@@ -100,23 +100,35 @@ def add_embedding(model: DiffusionModel, path: Path) -> str:
     word = embedding.word.casefold()
     if word in model.words:
         raise AdapterFileError(f"There are two embeddings of the word {embedding.word}", str(path), "Give one of them.")
-    parts = {part: module for part, module in model.parts().items() if part != "unet"}
-    tables = _fitting(embedding, parts, path)
-    for part, table in tables.items():
-        vectors = embedding.vectors[part].to(table.weight.device)
+    tables = {part: table_of(module) for part, module in model.parts().items() if part != "unet"}
+    widths = {part: int(table.weight.shape[1]) for part, table in tables.items()}
+    has = {part: int(vectors.shape[1]) for part, vectors in embedding.vectors.items()}
+    if widths != has:
+        what = f"The embedding's vectors are {_joined(has)} wide, and this base's words {_joined(widths)}"
+        raise AdapterFileError(what, str(path), "It was made for another kind of base model.")
+    for name, table in add_tables(model.parts(), [f"{part}.{_TABLE}" for part in tables]).items():
+        vectors = embedding.vectors[name.partition(".")[0]].to(table.weight.device)
         table.words[word] = {VECTORS: vectors}
         model.words[word] = len(vectors)
     return embedding.word
 
 
-def _fitting(embedding: Embedding, parts: Mapping[str, torch.nn.Module], path: Path) -> dict[str, object]:
-    widths = {part: int(module.get_input_embeddings().weight.shape[1]) for part, module in parts.items()}
-    has = {part: int(vectors.shape[1]) for part, vectors in embedding.vectors.items()}
-    if widths != has:
-        what = f"The embedding's vectors are {_joined(has)} wide, and this base's words {_joined(widths)}"
-        raise AdapterFileError(what, str(path), "It was made for another kind of base model.")
-    tables = add_tables(parts, [f"{part}.{_TABLE}" for part in parts])
-    return {name.partition(".")[0]: table for name, table in tables.items()}
+def put_in_embeddings(model: DiffusionModel, paths: Iterable[Path]) -> None:
+    """Makes the model's learned words those of some files, and no others; of two of the same word the first counts."""
+    model.words.clear()
+    for part, module in model.parts().items():
+        table = None if part == "unet" else table_of(module)
+        if isinstance(table, VectorTable):
+            table.words.clear()
+    for path in paths:
+        if read_embedding(path).word.casefold() not in model.words:
+            add_embedding(model, path)
+
+
+def table_of(encoder: Any) -> nn.Embedding | VectorTable:
+    """A text encoder's table of tokens."""
+    table: nn.Embedding | VectorTable = encoder.get_input_embeddings()
+    return table
 
 
 def _joined(widths: Mapping[str, int]) -> str:

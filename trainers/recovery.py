@@ -58,7 +58,7 @@ class StateKeeper:
         }
         optimizer = training.optimizer.state_dict()
         flat = training.flat
-        kept = {layer: {name: own[name] for name in flat.kept if name in own} for layer, own in flat.constants.items()} if flat.kept else {}
+        kept = {layer: {name: own[name] for name in flat.kept} for layer, own in flat.constants.items()} if flat.kept else {}
         state = TrainingState(training.step, flat.weights, training.mean, optimizer, facts, kept)
         save_state(self._run, state, training.good)
 

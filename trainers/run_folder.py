@@ -118,8 +118,8 @@ class RunFolder:
     @property
     def embedding(self) -> Path | None:
         """The finished embedding, once there is one."""
-        found = (path for path in sorted(self.embeddings.glob("*.safetensors")) if not is_of_step(path))
-        return next(found, None)
+        found = [path for path in self.embeddings.glob("*.safetensors") if not is_of_step(path) and not path.is_symlink()]
+        return min(found, default=None)
 
     def stop_asked(self) -> Literal["stop", "pause"] | None:
         """Whether somebody put the file `stop` there; `pause` written inside asks for a pause."""

@@ -3,14 +3,15 @@
 The trigger is read as n new tokens: y = table[id] for the base's tokens, y = v[k] for the k-th of them, in every text encoder
 the family has. The table is never written to, and the encoders stay frozen unless a LoRA is asked for in them too.
 
-The vectors start as those of words that the base knows, so that step 0 is the base's answer to these words. With `length`
-kept, v = L w / ||w||, where w is what learns and L the length at the start: a vector turns, and stays as long as words are;
+The vectors start as those of words that the base knows, so that step 0 is the base's answer to these words. With
+`keep_length`, v = L w / ||w||, where w is what learns and L the length at the start: a vector turns, and stays as long as words are;
 a free one grows until it drowns the rest of the prompt. The LoRA is plain, and its strength says nothing of the vectors.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
@@ -44,8 +45,8 @@ class PivotalSettings(LowRankSettings):
     """Words that the vectors start from, as `round icon`. Empty: the trigger word as the base reads it."""
     vectors_learning_rate: float | None = Field(default=None, gt=0)
     """Learning rate of the vectors. Unset: 0.001, or the optimizer's where it has one rate for all parts."""
-    length: Literal["kept", "free"] = "kept"
-    """`kept`: each vector stays as long as it starts, as words are; `free`: it may grow."""
+    keep_length: bool = True
+    """Each vector stays as long as it starts, as words are; off lets it grow."""
 
     @property
     def trained(self) -> Any:
@@ -72,13 +73,14 @@ def start_vectors(table: torch.Tensor, tokens: tuple[int, ...], count: int) -> t
 
     own = table[torch.tensor(tokens, device=table.device)].float().cpu()
     edges = [number * len(tokens) // count for number in range(count + 1)]
-    pieces = [own[low : max(high, low + 1)] for low, high in zip(edges, edges[1:], strict=False)]
+    pieces = [own[low : max(high, low + 1)] for low, high in pairwise(edges)]
     return torch.stack([piece[0] if len(piece) == 1 else piece.mean(0) for piece in pieces])
 
 
 def lengths_of(vectors: torch.Tensor) -> torch.Tensor:
     """(n, width) -> (n, 1), never zero."""
-    return vectors.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    lengths: torch.Tensor = vectors.norm(dim=1, keepdim=True)
+    return lengths.clamp_min(1e-12)
 
 
 def vectors_of(factors: Mapping[str, torch.Tensor]) -> torch.Tensor:
