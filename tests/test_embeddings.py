@@ -14,7 +14,9 @@ from safetensors.torch import load_file, save_file
 from tests.command_line import TINY, impasto, read_events, result_of, tensor_bytes
 from tests.conftest import make_pictures
 from trainers.attach import attach_files
+from trainers.cells import RenderRequest
 from trainers.config import read_config
+from trainers.draw_cells import answer
 from trainers.embeddings import add_embedding, embedding_beside
 from trainers.errors import AdapterFileError
 from trainers.families import BaseModelFacts, load_family, recognise_base
@@ -22,6 +24,7 @@ from trainers.formats.embeddings import read_embedding, write_embedding
 from trainers.generate import Picture, RenderSettings, render_latents
 from trainers.run_folder import RunFolder
 from trainers.verify import read_trained
+from trainers.warm import Warm
 
 LORA: list[Any] = ["--trigger", "zwx", "--set", "adapter.type=pivotal", "--set", "adapter.vectors_learning_rate=0.02"]
 ALONE: list[Any] = [*LORA, "--set", "adapter.lora=false"]
@@ -157,6 +160,34 @@ def test_generate_draws_with_the_embedding_of_the_run_and_with_one_given(
     assert "zwx is drawn as zwx.safetensors" in capsys.readouterr().err
     assert impasto(*draw, tmp_path / "x.png", *asked["none"], "--embedding", tmp_path / "no.safetensors") == 2
     assert impasto("inspect", own) == 2 and "textual inversion, not a LoRA" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("trained", ["tiny_base"], indirect=True)
+def test_the_studio_draws_a_run_s_lora_with_its_embedding_and_other_pictures_without(
+    trained: RunFolder, tmp_path: Path
+) -> None:
+    elsewhere, result = tmp_path / "copy.safetensors", result_of(trained.path)
+    elsewhere.write_bytes(result.read_bytes())
+    checkpoint = next(path for path in trained.checkpoints.iterdir() if path.stem.endswith("-00000003"))
+
+    def cell(prompt: str, lora: Path | None, strength: float = 1.0) -> dict[str, Any]:
+        used = [{"path": str(lora), "unet": strength, "text": strength}] if lora else []
+        return {"prompt": prompt, "seed": 1, "loras": used}
+
+    cells = [
+        cell(PROMPT, result), cell(PROMPT, elsewhere), cell(PROMPT, checkpoint), cell(PROMPT, None), cell(PROMPT, result, 0.0),
+        cell("a cat", result), cell("a cat", elsewhere),
+    ]  # fmt: skip
+    how = {"width": 32, "height": 32, "steps": 2, "guidance": 1.0, "folder": str(tmp_path / "out")}
+    base = {"id": 1, "base": read_config(trained.config).base.model}
+    told: list[dict[str, Any]] = []
+    answer(RenderRequest.model_validate({**base, "cells": cells, **how}), Warm(), told.append, lambda: None)
+    paths = {event["cell"]: event["path"] for event in told if event["event"] == "picture"}
+    drawn = [Image.open(paths[number]).tobytes() for number in range(len(cells))]
+    with_it, without, earlier, bare, off, cat, cat_without = drawn
+    assert len({with_it, without, earlier, bare}) == 4 and off == bare
+    apart = max(abs(one - other) for one, other in zip(cat, cat_without, strict=True))
+    assert apart <= 1 and paths[5] != paths[6]
 
 
 def test_samples_are_drawn_with_the_vectors_and_their_rate_is_told(pictures: Path, tiny_base: Path, tmp_path: Path) -> None:

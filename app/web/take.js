@@ -40,9 +40,11 @@ export function makeTake() {
 
 /** The trigger word's own vectors: without this file a LoRA that was trained with them meets another word. */
 function embedding(file) {
-  return el("p", { class: "embedding" },
-    el("a", { class: "button", href: file.url, download: file.name }, `Embedding ${file.name} (${bytes(file.size)})`),
-    ` is what the trigger word learnt. A1111, Forge: folder embeddings, and write ${file.name.replace(/\.safetensors$/, "")} in the prompt. ComfyUI: models/embeddings, and write embedding:${file.name.replace(/\.safetensors$/, "")}.`);
+  const word = file.name.replace(/\.safetensors$/, "");
+  return el("div", {},
+    el("div", { class: "row" }, el("a", { class: "button", href: file.url, download: file.name }, `Download the embedding (${bytes(file.size)})`)),
+    el("p", { class: "file-name" }, file.name),
+    el("p", {}, "What the trigger word learnt. A1111 and Forge: into embeddings, and write ", el("b", {}, word), " in the prompt. ComfyUI: into models/embeddings, and write ", el("b", {}, `embedding:${word}`), "."));
 }
 
 /** What is inside the file, its trigger word among it: that of the training, whatever the project's is by now. */

@@ -4,8 +4,8 @@ The trigger is read as n new tokens: y = table[id] for the base's tokens, y = v[
 the family has. The table is never written to, and the encoders stay frozen unless a LoRA is asked for in them too.
 
 The vectors start as those of words that the base knows, so that step 0 is the base's answer to these words. With
-`keep_length`, v = L w / ||w||, where w is what learns and L the length at the start: a vector turns, and stays as long as words are;
-a free one grows until it drowns the rest of the prompt. The LoRA is plain, and its strength says nothing of the vectors.
+`keep_length`, v = L w / ||w||, where w is what learns and L the length at the start: a vector turns, and stays as long as
+words are. The LoRA is plain, and its strength says nothing of the vectors.
 """
 
 from __future__ import annotations
