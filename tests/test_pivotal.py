@@ -60,6 +60,16 @@ def test_the_word_stands_in_a_prompt_where_its_own_tokens_stood(training: Traini
         assert (learned < 0).sum(1).tolist() == [2, 6, 0, 0, 0, 2, 1, 0, 4]
 
 
+@pytest.mark.parametrize(
+    ("trigger", "caption"), [("straße", "a STRASSE, Straße"), ("İst  x", "İst x, i"), ("(a+b)", "a (A+B) c")]
+)
+def test_any_trigger_is_found_as_the_captions_have_it(trigger: str, caption: str, start: Any) -> None:
+    model = start("adapter.type=pivotal", f"dataset.trigger={trigger}").model
+    assert int((model.token_ids("text_encoder", [caption]) < 0).sum()) == 2
+    model.words = {"red": 1, "red apple": 2}
+    assert [one for one in model.token_ids("text_encoder", ["RED apple, red"])[0].tolist() if one < 0] == [-2, -3, -1]
+
+
 @bases
 def test_step_zero_is_the_base_s_answer_to_the_words_it_starts_from_bit_for_bit(training: Training) -> None:
     model: Any = training.model

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from trainers.adapters.pivotal import NO_TRIGGER
 from trainers.config import TrainConfig
+from trainers.dataset.captions import clean_caption
 from trainers.dataset.folder import Scan
 from trainers.dataset.prepare import TrainingSet
 from trainers.errors import Problem, SettingError
@@ -111,7 +112,7 @@ def _check_trigger(config: TrainConfig, base: BaseModelFacts) -> list[Problem]:
     """The trigger word where it has vectors of its own: it names their file, and so the word in other programs."""
     if not config.adapter.trigger_vectors:
         return []
-    where, trigger = "dataset.trigger", config.dataset.trigger.strip()
+    where, trigger = "dataset.trigger", clean_caption(config.dataset.trigger)
     if not trigger:
         return [Problem("error", *NO_TRIGGER)]
     if set(trigger) & set('/\\:*?"<>|,') or trigger.startswith(".") or len(trigger.encode()) > 100:

@@ -15,6 +15,7 @@ from trainers.adapters.pivotal import NO_TRIGGER, VECTORS, vectors_of
 from trainers.adapters.plan import VectorPlan
 from trainers.adapters.vectors import VectorTable, add_tables
 from trainers.config import TrainConfig, read_config
+from trainers.dataset.captions import clean_caption
 from trainers.errors import AdapterFileError, SettingError
 from trainers.families.base import DiffusionModel
 from trainers.formats.embeddings import read_embedding
@@ -34,7 +35,7 @@ def plan_vectors(config: TrainConfig, model: DiffusionModel) -> list[VectorPlan]
     adapter, plans = config.adapter, []
     if not adapter.trigger_vectors:
         return []
-    trigger = config.dataset.trigger.strip()
+    trigger = clean_caption(config.dataset.trigger)
     if not trigger:
         raise SettingError(*NO_TRIGGER)
     start = getattr(adapter, "start_words", "").strip() or trigger
@@ -45,7 +46,7 @@ def plan_vectors(config: TrainConfig, model: DiffusionModel) -> list[VectorPlan]
         if not tokens:
             raise SettingError(f"The base reads nothing in {start!r}", "adapter.start_words", "Give a word it knows.")
         keeps = getattr(adapter, "keep_length", False)
-        plans.append(VectorPlan(f"{part}.{_TABLE}", trigger.casefold(), adapter.trigger_vectors, tokens, keeps))
+        plans.append(VectorPlan(f"{part}.{_TABLE}", trigger, adapter.trigger_vectors, tokens, keeps))
     return plans
 
 
@@ -74,7 +75,7 @@ def metadata_of(metadata: Mapping[str, str]) -> dict[str, str]:
 
 def embedding_path(run: RunFolder, config: TrainConfig, step: int | None = None) -> Path:
     """Where a run writes the embedding of a step, or without one the finished one, which is called as its trigger word."""
-    name = config.dataset.trigger.strip() + ("" if step is None else f"-{step:08d}")
+    name = clean_caption(config.dataset.trigger) + ("" if step is None else f"-{step:08d}")
     return run.embeddings / f"{name}.safetensors"
 
 
@@ -97,9 +98,9 @@ def add_embedding(model: DiffusionModel, path: Path) -> str:
     Raises AdapterFileError for a file that is none, was made for another family, or has a word that is there already.
     """
     embedding = read_embedding(path)
-    word = embedding.word.casefold()
-    if word in model.words:
-        raise AdapterFileError(f"There are two embeddings of the word {embedding.word}", str(path), "Give one of them.")
+    word = embedding.word
+    if _is_there(word, model):
+        raise AdapterFileError(f"There are two embeddings of the word {word}", str(path), "Give one of them.")
     tables = {part: table_of(module) for part, module in model.parts().items() if part != "unet"}
     widths = {part: int(table.weight.shape[1]) for part, table in tables.items()}
     has = {part: int(vectors.shape[1]) for part, vectors in embedding.vectors.items()}
@@ -110,7 +111,7 @@ def add_embedding(model: DiffusionModel, path: Path) -> str:
         vectors = embedding.vectors[name.partition(".")[0]].to(table.weight.device)
         table.words[word] = {VECTORS: vectors}
         model.words[word] = len(vectors)
-    return embedding.word
+    return word
 
 
 def put_in_embeddings(model: DiffusionModel, paths: Iterable[Path]) -> None:
@@ -121,7 +122,7 @@ def put_in_embeddings(model: DiffusionModel, paths: Iterable[Path]) -> None:
         if isinstance(table, VectorTable):
             table.words.clear()
     for path in paths:
-        if read_embedding(path).word.casefold() not in model.words:
+        if not _is_there(read_embedding(path).word, model):
             add_embedding(model, path)
 
 
@@ -129,6 +130,10 @@ def table_of(encoder: Any) -> nn.Embedding | VectorTable:
     """A text encoder's table of tokens."""
     table: nn.Embedding | VectorTable = encoder.get_input_embeddings()
     return table
+
+
+def _is_there(word: str, model: DiffusionModel) -> bool:
+    return word.casefold() in {known.casefold() for known in model.words}
 
 
 def _joined(widths: Mapping[str, int]) -> str:

@@ -52,7 +52,7 @@ class DiffusionModel(Protocol):
     scheduler_config: dict[str, Any]
     vae: nn.Module
     words: dict[str, int]
-    """Learned words, casefolded, and how many vectors each has; whoever adds one puts the vectors into the encoders."""
+    """Learned words and how many vectors each has; whoever adds one puts the vectors into the encoders."""
     encodes_in: str
     """The number format in which pixels are encoded: float32, or bfloat16."""
 

@@ -8,9 +8,8 @@ from typing import Any
 
 
 def word_pattern(words: Sequence[str]) -> re.Pattern[str]:
-    """Finds any of `words` standing alone, in any case, the longest first."""
-    longest = sorted(words, key=lambda word: (-len(word), word))
-    return re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, longest))})(?!\w)", re.IGNORECASE)
+    """Finds any of `words` standing alone, in any case, the first that fits: a match's lastindex, from 1."""
+    return re.compile(rf"(?<!\w)(?:{'|'.join(f'({re.escape(word)})' for word in words)})(?!\w)", re.IGNORECASE)
 
 
 def plain_tokens(tokenizer: Any, text: str) -> list[int]:
@@ -21,17 +20,19 @@ def plain_tokens(tokenizer: Any, text: str) -> list[int]:
 def tokens_with_words(tokenizer: Any, caption: str, words: Mapping[str, int], length: int) -> list[int]:
     """Exactly `length` numbers: begin, the caption cut to what fits, end, padding.
 
-    `words`: learned word in casefolded form -> how many vectors it has; they are numbered word after word.
+    `words`: learned word -> how many vectors it has; they are numbered word after word. The longest word counts.
     """
-    numbers, first = {}, 1
+    numbers: dict[str, list[int]] = {}
+    first = 1
     for word, count in words.items():
         numbers[word] = [-number for number in range(first, first + count)]
         first += count
+    longest = sorted(words, key=lambda word: (-len(word), word))
     inside: list[int] = []
     place = 0
-    for match in word_pattern(list(words)).finditer(caption):
+    for match in word_pattern(longest).finditer(caption):
         inside += plain_tokens(tokenizer, caption[place : match.start()])
-        inside += numbers[match[0].casefold()]
+        inside += numbers[longest[(match.lastindex or 1) - 1]]
         place = match.end()
     inside += plain_tokens(tokenizer, caption[place:])
     whole = [tokenizer.bos_token_id, *inside[: length - 2], tokenizer.eos_token_id]
