@@ -22,6 +22,7 @@ from trainers.errors import AdapterFileError
 from trainers.families import BaseModelFacts, load_family, recognise_base
 from trainers.formats.embeddings import read_embedding, write_embedding
 from trainers.generate import Picture, RenderSettings, render_latents
+from trainers.library import read_facts
 from trainers.run_folder import RunFolder
 from trainers.verify import read_trained
 from trainers.warm import Warm
@@ -132,6 +133,8 @@ def test_checkpoints_are_kept_beside_their_loras_and_the_file_says_what_it_is(tr
     assert metadata["modelspec.trigger_phrase"] == metadata["modelspec.title"] == "zwx" and metadata["ss_steps"] == "3"
     assert metadata["modelspec.architecture"].endswith("/textual-inversion") and metadata["ss_sd_model_name"] == facts.name
     assert str(run.path.parent) not in " ".join(metadata.values())
+    with pytest.raises(AdapterFileError, match="textual inversion, not a LoRA"):
+        read_facts(run.embeddings / names[2])
     found = read_trained(run, read_config(run.config), load_family(facts, torch.float32, torch.device("cpu")), 3)
     assert found and max(module.delta_norm() or 0.0 for module in found.values()) > 0  # though its state holds the vectors, too
 
