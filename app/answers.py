@@ -76,6 +76,14 @@ class FileAnswer(BaseModel):
     url: str
 
 
+class EmbeddingAnswer(BaseModel):
+    """The finished vectors of a run's trigger word: a file that other programs call by its name. `size` in bytes."""
+
+    name: str
+    size: int
+    url: str
+
+
 class RunAnswer(BaseModel):
     """Where a run stands. Times in seconds, memory in bytes; null is not known (yet)."""
 
@@ -106,6 +114,7 @@ class RunAnswer(BaseModel):
     sample: str
     """Address of the newest sample; empty before the first."""
     files: list[FileAnswer]
+    embedding: EmbeddingAnswer | None
 
 
 class RunsAnswer(BaseModel):

@@ -11,7 +11,7 @@ from urllib.parse import quote
 from fastapi import Query, Response
 from fastapi.responses import FileResponse, PlainTextResponse
 
-from app.answers import FileAnswer, LogAnswer, MetadataAnswer, RunAnswer, RunsAnswer, StatusAnswer
+from app.answers import EmbeddingAnswer, FileAnswer, LogAnswer, MetadataAnswer, RunAnswer, RunsAnswer, StatusAnswer
 from app.desk import TheDesk, TheRun
 from app.processes import tail
 from app.progress import PHASES
@@ -90,6 +90,14 @@ def get_download(run: TheRun, step: int | None = None) -> FileResponse:
     return FileResponse(path, media_type="application/octet-stream", filename=path.name)
 
 
+def get_embedding(run: TheRun) -> FileResponse:
+    """The finished vectors of the run's trigger word as a download."""
+    path = run.embedding
+    if path is None:
+        raise Refusal("This run has no finished embedding", run.path.name, "adapter.type=pivotal makes one.", status=NOT_FOUND)
+    return FileResponse(path, media_type="application/octet-stream", filename=path.name)
+
+
 def get_metadata(run: TheRun, step: int | None = None) -> MetadataAnswer:
     """Every metadata field inside a LoRA, with the file's size and hashes."""
     path = find_lora(run, step)
@@ -131,6 +139,7 @@ def answer_run(standing: Standing) -> RunAnswer:
         for step, path in lora_files(standing.run)
         if path.exists()
     ]
+    beside = standing.run.embedding
     return RunAnswer(
         id=standing.id,
         project=standing.project,
@@ -155,6 +164,7 @@ def answer_run(standing: Standing) -> RunAnswer:
         warnings=progress.warnings,
         sample=f"{address}/samples/{quote(sample, safe='')}" if sample else "",
         files=files,
+        embedding=EmbeddingAnswer(name=beside.name, size=beside.stat().st_size, url=f"{address}/embedding") if beside else None,
     )
 
 
@@ -171,6 +181,7 @@ ROUTES: tuple[tuple[str, str, Callable[..., Any]], ...] = (
     ("DELETE", "/runs/{run_id}", delete_run),
     ("GET", "/runs/{run_id}/samples/{name}", get_sample),
     ("GET", "/runs/{run_id}/download", get_download),
+    ("GET", "/runs/{run_id}/embedding", get_embedding),
     ("GET", "/runs/{run_id}/metadata", get_metadata),
     ("GET", "/runs/{run_id}/config", get_config),
     ("GET", "/runs/{run_id}/log", get_log),

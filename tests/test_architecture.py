@@ -30,10 +30,12 @@ LIGHT = (
 TABLES = {
     "families": {
         *("base", "targets", "facts", "settings", "locate", "configuration", "stored", "ckpt", "single_file", "ldm"),
-        "expected",
+        *("expected", "words"),
         *("parts", "lean", "tensor_files", "latent_diffusion"),
     },
-    "adapters": {"base", "settings", "layer", "lora_node", "symmetric", "grow", "accumulated", "inject", "plan"},
+    "adapters": {
+        *("base", "settings", "layer", "lora_node", "symmetric", "grow", "accumulated", "inject", "plan", "vectors"),
+    },
     "optimizers": {"base"},
 }
 

@@ -5,12 +5,19 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Sequence
 
+from trainers.adapters.pivotal import NO_TRIGGER
 from trainers.config import TrainConfig
+from trainers.dataset.captions import clean_caption
 from trainers.dataset.folder import Scan
 from trainers.dataset.prepare import TrainingSet
 from trainers.errors import Problem, SettingError
 from trainers.families import FAMILIES, BaseModelFacts
+from trainers.families.configuration import read_json
 from trainers.samplers import check_sampler
+from trainers.text import printable
+
+_COMMON = 20_000
+"""Words of CLIP's vocabulary stand in it about as often as they are written: the first so many are common."""
 
 _NOT_IN_PEFT = {
     "loha": "LoHa",
@@ -86,7 +93,8 @@ def check_settings(config: TrainConfig, base: BaseModelFacts) -> list[Problem]:
         check_sampler(config.samples.scheduler)
     except SettingError as error:
         problems.append(Problem("error", error.what, "samples.scheduler", error.hint))
-    return problems + _check_packages(config) + _check_adapter(config, base) + _check_rates(config)
+    problems += _check_packages(config) + _check_trigger(config, base)
+    return problems + _check_adapter(config, base) + _check_rates(config)
 
 
 def _check_packages(config: TrainConfig) -> list[Problem]:
@@ -108,16 +116,34 @@ def _check_packages(config: TrainConfig) -> list[Problem]:
     ]
 
 
+def _check_trigger(config: TrainConfig, base: BaseModelFacts) -> list[Problem]:
+    """The trigger word where it has vectors of its own: it names their file, and so the word in other programs."""
+    if not config.adapter.trigger_vectors:
+        return []
+    where, trigger = "dataset.trigger", clean_caption(config.dataset.trigger)
+    if not trigger:
+        return [Problem("error", *NO_TRIGGER)]
+    if set(trigger) & set('/\\:*?"<>|,') or trigger.startswith(".") or len(trigger.encode()) > 100:
+        what = f"The trigger word {printable(trigger)} cannot name a file, and other programs call an embedding by its file"
+        return [Problem("error", what, where, "Take letters and digits, as zwx.")]
+    vocabulary = base.folder / "tokenizer" / "vocab.json"
+    known = read_json(vocabulary.parent, vocabulary.name) if vocabulary.is_file() else {}
+    if known.get(f"{trigger.lower()}</w>", _COMMON) < _COMMON:
+        what = f"{trigger} is a common word, and will mean what is learnt wherever the embedding is used"
+        return [Problem("warning", what, where, "Take a word that nobody writes, as zwx.")]
+    return []
+
+
 def _check_adapter(config: TrainConfig, base: BaseModelFacts) -> list[Problem]:
     width = min(base.configs["unet"]["block_out_channels"])
-    if config.adapter.rank * 2 <= width:
+    if config.adapter.rank * 2 <= width or not config.adapter.changes_layers:
         return []
     what = f"Rank {config.adapter.rank} is not small against this base's narrowest layer ({width})"
     return [Problem("advice", what, "adapter.rank", f"Use at most {width // 2}.")]
 
 
 def _check_rates(config: TrainConfig) -> list[Problem]:
-    if config.optimizer.type == "prodigy":
+    if config.optimizer.type == "prodigy" or not config.adapter.changes_layers:
         return []
     problems = []
     scale = config.adapter.scale_of(config.adapter.effective_alpha, config.adapter.rank)

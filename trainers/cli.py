@@ -129,6 +129,9 @@ def generate(
     lora: Annotated[
         list[str] | None, typer.Option(help="A LoRA file, with its strength after a colon. May be repeated.")
     ] = None,
+    embedding: Annotated[
+        list[Path] | None, typer.Option(help="An embedding file. Default: the one trained with a LoRA. May be repeated.")
+    ] = None,
     negative: Annotated[str, typer.Option(help="What the picture should not show.")] = "",
     strengths: Annotated[str, typer.Option(help="Strengths to draw, comma-separated; multiplies each LoRA's own.")] = "1",
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the noise.")] = 0,
@@ -142,14 +145,14 @@ def generate(
     zero_terminal_snr: ZeroTerminal = False,
 ) -> None:
     """Draw prompts, at one or several strengths of any number of LoRAs."""
-    from trainers.draw import DrawRequest, draw, parse_lora, parse_size, parse_strengths
+    from trainers.draw import DrawRequest, draw, find_embeddings, parse_lora, parse_size, parse_strengths
     from trainers.run_folder import absolute
 
     path = absolute(Path(output))
     loras = tuple(parse_lora(text) for text in lora or [])
     options = BaseOptions(vae, clip_skip, prediction_type, zero_terminal_snr)
     if base is None:
-        base, options = base_of_run(loras[0][0] if loras else None, options)
+        base, options = base_of_run(next(iter([path for path, _ in loras] + (embedding or [])), None), options)
     request = DrawRequest(
         base=base,
         loras=loras,
@@ -164,6 +167,7 @@ def generate(
         scheduler=scheduler,
         size=parse_size(size) if size else None,
         options=options,
+        embeddings=find_embeddings(embedding or (), [path for path, _ in loras]),
     )
     for drawn in draw(request):
         typer.echo(drawn)

@@ -28,7 +28,7 @@ class TextEncoderSettings(Settings):
     alpha: float | None = Field(default=None, gt=0, le=4096)
     """Alpha in the text encoder. Unset: the adapter's; unset there too, it equals the rank."""
     learning_rate: float | None = Field(default=None, ge=0)
-    """Learning rate in the text encoder. 0: nothing is injected or exported there. Unset: the optimizer's."""
+    """Learning rate in the text encoder. 0: nothing is injected or exported there. Unset: the optimizer's; 0 for pivotal."""
     targets: tuple[TextTarget, ...] = ("attention", "mlp")
     """Which layers learn: `attention` (q, k, v, out) and `mlp` (fc1, fc2)."""
 
@@ -177,15 +177,19 @@ class TrainConfig(Settings):
 
     @model_validator(mode="after")
     def _text_encoder_rate_fits_the_optimizer(self) -> TrainConfig:
-        rate = self.text_encoder.learning_rate
-        if rate:
+        vectors_rate = getattr(self.adapter, "vectors_learning_rate", None)
+        rates = {"text_encoder.learning_rate": self.text_encoder.learning_rate, "adapter.vectors_learning_rate": vectors_rate}
+        for name, rate in rates.items():
+            if not rate:
+                continue
             try:
                 self.optimizer.check_rate(rate)
             except ValueError as error:
-                raise ValueError(f"text_encoder.learning_rate = {rate:g}: {error}") from error
+                raise ValueError(f"{name} = {rate:g}: {error}") from error
             if self.optimizer.one_rate and rate != self.optimizer.learning_rate:
+                allowed = "0 or " if name.startswith("text") else ""
                 raise ValueError(
-                    f"text_encoder.learning_rate = {rate:g} must be 0 or optimizer.learning_rate = "
+                    f"{name} = {rate:g} must be {allowed}optimizer.learning_rate = "
                     f"{self.optimizer.learning_rate:g}. {self.optimizer.type} finds one rate for all parts."
                 )
         return self
@@ -206,7 +210,20 @@ class TrainConfig(Settings):
     def text_encoder_rate(self) -> float:
         """The text encoder's learning rate, resolved; 0 means that it is frozen."""
         rate = self.text_encoder.learning_rate
-        return self.optimizer.learning_rate if rate is None else rate
+        if rate is None:
+            rate = 0.0 if self.adapter.trigger_vectors else self.optimizer.learning_rate
+        return rate if self.adapter.changes_layers else 0.0
+
+    @property
+    def learns_text(self) -> bool:
+        """Whether what the denoiser reads of a caption changes from step to step."""
+        return self.text_encoder_rate > 0 or self.adapter.trigger_vectors > 0
+
+    def rate_of(self, group: str) -> float:
+        """The learning rate of one of the groups that learn: unet, text_encoder, vectors."""
+        usual = self.optimizer.learning_rate
+        vectors = getattr(self.adapter, "vectors_learning_rate", None) or (usual if self.optimizer.one_rate else 1e-3)
+        return {"unet": usual, "text_encoder": self.text_encoder_rate, "vectors": vectors}[group]
 
     @property
     def text_encoder_rank(self) -> int:

@@ -148,7 +148,11 @@ def print_plan(plan: RunPlan, problems: bool = True) -> None:
     adapter = config.adapter
     scale = adapter.scale_of(adapter.effective_alpha, adapter.rank)
     first = f"{adapter.grow_from} to " if isinstance(adapter, LoraSettings) and adapter.rank_schedule == "grow" else ""
-    line("adapter", f"{adapter.type}, rank {first}{adapter.rank}, effective scale {scale:g}, on {', '.join(adapter.targets)}")
+    layers = f"rank {first}{adapter.rank}, effective scale {scale:g}, on {', '.join(adapter.targets)}"
+    line("adapter", f"{adapter.type}, {layers if adapter.changes_layers else 'without a LoRA'}")
+    if adapter.trigger_vectors:
+        rate = f"rate {config.rate_of('vectors'):g}"
+        line("trigger", f"{config.dataset.trigger}, {adapter.trigger_vectors} vectors in each text encoder, {rate}")
     if config.text_encoder_rate:
         text_scale = adapter.scale_of(config.text_encoder_alpha, config.text_encoder_rank)
         line("text", f"rank {config.text_encoder_rank}, effective scale {text_scale:g}, rate {config.text_encoder_rate:g}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,6 +37,7 @@ class DrawRequest:
     guidance: float = 5.0
     scheduler: str = "dpm++"
     size: tuple[int, int] | None = None
+    embeddings: tuple[Path, ...] = ()
     options: BaseOptions = field(default_factory=BaseOptions)
 
 
@@ -53,6 +54,16 @@ def parse_lora(text: str) -> tuple[Path, float]:
     if not path.is_file():
         raise AdapterFileError("There is no such LoRA file", where=str(path), hint="Check the path.")
     return path, _within_limit(strength, text)
+
+
+def find_embeddings(given: Sequence[Path], loras: Iterable[Path]) -> tuple[Path, ...]:
+    """The embeddings to draw with: those given, else those that were trained with the LoRAs. Raises AdapterFileError."""
+    from trainers.embeddings import embedding_beside
+
+    for path in given:
+        if not path.is_file():
+            raise AdapterFileError("There is no such embedding", where=str(path), hint="Check the path.")
+    return tuple(given) or tuple(path for path in map(embedding_beside, loras) if path)
 
 
 def parse_strengths(text: str) -> tuple[float, ...]:
@@ -103,10 +114,13 @@ def draw(request: DrawRequest, on_picture: Callable[[int, int], object] = lambda
         check_family(path, base.family.name)
     from trainers.attach import attach_files
     from trainers.device import choose_device
+    from trainers.embeddings import add_embedding
 
     device = choose_device("auto", denoiser_bytes(base))
     model = load_family(base, device.dtype, device.device)
     names = attach_files(model, [path for path, _ in request.loras], lambda remark: typer.echo(remark, err=True))
+    for path in request.embeddings:
+        typer.echo(f"The word {add_embedding(model, path)} is drawn as {path.name} has it.", err=True)
     own = dict(zip(names, (strength for _, strength in request.loras), strict=True))
     return list(_write_all(request, model, own, size, on_picture))
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from trainers.adapters.plan import Strengths
 from trainers.cells import Cell, RenderRequest
+from trainers.embeddings import embedding_beside, put_in_embeddings
 from trainers.families import check_size, recognise_base
 from trainers.families.base import DiffusionModel
 from trainers.files import write_atomically
@@ -24,19 +25,25 @@ _DRAWN_BY = 1  # to be raised when the same request draws another picture, so th
 
 @dataclass(frozen=True)
 class _Wanted:
-    """One picture that a request asks for: the cell, its LoRAs that act, by file, and where the picture lies."""
+    """One picture that a request asks for: the cell, its LoRAs that act, by file, their embeddings, where the picture lies."""
 
     cell: Cell
     loras: dict[Mark, Strengths]
+    words: tuple[Mark, ...]
     path: Path
 
 
-def picture_file(request: RenderRequest, base: tuple[Mark, ...], cell: Cell, loras: Mapping[Mark, Strengths]) -> Path:
-    """Where a picture lies: named by a hash of all that it depends on. LoRAs that are off are not part of that."""
+def picture_file(
+    request: RenderRequest, base: tuple[Mark, ...], cell: Cell, loras: Mapping[Mark, Strengths], words: Sequence[Mark] = ()
+) -> Path:
+    """Where a picture lies: named by a hash of all that it depends on. LoRAs that are off are not part of that.
+
+    `words` are the embeddings that come with its LoRAs.
+    """
     negative = request.negative if request.guidance > 1 else ""
     how = [cell.prompt, negative, cell.seed, request.width, request.height, request.steps, request.guidance]
     with_loras = sorted((mark, float(of.unet), float(of.text), sorted(of.blocks.items())) for mark, of in loras.items())
-    whole = json.dumps([_DRAWN_BY, base, with_loras, how, request.scheduler])
+    whole = json.dumps([_DRAWN_BY, base, with_loras, how, request.scheduler, *([words] if words else [])])
     return Path(request.folder) / f"{hashlib.sha256(whole.encode()).hexdigest()[:40]}.png"
 
 
@@ -97,6 +104,7 @@ def _draw(request: RenderRequest, passes: list[list[_Wanted]], warm: Warm, model
 
         names = {mark: warm.adapter(model, mark, listener.tell, len(batch[0].loras)) for mark in batch[0].loras}
         files = {name: Path(mark[0]).stem for mark, name in names.items()}
+        put_in_embeddings(model, [Path(mark[0]) for mark in batch[0].words])
         pictures = [
             Picture(one.cell.prompt, one.cell.seed, {names[mark]: of for mark, of in one.loras.items()}) for one in batch
         ]
@@ -109,12 +117,16 @@ def _draw(request: RenderRequest, passes: list[list[_Wanted]], warm: Warm, model
 def _find(request: RenderRequest, base: tuple[Mark, ...]) -> Iterator[_Wanted]:
     """All pictures of a request in their order. Raises AdapterFileError for a LoRA file that is not there."""
     marks: dict[str, Mark] = {}
+    embeddings: dict[str, Mark] = {}
     for cell in request.pictures():
         for lora in cell.loras:
             if lora.path not in marks:
                 marks[lora.path] = lora_mark(lora.path)
+                if beside := embedding_beside(Path(lora.path)):
+                    embeddings[lora.path] = lora_mark(str(beside))
+        words = tuple(sorted(embeddings[lora.path] for lora in cell.active if lora.path in embeddings))
         loras = {marks[lora.path]: lora.strengths for lora in cell.active}
-        yield _Wanted(cell, loras, picture_file(request, base, cell, loras))
+        yield _Wanted(cell, loras, words, picture_file(request, base, cell, loras, words))
 
 
 def batches(wanted: Sequence[_Wanted]) -> list[list[_Wanted]]:

@@ -98,7 +98,8 @@ def trained_modules(
     With `output.kind` plain all are LoRAs: exact where the delta has a low rank, else by its singular values.
     """
     kind, factors = config.adapter.trained, flat.split(weights.detach())
-    modules, away, size, needed = {}, 0.0, 0.0, 0
+    modules: dict[str, ModuleWeights] = {}
+    away, size, needed = 0.0, 0.0, 0
     layers: Any = find_layers(model.parts())
     for plan in plans:
         known = {**factors[plan.name], **flat.constants.get(plan.name, {})}

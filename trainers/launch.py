@@ -132,9 +132,9 @@ def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
 
 
 def last_words(run: RunFolder) -> dict[str, Any] | None:
-    """The event `finished` of a run that has its LoRA, else None."""
+    """The event `finished` of a run that has its LoRA or embedding, else None."""
     told, _ = events.read_since(run.events)
-    return next((event for event in told if event["type"] == "finished" and run.result is not None), None)
+    return next((event for event in told if event["type"] == "finished" and (run.result or run.embedding)), None)
 
 
 def execute(run: RunFolder, json_lines: bool = False, title: str = "", force: bool = False) -> int:

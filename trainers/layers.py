@@ -35,7 +35,7 @@ def plan_layers(config: TrainConfig, parts: Sequence[str], find: Callable[[str, 
     """
     adapter, text = config.adapter, config.text_encoder
     plans = []
-    for part in parts:
+    for part in parts if adapter.changes_layers else ():
         denoiser = part == "unet"
         if not denoiser and not config.text_encoder_rate:
             continue
@@ -52,6 +52,8 @@ def adapter_size(config: TrainConfig, base: BaseModelFacts) -> AdapterSize:
     """How large the adapter of these settings is on this base. Raises BaseModelError for a damaged weight file."""
     plans, named, kind = planned_layers(config, base), layer_shapes(base), config.adapter.trained
     parameters = _numbers(kind.factor_shapes(named[plan.name], plan.rank) for plan in plans)
+    widths = [base.configs[part]["hidden_size"] for part in base.family.text_encoders]
+    parameters += config.adapter.trigger_vectors * sum(widths)
     native = config.output.kind == "native"
     # A plain LoRA where the delta has a low rank, else one of the most that is written.
     ranks = [kind.file_rank(plan.rank) or config.output.most_rank for plan in plans]
@@ -62,7 +64,8 @@ def adapter_size(config: TrainConfig, base: BaseModelFacts) -> AdapterSize:
     ]
     alphas = [0 if "diff" in shapes else 1 for shapes in factors]  # a full difference alone has none
     header = (sum(map(len, factors)) + sum(alphas)) * _ENTRY + _METADATA
-    return AdapterSize(len(plans), parameters, _numbers(factors) * _BYTES[config.output.dtype] + header)
+    weights = _numbers(factors) * _BYTES[config.output.dtype] if plans else parameters * _BYTES["fp32"]  # an embedding alone
+    return AdapterSize(len(plans), parameters, weights + header)
 
 
 def _numbers(layers: Iterable[Mapping[str, tuple[int, ...]]]) -> int:

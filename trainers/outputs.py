@@ -16,15 +16,17 @@ from trainers import events
 from trainers.adapters.inject import TRAINED
 from trainers.background import in_background
 from trainers.dataset.prepare import render_side
+from trainers.embeddings import embedding_path, metadata_of, trained_vectors
 from trainers.errors import AdapterFileError, BaseModelError
 from trainers.export import Exported, describe_run, export_adapter, file_name, trained_modules
 from trainers.families import BaseModelFacts, weight_files
 from trainers.files import write_atomically
+from trainers.formats.embeddings import write_embedding
 from trainers.formats.hashes import base_file_hashes
 from trainers.generate import Picture, RenderSettings, render
 from trainers.memory import memory_used, parts_in_words
 from trainers.process_id import made_at
-from trainers.run_folder import RunFolder
+from trainers.run_folder import RunFolder, is_of_step
 from trainers.setup import Training
 from trainers.verify import verify, write_proof
 
@@ -96,7 +98,7 @@ class Outputs:
                 steps=training.data.steps,
                 loss=loss,
                 held_out_loss=held_out,
-                learning_rates={group: self._rate(group) * factor for group in training.flat.groups},
+                learning_rates={group: training.config.rate_of(group) * factor for group in training.flat.groups},
                 gradient_norm=norm,
                 seconds_per_step=pace,
                 seconds_left=left * pace + samples_left * self.sample_seconds + to_encode,
@@ -112,10 +114,6 @@ class Outputs:
             base = self._training.model.facts
             self._base_hashes = in_background({"base": lambda: _hashes_of(base)})["base"]
         return self._base_hashes
-
-    def _rate(self, group: str) -> float:
-        config = self._training.config
-        return config.optimizer.learning_rate if group == "unet" else config.text_encoder_rate
 
     def sample(self) -> None:
         """Draws the sample prompts, some in a batch, which the settings alone decide: the same again after a resume."""
@@ -174,6 +172,9 @@ class Outputs:
             self.checkpoint()
 
     def _checkpoint_path(self) -> Path:
+        """The LoRA's, or the embedding's where it is all that there is."""
+        if not self._training.config.adapter.changes_layers:
+            return embedding_path(self._run, self._training.config, self._training.step)
         return self._run.checkpoints / f"{self._name}-{self._training.step:08d}.safetensors"
 
     def _sample_path(self, number: int) -> Path:
@@ -188,10 +189,11 @@ class Outputs:
             return relative
         self._exported_at = training.step
         if training.device.is_main:
-            self._export(path.parent, path.name)
-            kept = sorted(self._run.checkpoints.glob("*.safetensors"))
-            for old in kept[: -training.config.checkpoints.keep]:
-                old.unlink(missing_ok=True)
+            self._export(self._run.checkpoints, path.name, training.step)
+            for folder in (self._run.checkpoints, self._run.embeddings):
+                kept = [file for file in sorted(folder.glob("*.safetensors")) if is_of_step(file)]
+                for old in kept[: -training.config.checkpoints.keep]:
+                    old.unlink(missing_ok=True)
         self._emit(events.Checkpoint(step=training.step, path=relative))
         return relative
 
@@ -203,8 +205,10 @@ class Outputs:
         self._emit(events.Paused(step=step) if asked == "pause" else events.Stopped(step=step, path=path))
 
     def finish(self, seconds: float) -> None:
-        """The run is complete: the LoRA appears at the top of the run folder, by rename."""
-        name = f"{self._name}.safetensors"
+        """The run is complete: the LoRA appears at the top of the run folder, by rename, and the embedding in its own."""
+        name, config = f"{self._name}.safetensors", self._training.config
+        if not config.adapter.changes_layers:
+            name = embedding_path(self._run, config).relative_to(self._run.path).as_posix()
         self._emit(events.Stage(name="export", detail=name))
         proof = ranks = ""
         if self._training.device.is_main:
@@ -212,7 +216,7 @@ class Outputs:
             if exported.sentence():
                 self._emit(events.Stage(name="export", detail=f"{name}: {exported.sentence()}"))
             ranks = exported.ranks()
-            if self._training.config.output.verify:
+            if config.output.verify and exported.modules:
                 proof = self._verify(self._run.path / name, exported)
         self._run.take_flag("stop")
         drawn = [event for event in events.read_since(self._run.events)[0] if event.get("type") == "sample"]
@@ -233,14 +237,18 @@ class Outputs:
             raise AdapterFileError(what, str(path), f"All that was found stands in {self._run.proof.name}.")
         return proof.sentence
 
-    def _export(self, folder: Path, name: str) -> Exported:
+    def _export(self, folder: Path, name: str, of_step: int | None = None) -> Exported:
+        """The LoRA as `folder / name`, if layers have one; the embedding, if there is one, in its own folder."""
         training = self._training
-        folder.mkdir(parents=True, exist_ok=True)
         base, step = training.model.facts, training.step
         how = (self._started_at, training.device.dtype_name, self._hash_base().result())
         metadata = describe_run(training.config, base, training.data, step, *how)
         exported = trained_modules(training.flat, training.exported, training.plans, training.config, training.model)
-        export_adapter(folder / name, exported, training.config, metadata, base.family.name)
+        if exported.modules:
+            folder.mkdir(parents=True, exist_ok=True)
+            export_adapter(folder / name, exported, training.config, metadata, base.family.name)
+        if vectors := trained_vectors(training.flat, training.exported):
+            write_embedding(embedding_path(self._run, training.config, of_step), vectors, metadata_of(metadata))
         return exported
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +24,11 @@ def run_of(file: Path) -> RunFolder | None:
         if run.config.is_file() and run.state.is_dir():
             return run
     return None
+
+
+def is_of_step(file: Path) -> bool:
+    """Whether a file's name ends with the step that it is of."""
+    return re.search(r"-\d{8,}$", file.stem) is not None
 
 
 def home_folder() -> Path:
@@ -89,6 +95,11 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
+    def embeddings(self) -> Path:
+        """The trigger word's vectors, where it has some of its own: those of checkpoints and the finished ones."""
+        return self.path / "embeddings"
+
+    @property
     def state(self) -> Path:
         """Training states for resume."""
         return self.path / "state"
@@ -103,6 +114,12 @@ class RunFolder:
         """The finished LoRA at the top level, once there is one."""
         found = sorted(self.path.glob("*.safetensors"))
         return found[0] if found else None
+
+    @property
+    def embedding(self) -> Path | None:
+        """The finished embedding, once there is one."""
+        found = [path for path in self.embeddings.glob("*.safetensors") if not is_of_step(path) and not path.is_symlink()]
+        return min(found, default=None)
 
     def stop_asked(self) -> Literal["stop", "pause"] | None:
         """Whether somebody put the file `stop` there; `pause` written inside asks for a pause."""

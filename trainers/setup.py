@@ -6,7 +6,7 @@ import hashlib
 import json
 import statistics
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from trainers import events
-from trainers.adapters.inject import FlatParameters, inject_trainable, restore_layers
+from trainers.adapters.inject import VECTORS_GROUP, FlatParameters, inject_trainable, restore_layers
 from trainers.adapters.plan import LayerPlan
 from trainers.checks import check_pictures, check_settings
 from trainers.condition import Condition, choose_condition
@@ -27,8 +27,8 @@ from trainers.dataset.cache import ContentCache, prune
 from trainers.dataset.folder import Scan
 from trainers.dataset.prepare import TrainingSet, dataset_version, planned_prior, prepare, render_side, scan_images
 from trainers.device import SMALL, Device, check_device, choose_device, other_kernels
+from trainers.embeddings import learn_words
 from trainers.engine import Undo, compile_blocks, make_fast, make_plain
-from trainers.errors import Problem
 from trainers.families import BaseModelFacts, denoiser_bytes, load_family, recognise_base
 from trainers.families.base import DiffusionModel
 from trainers.fit import Fit
@@ -86,6 +86,7 @@ class Training:
         """Leaves the denoiser and the text encoders as they were loaded, without the adapter; no step can follow."""
         self.runner.forget()
         restore_layers(self.model.parts())
+        self.model.words.clear()
         make_plain(self.model.parts(), self.undo)
 
     @property
@@ -122,15 +123,16 @@ def set_up(
     check_manifest = cache(partial(_check_manifest, run, manifest, emit, force))
     if device.is_main and run.manifest.exists():
         check_manifest()
-    learning = {name: part for name, part in model.parts().items() if name == "unet" or config.text_encoder_rate > 0}
+    learning = {name: part for name, part in model.parts().items() if name == "unet" or config.learns_text}
     undo = _make_fast(config, learning, device)
     data = prepare(config, base, scan.examples, prior_examples(model, config, run.prior, device, emit, interrupted))
     checked = [*check_device(device), *check_settings(config, base), *(start.problems if start else ())]
-    _tell(checked + check_pictures(config, base, scan, data), emit)
+    for problem in checked + check_pictures(config, base, scan, data):
+        _warn(emit, str(problem))
     # The text states are cached only while nothing about the text encoder learns; both facts are settled here.
     plans = plan_layers(config, list(model.parts()), model.find_targets)
-    kind, seed = config.adapter.trained, config.train.seed
-    flat = inject_trainable(model.parts(), plans, kind, seed, device.device, start.given if start else None)
+    kind, seed, words = config.adapter.trained, config.train.seed, learn_words(config, model)
+    flat = inject_trainable(model.parts(), plans, kind, seed, device.device, start.given if start else None, words)
     if config.train.checkpointing:
         model.enable_checkpointing()
     if cache_folder and device.is_main:
@@ -142,7 +144,7 @@ def set_up(
         device=device,
         data=data,
         batches=BatchMaker(model, config, data.training, data.plan, ContentCache(cache_folder), device, warn, fit.at_once),
-        condition=choose_condition(model, device.device, learns=config.text_encoder_rate > 0),
+        condition=choose_condition(model, device.device, learns=config.learns_text),
         plans=plans,
         flat=flat,
         optimizer=config.optimizer.build(_parameter_groups(config, flat)),
@@ -176,17 +178,12 @@ def _warn(emit: events.Emit, message: str) -> None:
     emit(events.Warned(message=message))
 
 
-def _tell(problems: Sequence[Problem], emit: events.Emit) -> None:
-    for problem in problems:
-        _warn(emit, str(problem))
-
-
 def _parameter_groups(config: TrainConfig, flat: FlatParameters) -> list[dict[str, Any]]:
-    """What the optimizer gets: the denoiser's factors and the text encoders', each with its rate."""
-    rates = {"unet": config.optimizer.learning_rate, "text_encoder": config.text_encoder_rate}
+    """What the optimizer gets: each group of what learns with its rate. A word's vectors are no difference that may decay."""
     return [
-        {"params": flat.parameters(group, config.optimizer.views), "lr": rates[group], "initial_lr": rates[group]}
-        for group in flat.groups
+        {"params": flat.parameters(group, config.optimizer.views), "lr": rate, "initial_lr": rate}
+        | ({"weight_decay": 0.0} if group == VECTORS_GROUP else {})
+        for group, rate in ((group, config.rate_of(group)) for group in flat.groups)
     ]
 
 

@@ -20,6 +20,7 @@ import torch
 from trainers.adapters.inject import find_layers, lay_out, start_of
 from trainers.config import TrainConfig
 from trainers.container import open_file, read_header
+from trainers.embeddings import plan_vectors, table_of
 from trainers.errors import AdapterFileError, TrainingError
 from trainers.export import trained_modules
 from trainers.families.base import DiffusionModel
@@ -174,7 +175,9 @@ def read_trained(
     plans = plan_layers(config, list(model.parts()), model.find_targets)
     layers: Any = find_layers(model.parts())
     kind = config.adapter.trained
-    flat = lay_out(plans, layers, kind, torch.device("cpu"))
+    vectors = plan_vectors(config, model)
+    tables = {plan.name: table_of(model.parts()[plan.name.partition(".")[0]]) for plan in vectors}
+    flat = lay_out(plans, {**layers, **tables}, kind, torch.device("cpu"), vectors)
     weights = state.weights if state.mean is None else state.mean
     if weights.numel() != flat.weights.numel():
         return None

@@ -9,10 +9,11 @@ export function makeTake() {
   let drawn = "";
 
   function draw(run, project) {
-    node.hidden = !run.files.length;
-    const key = JSON.stringify([run.id, run.files]);
-    if (key === drawn || !run.files.length) return;
+    node.hidden = !run.files.length && !run.embedding;
+    const key = JSON.stringify([run.id, run.files, run.embedding]);
+    if (key === drawn || node.hidden) return;
     drawn = key;
+    if (!run.files.length) return body.replaceChildren(embedding(run.embedding));
     let chosen = run.files[0];
     const link = el("a", { class: "button primary" });
     const facts = el("div");
@@ -30,10 +31,20 @@ export function makeTake() {
       el("div", { class: "row" }, link, run.files.length > 1 && select, el("a", { class: "button", href: address("studio", project, run.id) }, "Try it in the Studio")),
       facts,
       uses,
+      run.embedding && embedding(run.embedding),
     ));
     show();
   }
   return { node, draw };
+}
+
+/** The trigger word's own vectors: without this file a LoRA that was trained with them meets another word. */
+function embedding(file) {
+  const word = file.name.replace(/\.safetensors$/, "");
+  return el("div", {},
+    el("div", { class: "row" }, el("a", { class: "button", href: file.url, download: file.name }, `Download the embedding (${bytes(file.size)})`)),
+    el("p", { class: "file-name" }, file.name),
+    el("p", {}, "What the trigger word learnt. A1111 and Forge: into embeddings, and write ", el("b", {}, word), " in the prompt. ComfyUI: into models/embeddings, and write ", el("b", {}, `embedding:${word}`), "."));
 }
 
 /** What is inside the file, its trigger word among it: that of the training, whatever the project's is by now. */

@@ -33,7 +33,7 @@ every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys(
 
 
 def test_all_types_are_here() -> None:
-    types = "lora dora loha lokr additive full random_projection restart"
+    types = "lora dora loha lokr additive full random_projection restart pivotal"
     assert {name.split()[0] for name in KINDS} == set(types.split())
 
 
@@ -181,7 +181,8 @@ def test_its_file_holds_its_delta(kind: Any, shape: tuple[int, ...]) -> None:
     assert error < 1e-6 and plain.rank <= (rank or min(shape[0], wanted[0].numel()))
 
 
-@pytest.mark.parametrize("name", [name for name in KINDS if name not in ("lora gaussian", "lora grow")])  # see test_grow.py
+# Growing: see test_grow.py. Pivotal: it is the vectors beside a LoRA.
+@pytest.mark.parametrize("name", [name for name in KINDS if name not in ("lora gaussian", "lora grow", "pivotal")])
 def test_it_reaches_what_a_lora_of_the_same_rank_does_not_or_starts_elsewhere(name: str) -> None:
     """No type is LoRA renamed: its delta has a higher rank, or, of a LoRA with another start, both factors learn at once."""
     kind, (layer, x) = KINDS[name], frozen_layer(SHAPES["linear"])

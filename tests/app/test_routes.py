@@ -215,6 +215,19 @@ def test_a_lora_is_downloaded_from_its_place_also_in_ranges(client: TestClient, 
     assert client.get("/api/runs/r/metadata").status_code in (400, 422)  # said in words, as it is no LoRA
 
 
+def test_a_finished_embedding_is_downloaded_and_a_checkpoint_s_is_not(client: TestClient, home: Path) -> None:
+    run = make_run(home, "r", RECORDED)
+    run.embeddings.mkdir()
+    (run.embeddings / "zwx-00000100.safetensors").write_bytes(b"old")
+    (run.embeddings / "a.safetensors").symlink_to(run.config)
+    refused(client.get("/api/runs/r/embedding"), 404)
+    assert ok(client.get("/api/runs/r/status"))["embedding"] is None
+    (run.embeddings / "zwx.safetensors").write_bytes(b"vectors")
+    assert client.get("/api/runs/r/embedding").content == b"vectors"
+    told = ok(client.get("/api/runs/r/status"))["embedding"]
+    assert told == {"name": "zwx.safetensors", "size": 7, "url": "/api/runs/r/embedding"}
+
+
 @pytest.mark.parametrize("name", ["..%2fconfig.toml", "config.toml", "%2e%2e", "none.png", "secret.txt"])
 def test_only_samples_are_served_as_samples(client: TestClient, home: Path, name: str) -> None:
     run = make_run(home, "r", RECORDED)

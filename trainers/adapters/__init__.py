@@ -12,6 +12,7 @@ from trainers.adapters.full import FULL, FullSettings
 from trainers.adapters.loha import LOHA, LohaSettings
 from trainers.adapters.lokr import LOKR, LokrSettings
 from trainers.adapters.lora import LORA, LoraSettings
+from trainers.adapters.pivotal import PivotalSettings
 from trainers.adapters.projection import RandomProjectionSettings
 from trainers.adapters.restart import RestartSettings
 
@@ -23,7 +24,8 @@ AdapterConfig = Annotated[
     | AdditiveSettings
     | FullSettings
     | RandomProjectionSettings
-    | RestartSettings,
+    | RestartSettings
+    | PivotalSettings,
     Field(discriminator="type"),
 ]
 """What can be trained; `trained` of the settings is the mathematics of it."""

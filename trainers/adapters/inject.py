@@ -13,11 +13,14 @@ from torch import nn
 
 from trainers.adapters.base import AdapterKind, Factors, Started
 from trainers.adapters.layer import AdaptedLayer, Adapter, Strength
-from trainers.adapters.plan import LayerPlan, Strengths, block_of, canonical_name, strength_at
+from trainers.adapters.pivotal import LENGTH, VECTORS, lengths_of, start_vectors
+from trainers.adapters.plan import LayerPlan, Strengths, VectorPlan, block_of, canonical_name, strength_at
+from trainers.adapters.vectors import VectorTable, add_tables
 from trainers.frozen import FrozenLayer
 
 ADAPTABLE = (nn.Linear, nn.Conv2d, FrozenLayer, AdaptedLayer)  # layers that an adapter can go into
 TRAINED = "trained"  # name of the adapter that a run trains
+VECTORS_GROUP = "vectors"  # learning-rate group of a trigger word's vectors
 
 
 @dataclass(frozen=True)
@@ -87,33 +90,46 @@ class FlatParameters:
 
 
 def lay_out(
-    plans: Sequence[LayerPlan], layers: Mapping[str, AdaptedLayer], kind: object, device: torch.device
+    plans: Sequence[LayerPlan],
+    layers: Mapping[str, Any],
+    kind: object,
+    device: torch.device,
+    vectors: Sequence[VectorPlan] = (),
 ) -> FlatParameters:
-    """Flat float32 buffers for all `plans`, group after group in the order given, and the parameters that view them."""
+    """Flat float32 buffers for all plans, group after group in the order given, and the parameters that view them.
+
+    `layers` are those of `plans` and the tables of `vectors`, which come last, by name.
+    """
+    wanted = [
+        (plan.group, plan.name, plan.rank, kind.factor_shapes(tuple(layers[plan.name].weight.shape), plan.rank))  # type: ignore[attr-defined]
+        for plan in plans
+    ]
+    widths = {plan.name: int(layers[plan.name].weight.shape[1]) for plan in vectors}
+    wanted += [(VECTORS_GROUP, plan.name, plan.count, {VECTORS: (plan.count, widths[plan.name])}) for plan in vectors]
     shapes: dict[str, dict[str, tuple[int, slice, tuple[int, ...]]]] = {}
     groups: dict[str, slice] = {}
     offset = 0
-    for group in dict.fromkeys(plan.group for plan in plans):
+    for group in dict.fromkeys(group for group, *_ in wanted):
         start = offset
-        for plan in (plan for plan in plans if plan.group == group):
-            wanted = kind.factor_shapes(tuple(layers[plan.name].weight.shape), plan.rank)  # type: ignore[attr-defined]
-            shapes[plan.name] = {}
-            for factor, shape in wanted.items():
+        for _, name, rank, factors in (one for one in wanted if one[0] == group):
+            shapes[name] = {}
+            for factor, shape in factors.items():
                 size = torch.Size(shape).numel()
-                shapes[plan.name][factor] = (plan.rank, slice(offset, offset + size), shape)
+                shapes[name][factor] = (rank, slice(offset, offset + size), shape)
                 offset += size
         groups[group] = slice(start, offset)
     weights = torch.zeros(offset, dtype=torch.float32, device=device)
     gradient = torch.zeros_like(weights)
     views: dict[str, dict[str, nn.Parameter]] = {}
-    for layer, factors in shapes.items():
+    for layer, places in shapes.items():
         views[layer] = {}
-        for factor, (_, place, shape) in factors.items():
+        for factor, (_, place, shape) in places.items():
             view = nn.Parameter(weights[place].view(shape))
             view.grad = gradient[place].view(shape)  # autograd then adds into the flat gradient in place
             views[layer][factor] = view
     used: dict[str, dict[str, torch.Tensor]] = {layer: dict(factors) for layer, factors in views.items()}
     exact, kept = (tuple(getattr(kind, name, ())) for name in ("exact", "kept"))
+    exact += (VECTORS,) if vectors else ()
     return FlatParameters(weights, gradient, groups, views, shapes, used, exact=exact, kept=kept)
 
 
@@ -155,16 +171,20 @@ def inject_trainable(
     seed: int,
     device: torch.device,
     given: Mapping[str, tuple[Factors, float]] | None = None,
+    vectors: Sequence[VectorPlan] = (),
 ) -> FlatParameters:
     """Freezes `parts`, adds the adapter named TRAINED to every planned layer, and initialises it from `seed`.
 
     Every layer draws from its own generator, so a layer's start does not depend on which others are adapted. A layer that
-    `given` has, by name, goes on from those factors and their scale.
+    `given` has, by name, goes on from those factors and their scale. `vectors` are put beside the text encoders' tables.
     """
     for module in parts.values():
         module.requires_grad_(False)
     layers = adapt_layers(parts, [plan.name for plan in plans])
-    flat = lay_out(plans, layers, kind, device)
+    tables = add_tables(parts, [plan.name for plan in vectors])
+    flat = lay_out(plans, {**layers, **tables}, kind, device, vectors)
+    for own_vectors in vectors:
+        _start_vectors(flat, own_vectors, tables[own_vectors.name])
     for plan in plans:
         layer = layers[plan.name]
         started = start_of(plan, kind, seed, layer)
@@ -179,6 +199,15 @@ def inject_trainable(
         layer.adapters[TRAINED] = Adapter(kind, flat.used[plan.name], started.scale)  # type: ignore[arg-type]
         layer.strengths[TRAINED] = 1.0
     return flat
+
+
+@torch.no_grad()
+def _start_vectors(flat: FlatParameters, plan: VectorPlan, table: VectorTable) -> None:
+    view = flat.views[plan.name][VECTORS]
+    view.copy_(start_vectors(table.weight, plan.tokens, plan.count))
+    flat.constants[plan.name] = {LENGTH: lengths_of(view)} if plan.keeps_length else {}
+    flat.used[plan.name].update(flat.constants[plan.name])
+    table.words[plan.word] = flat.used[plan.name]
 
 
 def start_of(plan: LayerPlan, kind: object, seed: int, layer: Any) -> Started:
@@ -208,9 +237,9 @@ def attach(layer: AdaptedLayer, name: str, kind: AdapterKind, factors: Mapping[s
 
 
 def restore_layers(parts: Mapping[str, nn.Module]) -> None:
-    """Takes every adapter out: the frozen layers stand again where they stood before."""
+    """Takes every adapter and learned word out: the frozen layers stand again where they stood before."""
     for module in parts.values():
-        adapted = [(path, child) for path, child in module.named_modules() if isinstance(child, AdaptedLayer)]
+        adapted = [(path, child) for path, child in module.named_modules() if isinstance(child, AdaptedLayer | VectorTable)]
         for path, child in adapted:
             parent, _, leaf = path.rpartition(".")
             setattr(module.get_submodule(parent), leaf, child.frozen)

@@ -16,6 +16,17 @@ class LayerPlan:
     group: str
 
 
+@dataclass(frozen=True)
+class VectorPlan:
+    """New vectors for a word beside one text encoder's table: its canonical name, how many, and what they start from."""
+
+    name: str
+    word: str
+    count: int
+    tokens: tuple[int, ...]
+    keeps_length: bool
+
+
 def canonical_name(part: str, path: str) -> str:
     """`<part>.<path>`; CLIP's paths lose `text_model.`, which transformers wrote before 5.6 and dropped since."""
     return f"{part}.{path.removeprefix('text_model.')}"

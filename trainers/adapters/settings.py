@@ -48,6 +48,16 @@ class LowRankSettings(Settings):
         return False
 
     @property
+    def changes_layers(self) -> bool:
+        """Whether layers get an adapter; else the trigger's vectors are all that learns."""
+        return True
+
+    @property
+    def trigger_vectors(self) -> int:
+        """How many vectors of its own the trigger word has; 0 where it is read as the base reads it."""
+        return 0
+
+    @property
     def effective_alpha(self) -> float:
         """Alpha, resolved: the rank where it is unset."""
         return float(self.rank) if self.alpha is None else self.alpha

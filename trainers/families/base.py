@@ -51,6 +51,8 @@ class DiffusionModel(Protocol):
     objective: Objective
     scheduler_config: dict[str, Any]
     vae: nn.Module
+    words: dict[str, int]
+    """Learned words and how many vectors each has; whoever adds one puts the vectors into the encoders."""
     encodes_in: str
     """The number format in which pixels are encoded: float32, or bfloat16."""
 
@@ -74,6 +76,9 @@ class DiffusionModel(Protocol):
 
     def tokenise(self, captions: Sequence[str]) -> dict[str, torch.Tensor]:
         """captions -> for each text encoder its tokens (B, n) int64, in the machine's memory."""
+
+    def word_tokens(self, part: str, text: str) -> tuple[int, ...]:
+        """The tokens of some words in a text encoder, without begin, end or padding."""
 
     def encode_tokens(self, tokens: Mapping[str, torch.Tensor]) -> Conditioning:
         """tokens -> Conditioning; differentiable in the text encoders' adapters. Nothing in it waits for the device."""

@@ -15,6 +15,7 @@ from trainers.families.facts import BaseModelFacts
 from trainers.families.lean import library
 from trainers.families.parts import TOKENS, PartsReader, fingerprint_of, load_parts, load_tokenizer
 from trainers.families.targets import trainable_paths
+from trainers.families.words import plain_tokens, tokens_with_words, word_pattern
 from trainers.objective import Objective
 
 _LARGE_ENCODER = 10_000_000  # parameters; Stable Diffusion's have 34 million
@@ -41,6 +42,7 @@ class LatentDiffusion:
             parts = load_parts(facts, reader, device)
         self.text_encoders: dict[str, Any] = {part: parts[part] for part in facts.family.text_encoders}
         self.unet, self.vae = parts["unet"], parts["vae"]
+        self.words: dict[str, int] = {}
         self.objective = Objective(alphas.to(device), facts.prediction_type)  # type: ignore[arg-type]
         self._encode, self._extras = encode, extras
         # On a CPU a bf16 run encodes in bf16, too, in less than half the time; small ones would lose by the casts.
@@ -99,8 +101,14 @@ class LatentDiffusion:
         """The rest of `encode_captions`, of tokens on the text encoders' device."""
         return self._encode(self, tokens)
 
+    def word_tokens(self, part: str, text: str) -> tuple[int, ...]:
+        """The tokens of some words, without marks."""
+        return tuple(plain_tokens(self.tokenizers[part], text))
+
     def token_ids(self, part: str, captions: Sequence[str]) -> torch.Tensor:
-        """captions -> (B, 77) int64 on the CPU, padded as the family pads."""
+        """captions -> (B, 77) int64 on the CPU, padded as the family pads; learned words in them as negative numbers."""
+        if self.words and any(map(word_pattern(list(self.words)).search, captions)):
+            return torch.tensor([tokens_with_words(self.tokenizers[part], one, self.words, TOKENS) for one in captions])
         ids: torch.Tensor = self.tokenizers[part](
             list(captions), padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt"
         ).input_ids

@@ -38,7 +38,7 @@ def no_adapter(header: Header) -> AdapterFileError:
         return AdapterFileError("The file holds no tensors", where, "Export it again.")
     if any(name.startswith(("model.diffusion_model.", "first_stage_model.", "conv_in.", "down_blocks.")) for name in names):
         return AdapterFileError("This is a base model, not a LoRA", where, "Give it as the base model.")
-    if any(name.startswith(("emb_params", "string_to_param")) for name in names):
+    if any(name.startswith(("emb_params", "string_to_param")) for name in names) or set(names) == {"clip_l", "clip_g"}:
         return AdapterFileError("This is a textual inversion, not a LoRA", where, "Choose a LoRA file.")
     return AdapterFileError(f"There is no LoRA in the file; it holds {name_list(names)}", where, "Choose a LoRA file.")
 
