@@ -10,6 +10,7 @@ from trainers.dataset.folder import Scan
 from trainers.dataset.prepare import TrainingSet
 from trainers.errors import Problem, SettingError
 from trainers.families import FAMILIES, BaseModelFacts
+from trainers.layers import check_patterns
 from trainers.samplers import check_sampler
 
 
@@ -78,7 +79,9 @@ def check_settings(config: TrainConfig, base: BaseModelFacts) -> list[Problem]:
         check_sampler(config.samples.scheduler)
     except SettingError as error:
         problems.append(Problem("error", error.what, "samples.scheduler", error.hint))
-    return problems + _check_packages(config) + _check_adapter(config, base) + _check_rates(config)
+    return (
+        problems + _check_packages(config) + _check_adapter(config, base) + check_patterns(config, base) + _check_rates(config)
+    )
 
 
 def _check_packages(config: TrainConfig) -> list[Problem]:

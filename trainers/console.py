@@ -11,6 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from trainers import events
 from trainers.events import Event
+from trainers.layers import planned_layers, ranks_in_words
 from trainers.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -147,6 +148,7 @@ def print_plan(plan: RunPlan, problems: bool = True) -> None:
     adapter = config.adapter
     scale = adapter.scale_of(adapter.effective_alpha, adapter.rank)
     line("adapter", f"{adapter.type}, rank {adapter.rank}, effective scale {scale:g}, on {', '.join(adapter.targets)}")
+    line("layers", ranks_in_words(planned_layers(config, plan.base)))
     if config.text_encoder_rate:
         text_scale = adapter.scale_of(config.text_encoder_alpha, config.text_encoder_rank)
         line("text", f"rank {config.text_encoder_rank}, effective scale {text_scale:g}, rate {config.text_encoder_rate:g}")

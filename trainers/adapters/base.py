@@ -23,7 +23,8 @@ class AdapterKind(Protocol):
     """One adapter type. Weights are (out, in) or (out, in, kh, kw); the change of a weight at strength 1 is its delta.
 
     A type may have `joined(frozen, x, [(factors, scale), ...])`, which gives frozen(x) and what `forward` adds to it in one
-    autograd node, for one layer or for several that read the same x, or None where it cannot (see adapters/lora.py).
+    autograd node, for one layer or for several that read the same x, some perhaps without an adapter; None where it cannot (see
+    adapters/lora.py).
     """
 
     @property

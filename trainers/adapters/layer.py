@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -113,17 +114,29 @@ def answer_together(layers: Sequence[nn.Module], x: torch.Tensor) -> list[torch.
     answer = None
     if not any(isinstance(layer, AdaptedLayer) and layer.active() for layer in layers):
         answer = whole(x)
-    elif all(isinstance(layer, AdaptedLayer) for layer in layers):
-        answer = _joined(whole, x, [layer.active() for layer in layers])  # type: ignore[operator]
+    else:
+        answer = _joined(whole, x, [layer.active() if isinstance(layer, AdaptedLayer) else [] for layer in layers], frozen)
     return [layer(x) for layer in layers] if answer is None else [answer]
 
 
-def _joined(frozen: nn.Module, x: torch.Tensor, layers: Sequence[list[tuple[Adapter, Strength]]]) -> torch.Tensor | None:
-    """frozen(x) and all adapters as one node; None unless each layer has one, all of a type that knows how, at one strength."""
-    if any(len(active) != 1 or not isinstance(active[0][1], float) for active in layers):
+def _joined(
+    frozen: nn.Module,
+    x: torch.Tensor,
+    layers: Sequence[list[tuple[Adapter, Strength]]],
+    alone: Sequence[Any] = (),
+) -> torch.Tensor | None:
+    """frozen(x) and all adapters as one node; None unless all are of a type that knows how, at one strength, one at a layer.
+
+    Of several layers some may have none: `alone` are the frozen ones, which tell their widths.
+    """
+    active = [one for layer in layers for one in layer]
+    if not active or any(len(layer) > 1 for layer in layers) or not all(isinstance(strength, float) for _, strength in active):
         return None
-    adapters = [active[0] for active in layers]
-    kind = adapters[0][0].kind
-    if not hasattr(kind, "joined") or any(adapter.kind is not kind for adapter, _ in adapters):
+    kind = active[0][0].kind
+    if not hasattr(kind, "joined") or any(adapter.kind is not kind for adapter, _ in active):
         return None
-    return kind.joined(frozen, x, [(adapter.factors, adapter.scale * strength) for adapter, strength in adapters])  # type: ignore[no-any-return]
+    own: list[Any] = [
+        (layer[0][0].factors, layer[0][0].scale * layer[0][1]) if layer else alone[number].weight.shape[0]
+        for number, layer in enumerate(layers)
+    ]
+    return kind.joined(frozen, x, own)  # type: ignore[no-any-return]

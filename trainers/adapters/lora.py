@@ -158,16 +158,21 @@ class Lora:
         return F.conv2d(inner, up) if up.dim() == 4 else F.linear(inner, up)
 
     @staticmethod
-    def joined(frozen: Any, x: torch.Tensor, adapters: Sequence[tuple[Factors, float]]) -> torch.Tensor | None:
+    def joined(frozen: Any, x: torch.Tensor, adapters: Sequence[tuple[Factors, float] | int]) -> torch.Tensor | None:
         """frozen(x) and what the adapters add, for one layer or for several side by side: see lora_node.py.
 
-        None beside a convolution.
+        A layer without an adapter is given by its width, and has one of rank 0. None beside a convolution.
         """
-        from trainers.adapters.lora_node import lora_beside
+        from trainers.adapters.lora_node import Pair, lora_beside
 
-        if any(factors["down"].dim() != 2 for factors, _ in adapters):
+        def pair_of(one: tuple[Factors, float] | int) -> Pair:
+            if isinstance(one, int):
+                return x.new_empty((0, x.shape[-1])), x.new_empty((one, 0)), 1.0
+            return one[0]["down"].to(x.dtype), one[0]["up"].to(x.dtype), one[1]
+
+        if any(not isinstance(one, int) and one[0]["down"].dim() != 2 for one in adapters):
             return None
-        return lora_beside(frozen, x, [(f["down"].to(x.dtype), f["up"].to(x.dtype), scale) for f, scale in adapters])
+        return lora_beside(frozen, x, [pair_of(one) for one in adapters])
 
     @staticmethod
     def delta(factors: Factors, scale: float, weight: torch.Tensor | None = None) -> torch.Tensor:

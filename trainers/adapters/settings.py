@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
 from trainers.settings import Settings
 
 Target = Literal["attention", "cross_attention", "self_attention", "feed_forward", "projections", "convolutions"]
+Projection = Literal["q", "k", "v", "out"]
 
 
 class LowRankSettings(Settings):
@@ -21,18 +23,36 @@ class LowRankSettings(Settings):
     """Inner width of the adapter: how much it can learn, and the size of the file."""
     alpha: float | None = Field(default=None, gt=0, le=4096)
     """The update is scaled by alpha / rank. Unset: equal to the rank, so the scale is 1."""
+    rank_pattern: dict[str, Annotated[int, Field(ge=1, le=1024)]] = Field(default={})
+    """Other ranks by layer, as {to_q = 32, "attn2.*" = 4}: whole parts of a name, * for anything; the last that fits counts."""
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0, le=4096)]] = Field(default={})
+    """Other alphas by layer, as `adapter.rank_pattern` has ranks."""
     scaling: Literal["standard", "rslora"] = "standard"
     """`standard`: alpha / rank. `rslora`: alpha / sqrt(rank) (arXiv 2312.03732), for high ranks."""
     targets: tuple[Target, ...] = ("attention",)
     """Which layers learn: attention (cross_attention and self_attention), feed_forward, projections, convolutions."""
+    projections: tuple[Projection, ...] = ("q", "k", "v", "out")
+    """Which of the attention's matrices learn, among those that targets name; in the text encoder too."""
     start_from: str = ""
     """LoRA file to train on from, of this rank or a lower one. Empty: from nothing, so that step 0 is the base."""
+
+    @field_validator("rank_pattern", "alpha_pattern", mode="before")
+    @classmethod
+    def _dots_are_part_of_a_pattern(cls, value: Any) -> Any:
+        return dict(_joined(value)) if isinstance(value, Mapping) else value
 
     @field_validator("targets")
     @classmethod
     def _some_target(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         if not value:
             raise ValueError("name at least one group of layers, for example attention")
+        return value
+
+    @field_validator("projections")
+    @classmethod
+    def _some_projection(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not value:
+            raise ValueError("name at least one of q, k, v and out; adapter.targets leaves attention out altogether")
         return value
 
     @field_validator("start_from")
@@ -55,3 +75,12 @@ class LowRankSettings(Settings):
     def scale_of(self, alpha: float, rank: int) -> float:
         """Factor on the low-rank path."""
         return alpha / (rank if self.scaling == "standard" else math.sqrt(rank))
+
+
+def _joined(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """{"attn2": {"to_q": 8}}, as TOML and --set read attn2.to_q = 8, -> "attn2.to_q", 8."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _joined(value, f"{above}{name}.")
+        else:
+            yield f"{above}{name}", value
