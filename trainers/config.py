@@ -190,6 +190,27 @@ class TrainConfig(Settings):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _rates_of_the_up_side_fit_the_optimizer(self) -> TrainConfig:
+        ratio = self.adapter.loraplus_lr_ratio
+        if ratio != 1 and self.optimizer.one_rate:
+            raise ValueError(
+                f"adapter.loraplus_lr_ratio = {ratio:g} must be 1: {self.optimizer.type} finds one rate for all parts"
+            )
+        for rate in {self.optimizer.learning_rate, self.text_encoder_rate} - {0.0}:
+            try:
+                self.optimizer.check_rate(rate * ratio)
+            except ValueError as error:
+                what = f"adapter.loraplus_lr_ratio = {ratio:g} makes a learning rate of {rate:g} one of {rate * ratio:g}"
+                raise ValueError(f"{what} for the up side: {error}") from error
+        return self
+
+    def rate_of(self, group: str) -> float:
+        """The learning rate of a group of factors: unet, text_encoder, and of either its ups, as adapters.inject names them."""
+        part, _, side = group.partition(" ")
+        rate = self.optimizer.learning_rate if part == "unet" else self.text_encoder_rate
+        return rate * self.adapter.loraplus_lr_ratio if side else rate
+
     @property
     def text_encoder_rate(self) -> float:
         """The text encoder's learning rate, resolved; 0 means that it is frozen."""

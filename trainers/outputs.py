@@ -96,7 +96,7 @@ class Outputs:
                 steps=training.data.steps,
                 loss=loss,
                 held_out_loss=held_out,
-                learning_rates={group: self._rate(group) * factor for group in training.flat.groups},
+                learning_rates={group: training.config.rate_of(group) * factor for group in training.flat.groups},
                 gradient_norm=norm,
                 seconds_per_step=pace,
                 seconds_left=left * pace + samples_left * self.sample_seconds + to_encode,
@@ -112,10 +112,6 @@ class Outputs:
             base = self._training.model.facts
             self._base_hashes = in_background({"base": lambda: _hashes_of(base)})["base"]
         return self._base_hashes
-
-    def _rate(self, group: str) -> float:
-        config = self._training.config
-        return config.optimizer.learning_rate if group == "unet" else config.text_encoder_rate
 
     def sample(self) -> None:
         """Draws the sample prompts, some in a batch, which the settings alone decide: the same again after a resume."""

@@ -128,8 +128,8 @@ def set_up(
     _tell(checked + check_pictures(config, base, scan, data), emit)
     # The text states are cached only while nothing about the text encoder learns; both facts are settled here.
     plans = plan_layers(config, list(model.parts()), model.find_targets)
-    kind, seed = config.adapter.trained, config.train.seed
-    flat = inject_trainable(model.parts(), plans, kind, seed, device.device, start.given if start else None)
+    own, given_factors = config.adapter, start.given if start else None
+    flat = inject_trainable(model.parts(), plans, own.trained, config.train.seed, device.device, given_factors, own.apart)
     if config.train.checkpointing:
         model.enable_checkpointing()
     if cache_folder and device.is_main:
@@ -182,11 +182,9 @@ def _tell(problems: Sequence[Problem], emit: events.Emit) -> None:
 
 def _parameter_groups(config: TrainConfig, flat: FlatParameters) -> list[dict[str, Any]]:
     """What the optimizer gets: the denoiser's factors and the text encoders', each with its rate."""
-    rates = {"unet": config.optimizer.learning_rate, "text_encoder": config.text_encoder_rate}
-    return [
-        {"params": flat.parameters(group, config.optimizer.views), "lr": rates[group], "initial_lr": rates[group]}
-        for group in flat.groups
-    ]
+    rates = {group: config.rate_of(group) for group in flat.groups}
+    views = config.optimizer.views
+    return [{"params": flat.parameters(group, views), "lr": rate, "initial_lr": rate} for group, rate in rates.items()]
 
 
 def _device_for(config: TrainConfig, base: BaseModelFacts, before: TrainingState | None, emit: events.Emit) -> Device:

@@ -167,7 +167,7 @@ def read_trained(
     plans = plan_layers(config, list(model.parts()), model.find_targets)
     layers: Any = find_layers(model.parts())
     kind = config.adapter.trained
-    flat = lay_out(plans, layers, kind, torch.device("cpu"))
+    flat = lay_out(plans, layers, kind, torch.device("cpu"), config.adapter.apart)
     weights = state.weights if state.mean is None else state.mean
     if weights.numel() != flat.weights.numel():
         return None

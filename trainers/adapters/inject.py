@@ -52,6 +52,11 @@ class FlatParameters:
         flat.grad = self.gradient[part]
         return [flat]
 
+    def in_order(self) -> list[tuple[str, str, slice, tuple[int, ...]]]:
+        """(layer, factor, place, shape) of every factor as they lie in the buffer."""
+        every = [(layer, factor, *where[1:]) for layer, own in self.shapes.items() for factor, where in own.items()]
+        return sorted(every, key=lambda one: one[2].start)
+
     @contextmanager
     def working(self, dtype: torch.dtype) -> Iterator[None]:
         """Within, the layers compute with copies of the factors in `dtype`, whose gradients one backward pass adds up.
@@ -62,7 +67,7 @@ class FlatParameters:
         """
         leaf = nn.Parameter(self.weights)
         leaf.grad = self.gradient
-        places = [(layer, factor, shape) for layer, factors in self.shapes.items() for factor, (_, _, shape) in factors.items()]
+        places = [(layer, factor, shape) for layer, factor, _, shape in self.in_order()]
         sizes = [math.prod(shape) for _, _, shape in places]
         pieces = leaf.to(dtype).split(sizes)  # type: ignore[no-untyped-call]
         exact = leaf.split(sizes) if self.exact else pieces  # type: ignore[no-untyped-call]
@@ -82,23 +87,36 @@ class FlatParameters:
         }
 
 
+UP = " up"
+"""Ends the name of a learning-rate group that holds the factors which learn at another rate than the rest of theirs."""
+
+
 def lay_out(
-    plans: Sequence[LayerPlan], layers: Mapping[str, AdaptedLayer], kind: object, device: torch.device
+    plans: Sequence[LayerPlan],
+    layers: Mapping[str, AdaptedLayer],
+    kind: object,
+    device: torch.device,
+    apart: Sequence[str] = (),
 ) -> FlatParameters:
-    """Flat float32 buffers for all `plans`, group after group in the order given, and the parameters that view them."""
+    """Flat float32 buffers for all `plans`, group after group in the order given, and the parameters that view them.
+
+    The factors named in `apart` lie behind the others of their group, as a group of their own.
+    """
     shapes: dict[str, dict[str, tuple[int, slice, tuple[int, ...]]]] = {}
     groups: dict[str, slice] = {}
     offset = 0
-    for group in dict.fromkeys(plan.group for plan in plans):
+    for group, away in [(group, away) for group in dict.fromkeys(plan.group for plan in plans) for away in (False, True)]:
         start = offset
         for plan in (plan for plan in plans if plan.group == group):
             wanted = kind.factor_shapes(tuple(layers[plan.name].weight.shape), plan.rank)  # type: ignore[attr-defined]
-            shapes[plan.name] = {}
+            shapes.setdefault(plan.name, {})
             for factor, shape in wanted.items():
-                size = torch.Size(shape).numel()
-                shapes[plan.name][factor] = (plan.rank, slice(offset, offset + size), shape)
-                offset += size
-        groups[group] = slice(start, offset)
+                if (factor in apart) == away:
+                    size = math.prod(shape)
+                    shapes[plan.name][factor] = (plan.rank, slice(offset, offset + size), shape)
+                    offset += size
+        if offset > start:
+            groups[group + UP * away] = slice(start, offset)
     weights = torch.zeros(offset, dtype=torch.float32, device=device)
     gradient = torch.zeros_like(weights)
     views: dict[str, dict[str, nn.Parameter]] = {}
@@ -151,16 +169,17 @@ def inject_trainable(
     seed: int,
     device: torch.device,
     given: Mapping[str, tuple[Factors, float]] | None = None,
+    apart: Sequence[str] = (),
 ) -> FlatParameters:
     """Freezes `parts`, adds the adapter named TRAINED to every planned layer, and initialises it from `seed`.
 
     Every layer draws from its own generator, so a layer's start does not depend on which others are adapted. A layer that
-    `given` has, by name, goes on from those factors and their scale.
+    `given` has, by name, goes on from those factors and their scale. `apart` is as in `lay_out`.
     """
     for module in parts.values():
         module.requires_grad_(False)
     layers = adapt_layers(parts, [plan.name for plan in plans])
-    flat = lay_out(plans, layers, kind, device)
+    flat = lay_out(plans, layers, kind, device, apart)
     for plan in plans:
         layer = layers[plan.name]
         started = start_of(plan, kind, seed, layer)

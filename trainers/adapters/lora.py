@@ -35,6 +35,11 @@ class LoraSettings(LowRankSettings):
         return self
 
     @classmethod
+    def ups(cls) -> tuple[str, ...]:
+        """See LowRankSettings."""
+        return ("up",)
+
+    @classmethod
     def starts_from_files(cls) -> bool:
         """See LowRankSettings."""
         return True

@@ -33,6 +33,8 @@ class LowRankSettings(Settings):
     """Which layers learn: attention (cross_attention and self_attention), feed_forward, projections, convolutions."""
     projections: tuple[Projection, ...] = ("q", "k", "v", "out")
     """Which of the attention's matrices learn, among those that targets name; in the text encoder too."""
+    loraplus_lr_ratio: float = Field(default=1.0, gt=0, le=1000)
+    """LoRA+ (arXiv 2402.12354): the up side learns at so many times the learning rate, 16 for example, with a lower rate."""
     start_from: str = ""
     """LoRA file to train on from, of this rank or a lower one. Empty: from nothing, so that step 0 is the base."""
 
@@ -61,6 +63,23 @@ class LowRankSettings(Settings):
         if value and not cls.starts_from_files():
             raise ValueError("only an adapter of type lora with init gaussian can train on from a file")
         return value
+
+    @field_validator("loraplus_lr_ratio")
+    @classmethod
+    def _only_a_lora_has_an_up_side(cls, value: float) -> float:
+        if value != 1 and not cls.ups():
+            raise ValueError("only an adapter of type lora or dora has an up side that can learn at a rate of its own")
+        return value
+
+    @classmethod
+    def ups(cls) -> tuple[str, ...]:
+        """The factors that `loraplus_lr_ratio` lets learn at another rate."""
+        return ()
+
+    @property
+    def apart(self) -> tuple[str, ...]:
+        """The factors that learn at another rate than the rest."""
+        return self.ups() if self.loraplus_lr_ratio != 1 else ()
 
     @classmethod
     def starts_from_files(cls) -> bool:
