@@ -169,7 +169,16 @@ def describe_run(
 
 def _told_of(config: TrainConfig) -> dict[str, Any]:
     """What was trained and how, where it is not as usual."""
-    told = ("type", "init", "projections", "rank_pattern", "alpha_pattern", "loraplus_lr_ratio")
+    told = (
+        "type",
+        "init",
+        "projections",
+        "rank_pattern",
+        "alpha_pattern",
+        "loraplus_lr_ratio",
+        "rank_dropout",
+        "module_dropout",
+    )
     return config.adapter.model_dump(mode="json", include=set(told), exclude_defaults=True) | (
         {"type": config.adapter.type} if config.adapter.type != "lora" else {}
     )

@@ -129,7 +129,9 @@ def set_up(
     # The text states are cached only while nothing about the text encoder learns; both facts are settled here.
     plans = plan_layers(config, list(model.parts()), model.find_targets)
     own, given_factors = config.adapter, start.given if start else None
-    flat = inject_trainable(model.parts(), plans, own.trained, config.train.seed, device.device, given_factors, own.apart)
+    flat = inject_trainable(
+        model.parts(), plans, own.trained, config.train.seed, device.device, given_factors, own.apart, own.dropouts
+    )
     if config.train.checkpointing:
         model.enable_checkpointing()
     if cache_folder and device.is_main:

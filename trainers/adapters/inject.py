@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from trainers.adapters.base import AdapterKind, Factors, Started
+from trainers.adapters.dropout import Dropout, Keys, layer_dropout
 from trainers.adapters.layer import AdaptedLayer, Adapter, Strength
 from trainers.adapters.plan import LayerPlan, Strengths, block_of, canonical_name, strength_at
 from trainers.frozen import FrozenLayer
@@ -36,6 +37,7 @@ class FlatParameters:
     used: dict[str, dict[str, torch.Tensor]]  # what the layers compute with: the views, or within `working` their copies
     constants: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)  # what they compute with beside them, by layer
     exact: tuple[str, ...] = ()  # factors that stay float32 within `working`
+    dropped_by: Keys = field(default_factory=Keys)  # set within `working`
     kept: tuple[str, ...] = ()  # constants that a training state holds, as they cannot be made again from another weight
 
     def parameters(self, group: str, as_views: bool) -> list[nn.Parameter]:
@@ -58,10 +60,11 @@ class FlatParameters:
         return sorted(every, key=lambda one: one[2].start)
 
     @contextmanager
-    def working(self, dtype: torch.dtype) -> Iterator[None]:
+    def working(self, dtype: torch.dtype, keys: torch.Tensor | None = None) -> Iterator[None]:
         """Within, the layers compute with copies of the factors in `dtype`, whose gradients one backward pass adds up.
 
-        Factors of which small differences matter, as their type says, stay float32.
+        Factors of which small differences matter, as their type says, stay float32. Where there is dropout, `keys` (B, 2)
+        says of each row what is left out.
 
         One cast of the whole buffer on the way there; on the way back one concatenation, one cast and one sum.
         """
@@ -73,9 +76,11 @@ class FlatParameters:
         exact = leaf.split(sizes) if self.exact else pieces  # type: ignore[no-untyped-call]
         for (layer, factor, shape), *piece in zip(places, pieces, exact, strict=True):
             self.used[layer][factor] = piece[factor in self.exact].view(shape)
+        self.dropped_by.of_rows = keys
         try:
             yield
         finally:
+            self.dropped_by.of_rows = None
             for layer, factors in self.views.items():
                 self.used[layer].update(factors)
 
@@ -170,6 +175,7 @@ def inject_trainable(
     device: torch.device,
     given: Mapping[str, tuple[Factors, float]] | None = None,
     apart: Sequence[str] = (),
+    dropout: Dropout = Dropout(),  # noqa: B008 - frozen
 ) -> FlatParameters:
     """Freezes `parts`, adds the adapter named TRAINED to every planned layer, and initialises it from `seed`.
 
@@ -191,7 +197,8 @@ def inject_trainable(
                 view.copy_(started.factors[factor])
         flat.constants[plan.name] = {name: _sent(constant, device) for name, constant in started.constants.items()}
         flat.used[plan.name].update(flat.constants[plan.name])
-        layer.adapters[TRAINED] = Adapter(kind, flat.used[plan.name], started.scale)  # type: ignore[arg-type]
+        drops = layer_dropout(dropout, plan.name, flat.dropped_by)
+        layer.adapters[TRAINED] = Adapter(kind, flat.used[plan.name], started.scale, drops)  # type: ignore[arg-type]
         layer.strengths[TRAINED] = 1.0
     return flat
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from trainers.adapters.base import AdapterKind
+from trainers.adapters.dropout import LayerDropout
 from trainers.errors import SettingError
 from trainers.frozen import FrozenLayer, SharedRows
 
@@ -23,6 +24,19 @@ class Adapter:
     kind: AdapterKind  # an entry of ADAPTERS
     factors: Mapping[str, torch.Tensor]
     scale: float
+    dropout: LayerDropout | None = None
+
+    @property
+    def drops(self) -> bool:
+        """Whether something of its path is left out now."""
+        return self.dropout is not None and self.dropout.keys.of_rows is not None
+
+    def path(self, frozen: Any, x: torch.Tensor, strength: Strength) -> torch.Tensor:
+        """What it adds to frozen(x)."""
+        scale = self.scale * strength
+        if self.dropout is None or not self.drops:
+            return self.kind.forward(frozen, x, self.factors, scale)
+        return self.dropout.path(self.kind, frozen, x, self.factors, scale)
 
     def delta(self, weight: torch.Tensor | None = None) -> torch.Tensor:
         """The update at strength 1 in float64, of the shape of the frozen `weight`, which only a DoRA has to see."""
@@ -67,7 +81,7 @@ class AdaptedLayer(nn.Module):
             return joined
         y: torch.Tensor = self.frozen(x)
         for adapter, strength in active:
-            y = y + adapter.kind.forward(self.frozen, x, adapter.factors, adapter.scale * strength)
+            y = y + adapter.path(self.frozen, x, strength)
         return y
 
     def active(self) -> list[tuple[Adapter, Strength]]:
@@ -133,7 +147,7 @@ def _joined(
     if not active or any(len(layer) > 1 for layer in layers) or not all(isinstance(strength, float) for _, strength in active):
         return None
     kind = active[0][0].kind
-    if not hasattr(kind, "joined") or any(adapter.kind is not kind for adapter, _ in active):
+    if not hasattr(kind, "joined") or any(adapter.kind is not kind or adapter.drops for adapter, _ in active):
         return None
     own: list[Any] = [
         (layer[0][0].factors, layer[0][0].scale * layer[0][1]) if layer else alone[number].weight.shape[0]

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from trainers.adapters.base import Factors, Started, Weight, apply_weight, product, same_layer, scaled
 from trainers.adapters.settings import LowRankSettings
@@ -27,6 +27,15 @@ class LoraSettings(LowRankSettings):
     """Kind of adapter."""
     init: Literal["gaussian", "symmetric", "pissa", "olora"] = "gaussian"
     """How it starts: `gaussian` with the up side zero; `symmetric`, `pissa` and `olora` with both sides non-zero."""
+
+    rank_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the rank's components that are left out, others at each step and picture; with init gaussian only."""
+
+    @model_validator(mode="after")
+    def _rank_can_be_dropped(self) -> LoraSettings:
+        if self.rank_dropout and self.init != "gaussian":
+            raise ValueError(f"adapter.rank_dropout must be 0 with adapter.init = {self.init}, or take adapter.dropout")
+        return self
 
     @model_validator(mode="after")
     def _starts_from_one_thing(self) -> LoraSettings:
@@ -150,16 +159,27 @@ class Lora:
         up[:, :count] = (columns[:, alive].double() * (ratio / powers)).to(up.dtype).reshape(up.shape[0], count, *up.shape[2:])
 
     @staticmethod
-    def forward(frozen: Any, x: torch.Tensor, factors: Mapping[str, torch.Tensor], scale: float | torch.Tensor) -> torch.Tensor:
+    def forward(
+        frozen: Any,
+        x: torch.Tensor,
+        factors: Factors,
+        scale: float | torch.Tensor,
+        dropped: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """s B A x, factored: (B, ..., in) -> (B, ..., out), or (B, in, H, W) -> (B, out, H', W') beside a convolution.
 
         `frozen` is the Linear or Conv2d beside which it runs.
-        `scale` is a number, or a tensor (B,) with one scale for each row of the batch.
+        `scale` is a number, or a tensor (B,) with one scale for each row of the batch. Components of the rank that are
+        `dropped` (B, r) give nothing.
         """
         import torch.nn.functional as F
 
         up = factors["up"].to(x.dtype)
         inner = scaled(apply_weight(frozen, x, factors["down"]), scale)
+        if dropped is not None:
+            kernel = (1, 1) if up.dim() == 4 else ()
+            places = inner.shape[1:-1] if up.dim() == 2 else ()
+            inner = inner.masked_fill(dropped.view(len(dropped), *(1 for _ in places), -1, *kernel), 0.0)
         return F.conv2d(inner, up) if up.dim() == 4 else F.linear(inner, up)
 
     @staticmethod

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
+from trainers.adapters.dropout import Dropout
 from trainers.settings import Settings
 
 Target = Literal["attention", "cross_attention", "self_attention", "feed_forward", "projections", "convolutions"]
@@ -35,6 +36,10 @@ class LowRankSettings(Settings):
     """Which of the attention's matrices learn, among those that targets name; in the text encoder too."""
     loraplus_lr_ratio: float = Field(default=1.0, gt=0, le=1000)
     """LoRA+ (arXiv 2402.12354): the up side learns at so many times the learning rate, 16 for example, with a lower rate."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the numbers that an adapter reads which are left out, others at each step and picture: peft's lora_dropout."""
+    module_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the steps in which a layer's adapter is off altogether, other layers at each step."""
     start_from: str = ""
     """LoRA file to train on from, of this rank or a lower one. Empty: from nothing, so that step 0 is the base."""
 
@@ -85,6 +90,11 @@ class LowRankSettings(Settings):
     def starts_from_files(cls) -> bool:
         """Whether `start_from` is possible."""
         return False
+
+    @property
+    def dropouts(self) -> Dropout:
+        """What is dropped in training."""
+        return Dropout(self.dropout, getattr(self, "rank_dropout", 0.0), self.module_dropout)
 
     @property
     def effective_alpha(self) -> float:
