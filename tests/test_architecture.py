@@ -33,7 +33,7 @@ TABLES = {
         "expected",
         *("parts", "lean", "tensor_files", "latent_diffusion"),
     },
-    "adapters": {"base", "settings", "layer", "lora_node", "symmetric", "inject", "plan"},
+    "adapters": {"base", "settings", "layer", "dropout", "lora_node", "symmetric", "inject", "plan"},
     "optimizers": {"base"},
 }
 

@@ -128,10 +128,9 @@ def set_up(
     _tell(checked + check_pictures(config, base, scan, data), emit)
     # The text states are cached only while nothing about the text encoder learns; both facts are settled here.
     plans = plan_layers(config, list(model.parts()), model.find_targets)
-    own, given_factors = config.adapter, start.given if start else None
-    flat = inject_trainable(
-        model.parts(), plans, own.trained, config.train.seed, device.device, given_factors, own.apart, own.dropouts
-    )
+    own, seed = config.adapter, config.train.seed
+    more = (start.given if start else None, own.apart, own.dropouts)
+    flat = inject_trainable(model.parts(), plans, own.trained, seed, device.device, *more)
     if config.train.checkpointing:
         model.enable_checkpointing()
     if cache_folder and device.is_main:

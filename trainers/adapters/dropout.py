@@ -89,7 +89,7 @@ def _dropped(keys: torch.Tensor, layer: int, probability: float, count: int) -> 
 
 
 def _mixed(numbers: torch.Tensor) -> torch.Tensor:
-    """int32 -> int32, one to one, each bit of the answer by all of the number (T. Mueller's hash); products keep their low bits.
+    """int32 -> int32, one to one, each bit of the answer by all of the number (T. Mueller); products keep their low bits.
 
     In place from the first operation on: an operation that asks for new memory takes longer than its numbers do.
     """

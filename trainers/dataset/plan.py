@@ -23,7 +23,7 @@ def random_for(*parts: int | str) -> random.Random:
 
 
 def dropout_keys(seed: int, step: int, slot: int, index: int) -> tuple[int, int]:
-    """Keys of what is left out of an adapter for one example of a step, and for all of the step, as in adapters.dropout.Keys."""
+    """Keys of what is left out of an adapter for one example of a step, and for the whole step: see adapters.dropout.Keys."""
     own, whole = random_for("dropout", seed, step, slot, index), random_for("dropout", seed, step)
     return own.getrandbits(32) - 2**31, whole.getrandbits(32) - 2**31
 
