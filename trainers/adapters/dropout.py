@@ -54,7 +54,7 @@ class LayerDropout:
         assert self.keys.of_rows is not None
         rows, steps = self.keys.of_rows.unbind(1)
         rates, more = self.rates, {}
-        if rates.input:
+        if rates.input and x.is_floating_point():  # words are looked up: there is nothing to scale
             dropped = _dropped(rows, self.layer[0], rates.input, x[0].numel()).view(x.shape)
             x = x.masked_fill(dropped, 0.0) / (1 - rates.input)
         if rates.rank:

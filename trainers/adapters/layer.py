@@ -1,4 +1,4 @@
-"""AdaptedLayer: stands in for a frozen Linear or Conv2d and adds any number of adapters, each at its own strength."""
+"""AdaptedLayer: stands in for a frozen Linear, Conv2d or Embedding and adds adapters, each at its own strength."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class AdaptedLayer(nn.Module):
     At strength 0, and with no adapter, the output is the frozen layer's, bit for bit: the path is not even computed.
     """
 
-    def __init__(self, frozen: nn.Linear | nn.Conv2d | FrozenLayer) -> None:
+    def __init__(self, frozen: nn.Linear | nn.Conv2d | nn.Embedding | FrozenLayer) -> None:
         super().__init__()
         self.frozen = frozen
         self.adapters: dict[str, Adapter] = {}
@@ -69,10 +69,10 @@ class AdaptedLayer(nn.Module):
     @property
     def bias(self) -> torch.Tensor | None:
         """The frozen bias."""
-        return self.frozen.bias
+        return getattr(self.frozen, "bias", None)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, ..., in) -> (B, ..., out), or (B, in, H, W) -> (B, out, H', W')."""
+        """(B, ..., in) -> (B, ..., out), or (B, in, H, W) -> (B, out, H', W'), or words (B, n) -> (B, n, width)."""
         if self._kept is not None:
             return self.frozen(x)  # type: ignore[no-any-return]
         active = self.active()

@@ -2,6 +2,11 @@
 
 A is called `down` and B `up`, as in the files of the ecosystem. A convolution's `down` has the frozen kernel's size
 and its `up` is 1 x 1 (as in loralib and kohya's LoCon).
+
+An Embedding's weight (words, width) is a matrix like any other, of which each word reads a row: s (B A)[word], where B has a
+row for each word and starts at zero, as in loralib, which calls B^T A and A^T B. No setting names an Embedding: of the
+programs that load LoRA files only diffusers takes one, in peft's form (lora_embedding_A = B^T, lora_embedding_B = A^T) beside
+other layers of the same rank, and kohya's form has no key for it.
 """
 
 from __future__ import annotations
@@ -168,25 +173,25 @@ class Lora:
     ) -> torch.Tensor:
         """s B A x, factored: (B, ..., in) -> (B, ..., out), or (B, in, H, W) -> (B, out, H', W') beside a convolution.
 
-        `frozen` is the Linear or Conv2d beside which it runs.
+        `frozen` is the Linear or Conv2d beside which it runs, or the Embedding: words (B, n) -> (B, n, width).
         `scale` is a number, or a tensor (B,) with one scale for each row of the batch. Components of the rank that are
         `dropped` (B, r) give nothing.
         """
         import torch.nn.functional as F
+        from torch import nn
 
-        up = factors["up"].to(x.dtype)
-        inner = scaled(apply_weight(frozen, x, factors["down"]), scale)
-        if dropped is not None:
-            kernel = (1, 1) if up.dim() == 4 else ()
-            places = inner.shape[1:-1] if up.dim() == 2 else ()
-            inner = inner.masked_fill(dropped.view(len(dropped), *(1 for _ in places), -1, *kernel), 0.0)
-        return F.conv2d(inner, up) if up.dim() == 4 else F.linear(inner, up)
+        down, up = factors["down"], factors["up"]
+        if isinstance(frozen, nn.Embedding):
+            kind = frozen.weight.dtype
+            return scaled(_kept(F.embedding(x, up.to(kind)), dropped, False), scale) @ down.to(kind)
+        inner = _kept(scaled(apply_weight(frozen, x, down), scale), dropped, up.dim() == 4)
+        return F.conv2d(inner, up.to(x.dtype)) if up.dim() == 4 else F.linear(inner, up.to(x.dtype))
 
     @staticmethod
     def joined(frozen: Any, x: torch.Tensor, adapters: Sequence[tuple[Factors, float] | int]) -> torch.Tensor | None:
         """frozen(x) and what the adapters add, for one layer or for several side by side: see lora_node.py.
 
-        A layer without an adapter is given by its width, and has one of rank 0. None beside a convolution.
+        A layer without an adapter is given by its width, and has one of rank 0. None beside a convolution or an Embedding.
         """
         from trainers.adapters.lora_node import Pair, lora_beside
 
@@ -195,7 +200,8 @@ class Lora:
                 return x.new_empty((0, x.shape[-1])), x.new_empty((one, 0)), 1.0
             return one[0]["down"].to(x.dtype), one[0]["up"].to(x.dtype), one[1]
 
-        if any(not isinstance(one, int) and one[0]["down"].dim() != 2 for one in adapters):
+        convolutions = any(not isinstance(one, int) and one[0]["down"].dim() != 2 for one in adapters)
+        if convolutions or not x.is_floating_point():
             return None
         return lora_beside(frozen, x, [pair_of(one) for one in adapters])
 
@@ -210,6 +216,15 @@ class Lora:
         up, down = factors["up"].double().flatten(1), factors["down"].double().flatten(1)
         squared = float(((up.T @ up) * (down @ down.T)).sum())
         return abs(scale) * math.sqrt(max(squared, 0.0))
+
+
+def _kept(inner: torch.Tensor, dropped: torch.Tensor | None, pictures: bool) -> torch.Tensor:
+    """A x (B, ..., r), or (B, r, H, W) of pictures, with zero for the components that are `dropped` (B, r)."""
+    if dropped is None:
+        return inner
+    rows, rank = dropped.shape
+    form = (rows, rank, 1, 1) if pictures else (rows, *(1 for _ in inner.shape[1:-1]), rank)
+    return inner.masked_fill(dropped.view(form), 0.0)
 
 
 LORA = Lora()
