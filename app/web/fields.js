@@ -63,7 +63,7 @@ function makeControl(setting, same, changed) {
       };
       const pairs = () => Object.fromEntries(control.value.split("\n").filter((line) => line.trim()).map(pair));
       control = el("textarea", { ...same, rows: 3, placeholder: "one per line: to_q = 32", onchange: () => changed(pairs()) });
-      return { control, draw: (value) => (control.value = Object.entries(value).map((pair) => pair.join(" = ")).join("\n")) };
+      return { control, draw: (value) => (control.value = Object.entries(value ?? {}).map((pair) => pair.join(" = ")).join("\n")) };
     }
     default: {
       const isText = setting.kind === "text";
