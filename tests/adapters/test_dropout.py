@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +160,18 @@ def test_how_a_step_is_cut_into_micro_batches_changes_only_the_rounding(start: A
         gradients.append(training.flat.gradient.clone())
     assert float(gradients[0].norm()) > 0
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-3, atol=1e-6)
+
+
+def test_several_processes_deal_out_the_keys_of_one(start: Any) -> None:
+    training = start("train.batch_size=4", *ALL)
+    batches, device = training.batches, training.batches._device
+    whole = torch.cat([batch.keys for batch in batches.step(0)])
+    shares = []
+    for index in range(2):
+        batches._device = replace(device, index=index, count=2)
+        shares.append(torch.cat([batch.keys for batch in batches.step(0)]))
+    assert torch.equal(torch.stack(shares, dim=1).flatten(0, 1), whole)
+    assert len(whole[:, 0].unique()) == 4 and len(whole[:, 1].unique()) == 1  # an example's own, and the step's
 
 
 def test_a_stopped_run_with_dropout_goes_on_to_the_bytes_of_an_unbroken_one(

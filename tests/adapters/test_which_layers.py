@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tests.command_line import TINY, impasto, result_of
@@ -199,3 +201,21 @@ def test_some_of_merged_q_k_v_learn_as_in_loralib(learns: tuple[bool, bool, bool
         torch.autograd.grad(found[0], leaves, given), torch.autograd.grad(wanted, leaves, given), strict=True
     ):
         torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_a_base_saved_with_fused_projections_is_refused_by_the_names_that_are_missing(
+    tiny_base: Path, pictures: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """diffusers' fuse_qkv_projections gives to_qkv, which its own loader does not read back either."""
+    base = tmp_path / "fused"
+    shutil.copytree(tiny_base, base)
+    (file,) = (base / "unet").glob("*.safetensors")
+    tensors = load_file(file)
+    for key in [key for key in tensors if key.endswith("attn1.to_q.weight")]:
+        three = [tensors.pop(key.replace("to_q", name)) for name in ("to_q", "to_k", "to_v")]
+        tensors[key.replace("to_q", "to_qkv")] = torch.cat(three)
+    save_file(tensors, file)
+    words: list[Any] = ["train", pictures, "--base", base, *TINY, "--steps", 1, "-o", tmp_path / "run"]
+    assert impasto(*words) == 1
+    told = capfd.readouterr()
+    assert "attn1.to_" in told.out + told.err
