@@ -203,19 +203,24 @@ def test_some_of_merged_q_k_v_learn_as_in_loralib(learns: tuple[bool, bool, bool
         torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
 
 
-def test_a_base_saved_with_fused_projections_is_refused_by_the_names_that_are_missing(
-    tiny_base: Path, pictures: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("beside", [True, False])
+def test_a_base_saved_with_fused_projections(
+    beside: bool, tiny_base: Path, pictures: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """diffusers' fuse_qkv_projections gives to_qkv, which its own loader does not read back either."""
+    """diffusers' fuse_qkv_projections saves to_qkv beside the three, which are trained; without them it is refused by names."""
     base = tmp_path / "fused"
     shutil.copytree(tiny_base, base)
     (file,) = (base / "unet").glob("*.safetensors")
     tensors = load_file(file)
     for key in [key for key in tensors if key.endswith("attn1.to_q.weight")]:
-        three = [tensors.pop(key.replace("to_q", name)) for name in ("to_q", "to_k", "to_v")]
-        tensors[key.replace("to_q", "to_qkv")] = torch.cat(three)
+        names = [key.replace("to_q", name) for name in ("to_q", "to_k", "to_v")]
+        tensors[key.replace("to_q", "to_qkv")] = torch.cat([tensors[name] if beside else tensors.pop(name) for name in names])
     save_file(tensors, file)
     words: list[Any] = ["train", pictures, "--base", base, *TINY, "--steps", 1, "-o", tmp_path / "run"]
-    assert impasto(*words) == 1
-    told = capfd.readouterr()
-    assert "attn1.to_" in told.out + told.err
+    code, told = impasto(*words), capfd.readouterr()
+    if beside:
+        assert code == 0, told.err
+        with safe_open(result_of(tmp_path / "run"), "pt") as written:
+            assert not any("to_qkv" in key for key in written.keys())  # noqa: SIM118
+    else:
+        assert code == 1 and "attn1.to_" in told.out + told.err

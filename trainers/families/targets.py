@@ -32,8 +32,8 @@ _PROJECTIONS = {"q": "to_q|q_proj", "k": "to_k|k_proj", "v": "to_v|v_proj", "out
 def without_projections(paths: Iterable[str], learning: Sequence[str]) -> list[str]:
     """`paths` without those of attention's matrices that are not among `learning` (q, k, v, out).
 
-    A checkpoint that stores q, k and v as one matrix, as OpenCLIP's text encoders do, is read as three: see ldm.py. A folder
-    that diffusers saved with its projections fused (to_qkv) is no base here, as it is none for diffusers' own loader.
+    A checkpoint that stores q, k and v as one matrix, as OpenCLIP's text encoders do, is read as three: see ldm.py. Of a
+    folder that diffusers saved with its projections fused the three are trained that lie beside to_qkv.
     """
     still = [names for projection, names in _PROJECTIONS.items() if projection not in learning]
     pattern = re.compile(rf"\.({'|'.join(still)})$")
