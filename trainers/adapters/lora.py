@@ -15,7 +15,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from trainers.adapters.base import Factors, Started, Weight, apply_weight, product, same_layer, scaled
 from trainers.adapters.settings import LowRankSettings
@@ -33,9 +33,6 @@ class LoraSettings(LowRankSettings):
     init: Literal["gaussian", "symmetric", "pissa", "olora"] = "gaussian"
     """How it starts: `gaussian` with the up side zero; `symmetric`, `pissa` and `olora` with both sides non-zero."""
 
-    rank_dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Share of the rank's components that are left out, others at each step and picture; with init gaussian only."""
-
     @model_validator(mode="after")
     def _rank_can_be_dropped(self) -> LoraSettings:
         if self.rank_dropout and self.init != "gaussian":
@@ -47,6 +44,11 @@ class LoraSettings(LowRankSettings):
         if self.start_from and self.init != "gaussian":
             raise ValueError(f"adapter.init = {self.init} starts from numbers of its own, so adapter.start_from must be empty")
         return self
+
+    @classmethod
+    def drops_ranks(cls) -> bool:
+        """See LowRankSettings."""
+        return True
 
     @classmethod
     def ups(cls) -> tuple[str, ...]:

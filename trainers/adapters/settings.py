@@ -38,6 +38,8 @@ class LowRankSettings(Settings):
     """LoRA+ (arXiv 2402.12354): the up side learns at so many times the learning rate, 16 for example, with a lower rate."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Share of the numbers that an adapter reads which are left out, others at each step and picture: peft's lora_dropout."""
+    rank_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of a LoRA's rank that is left out, other components at each step and picture; with adapter.init gaussian."""
     module_dropout: float = Field(default=0.0, ge=0, lt=1)
     """Share of the steps in which a layer's adapter is off altogether, other layers at each step."""
     start_from: str = ""
@@ -69,6 +71,18 @@ class LowRankSettings(Settings):
             raise ValueError("only an adapter of type lora with init gaussian can train on from a file")
         return value
 
+    @field_validator("rank_dropout")
+    @classmethod
+    def _only_a_lora_drops_of_its_rank(cls, value: float) -> float:
+        if value and not cls.drops_ranks():
+            raise ValueError("only an adapter of type lora drops of its rank; adapter.dropout and module_dropout are for all")
+        return value
+
+    @classmethod
+    def drops_ranks(cls) -> bool:
+        """Whether `rank_dropout` is possible."""
+        return False
+
     @field_validator("loraplus_lr_ratio")
     @classmethod
     def _only_a_lora_has_an_up_side(cls, value: float) -> float:
@@ -94,7 +108,7 @@ class LowRankSettings(Settings):
     @property
     def dropouts(self) -> Dropout:
         """What is dropped in training."""
-        return Dropout(self.dropout, getattr(self, "rank_dropout", 0.0), self.module_dropout)
+        return Dropout(self.dropout, self.rank_dropout, self.module_dropout)
 
     @property
     def effective_alpha(self) -> float:
