@@ -228,6 +228,8 @@ class CheckAnswer(BaseModel):
     scale: float = 0.0
     """alpha / rank, as the adapter type counts it."""
     layers: int = 0
+    ranks: str = ""
+    """How many of them learn at which rank, in words."""
     parameters: int = 0
     """Numbers that learn."""
     file_bytes: int = 0

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from trainers.config import TrainConfig
 from trainers.settings import iterate_fields
 
-Kind = Literal["whole", "number", "switch", "text", "choice", "list", "choices"]
+Kind = Literal["whole", "number", "switch", "text", "choice", "list", "choices", "pairs"]
 
 
 class SettingAnswer(BaseModel):
@@ -77,5 +77,7 @@ def _kind(annotation: Any) -> tuple[Kind, list[str], bool]:
     if get_origin(annotation) is tuple:
         kind, choices, _ = _kind(parts[0])
         return ("choices", choices, False) if kind == "choice" else ("list", [], False)
+    if get_origin(annotation) is dict:
+        return "pairs", [], False
     simple: dict[Any, Kind] = {bool: "switch", int: "whole", float: "number"}
     return simple.get(annotation, "text"), [], False

@@ -40,6 +40,7 @@ def post_check(body: RunStart, place: ThePlace) -> CheckAnswer:
         preset=plan.preset,
         scale=adapter.scale_of(adapter.effective_alpha, adapter.rank),
         layers=size.layers,
+        ranks=size.ranks,
         parameters=size.parameters,
         file_bytes=size.file_bytes,
         is_quick=plan.base.is_pocket,

@@ -67,7 +67,7 @@ def settings_table() -> str:
     rows = ["| setting | default | |", "| --- | --- | --- |"]
     for name, field in iterate_fields(TrainConfig):
         default = "" if field.default in (None, PydanticUndefined, "") else f"`{field.default}`"
-        if field.default == ():
+        if field.default in ((), {}):
             default = ""
         choices = _choices(name, field)
         rows.append(f"| `{name}` | {default} | {field.description}{choices} |")

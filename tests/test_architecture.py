@@ -34,7 +34,20 @@ TABLES = {
         *("parts", "lean", "tensor_files", "latent_diffusion"),
     },
     "adapters": {
-        *("base", "settings", "layer", "lora_node", "symmetric", "grow", "accumulated", "inject", "plan", "vectors"),
+        *(
+            "base",
+            "settings",
+            "layer",
+            "dropout",
+            "lora_node",
+            "symmetric",
+            "grow",
+            "accumulated",
+            "flat",
+            "inject",
+            "plan",
+            "vectors",
+        ),
     },
     "optimizers": {"base"},
 }

@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 
 from tests.tiny_runs import tiny_training, update_from
-from trainers.adapters.inject import TRAINED, FlatParameters, find_layers, inject_trainable
+from trainers.adapters.flat import FlatParameters
+from trainers.adapters.inject import TRAINED, find_layers, inject_trainable
 from trainers.adapters.layer import AdaptedLayer
 from trainers.adapters.lora import LORA
 from trainers.adapters.plan import LayerPlan, canonical_name

@@ -13,6 +13,7 @@ from trainers.dataset.prepare import TrainingSet
 from trainers.errors import Problem, SettingError
 from trainers.families import FAMILIES, BaseModelFacts
 from trainers.families.configuration import read_json
+from trainers.layers import check_patterns
 from trainers.samplers import check_sampler
 from trainers.text import printable
 
@@ -94,7 +95,7 @@ def check_settings(config: TrainConfig, base: BaseModelFacts) -> list[Problem]:
     except SettingError as error:
         problems.append(Problem("error", error.what, "samples.scheduler", error.hint))
     problems += _check_packages(config) + _check_trigger(config, base)
-    return problems + _check_adapter(config, base) + _check_rates(config)
+    return problems + _check_adapter(config, base) + check_patterns(config, base) + _check_rates(config)
 
 
 def _check_packages(config: TrainConfig) -> list[Problem]:

@@ -179,31 +179,38 @@ class TrainConfig(Settings):
     def _text_encoder_rate_fits_the_optimizer(self) -> TrainConfig:
         vectors_rate = getattr(self.adapter, "vectors_learning_rate", None)
         rates = {"text_encoder.learning_rate": self.text_encoder.learning_rate, "adapter.vectors_learning_rate": vectors_rate}
-        for name, rate in rates.items():
-            if not rate:
-                continue
+        for name, rate in ((name, rate) for name, rate in rates.items() if rate):
             try:
                 self.optimizer.check_rate(rate)
             except ValueError as error:
                 raise ValueError(f"{name} = {rate:g}: {error}") from error
             if self.optimizer.one_rate and rate != self.optimizer.learning_rate:
                 allowed = "0 or " if name.startswith("text") else ""
-                raise ValueError(
-                    f"{name} = {rate:g} must be {allowed}optimizer.learning_rate = "
-                    f"{self.optimizer.learning_rate:g}. {self.optimizer.type} finds one rate for all parts."
-                )
+                one, why = f"{self.optimizer.learning_rate:g}", f"{self.optimizer.type} finds one rate for all parts"
+                raise ValueError(f"{name} = {rate:g} must be {allowed}optimizer.learning_rate = {one}. {why}.")
         return self
 
     @model_validator(mode="after")
     def _a_mean_of_factors_outlives_no_turn(self) -> TrainConfig:
         every = getattr(self.adapter.trained, "every", 0)
         if self.train.ema and every:
-            grows = getattr(self.adapter, "rank_schedule", "fixed") == "grow"
-            which = "adapter.rank_schedule = grow" if grows else f"adapter.type = {self.adapter.type}"
-            raise ValueError(
-                f"train.ema = {self.train.ema:g} must be 0 with {which}: it would be a running mean of factors that are "
-                f"replaced{' in part' if grows else ''} every {every} steps"
-            )
+            which = "rank_schedule = grow" if self.adapter.type == "lora" else f"type = {self.adapter.type}"
+            what = f"train.ema = {self.train.ema:g} must be 0 with adapter.{which}"
+            raise ValueError(f"{what}: it would be a running mean of factors that are replaced every {every} steps")
+        return self
+
+    @model_validator(mode="after")
+    def _rates_of_the_up_side_fit_the_optimizer(self) -> TrainConfig:
+        ratio = self.adapter.loraplus_lr_ratio
+        if ratio != 1 and self.optimizer.one_rate:
+            why = f"{self.optimizer.type} finds one rate for all parts"
+            raise ValueError(f"adapter.loraplus_lr_ratio = {ratio:g} must be 1: {why}")
+        for rate in {self.optimizer.learning_rate, self.text_encoder_rate} - {0.0}:
+            try:
+                self.optimizer.check_rate(rate * ratio)
+            except ValueError as error:
+                what = f"adapter.loraplus_lr_ratio = {ratio:g} makes a learning rate of {rate:g} one of {rate * ratio:g}"
+                raise ValueError(f"{what} for the up side: {error}") from error
         return self
 
     @property
@@ -220,10 +227,12 @@ class TrainConfig(Settings):
         return self.text_encoder_rate > 0 or self.adapter.trigger_vectors > 0
 
     def rate_of(self, group: str) -> float:
-        """The learning rate of one of the groups that learn: unet, text_encoder, vectors."""
+        """The learning rate of a group that learns: unet, text_encoder, of either its ups (see adapters.flat), vectors."""
+        part, _, side = group.partition(" ")
         usual = self.optimizer.learning_rate
         vectors = getattr(self.adapter, "vectors_learning_rate", None) or (usual if self.optimizer.one_rate else 1e-3)
-        return {"unet": usual, "text_encoder": self.text_encoder_rate, "vectors": vectors}[group]
+        rate = {"unet": usual, "text_encoder": self.text_encoder_rate, "vectors": vectors}[part]
+        return rate * self.adapter.loraplus_lr_ratio if side else rate
 
     @property
     def text_encoder_rank(self) -> int:

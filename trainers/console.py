@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from trainers import events
 from trainers.adapters.lora import LoraSettings
 from trainers.events import Event
+from trainers.layers import planned_layers, ranks_in_words
 from trainers.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -150,6 +151,8 @@ def print_plan(plan: RunPlan, problems: bool = True) -> None:
     first = f"{adapter.grow_from} to " if isinstance(adapter, LoraSettings) and adapter.rank_schedule == "grow" else ""
     layers = f"rank {first}{adapter.rank}, effective scale {scale:g}, on {', '.join(adapter.targets)}"
     line("adapter", f"{adapter.type}, {layers if adapter.changes_layers else 'without a LoRA'}")
+    if adapter.changes_layers:
+        line("layers", ranks_in_words(planned_layers(config, plan.base)))
     if adapter.trigger_vectors:
         rate = f"rate {config.rate_of('vectors'):g}"
         line("trigger", f"{config.dataset.trigger}, {adapter.trigger_vectors} vectors in each text encoder, {rate}")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from trainers.adapters.inject import FlatParameters
+from trainers.adapters.flat import FlatParameters
 from trainers.adapters.pivotal import NO_TRIGGER, VECTORS, vectors_of
 from trainers.adapters.plan import VectorPlan
 from trainers.adapters.vectors import VectorTable, add_tables

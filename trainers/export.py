@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from trainers.adapters import ADAPTERS
-from trainers.adapters.inject import FlatParameters, find_layers
+from trainers.adapters.flat import FlatParameters
+from trainers.adapters.inject import find_layers
 from trainers.adapters.lora import LORA
 from trainers.adapters.plan import LayerPlan
 from trainers.config import TrainConfig
@@ -76,9 +77,9 @@ def export_adapter(path: Path, exported: Exported, config: TrainConfig, metadata
 
 def _own_facts(exported: Exported, config: TrainConfig) -> dict[str, str]:
     """What the file says of its form where that is not the trained LoRA's own, in kohya's and LyCORIS' words."""
-    if config.adapter.trained is LORA:
-        return {}
     ranks, alphas = ({getattr(module, name) for module in exported.modules.values()} for name in ("rank", "alpha"))
+    if config.adapter.trained is LORA and ranks <= {config.adapter.rank, config.text_encoder_rank}:
+        return {}
     facts = {
         "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",
         "ss_network_alpha": str(alphas.pop()) if len(alphas) == 1 else "Dynamic",
@@ -155,7 +156,7 @@ def describe_run(
             base_hash_new=new_hash or None,
             text_encoder_rank=config.text_encoder_rank if learns_text else None,
             text_encoder_alpha=_text_alpha(config) if learns_text else None,
-            network_args={"targets": list(adapter.targets), "scaling": adapter.scaling} | _kind_of(config),
+            network_args={"targets": list(adapter.targets), "scaling": adapter.scaling} | _told_of(config),
             buckets=tuple((width, height, count) for (height, width), count in data.bucket_counts().items()),
             dataset_dirs=_dataset_dirs(folder, data),
             tag_frequency={folder.name: words} if words else None,
@@ -181,11 +182,22 @@ def describe_run(
     )
 
 
-def _kind_of(config: TrainConfig) -> dict[str, str]:
-    """What was trained, where it is not a LoRA that starts as usual."""
-    usual = {"type": "lora", "init": "gaussian", "rank_schedule": "fixed"}
-    facts = {name: getattr(config.adapter, name, value) for name, value in usual.items()}
-    return {name: value for name, value in facts.items() if value != usual[name]}
+def _told_of(config: TrainConfig) -> dict[str, Any]:
+    """What was trained and how, where it is not as usual."""
+    told = (
+        "type",
+        "init",
+        "rank_schedule",
+        "projections",
+        "rank_pattern",
+        "alpha_pattern",
+        "loraplus_lr_ratio",
+        "rank_dropout",
+        "module_dropout",
+    )
+    return config.adapter.model_dump(mode="json", include=set(told), exclude_defaults=True) | (
+        {"type": config.adapter.type} if config.adapter.type != "lora" else {}
+    )
 
 
 def _dataset_dirs(folder: Path, data: TrainingSet) -> dict[str, tuple[int, int]]:

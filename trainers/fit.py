@@ -155,6 +155,7 @@ def bytes_of_a_picture(training: Training, forward: Callable[[Batch], torch.Tens
         batch.weights[:1],
         batch.framing[:1],
         None if batch.mask is None else batch.mask[:1, :, : side[0], : side[1]],
+        None if batch.keys is None else batch.keys[:1],
     )
     return int(_kept_bytes(training, lambda: forward(part)) * whole[0] * whole[1] / (side[0] * side[1]))
 

@@ -119,8 +119,8 @@ class Graphed:
 
 def _tensors(batch: Batch, factor: torch.Tensor) -> dict[str, torch.Tensor]:
     """All of a batch but its captions."""
-    mask = {} if batch.mask is None else {"mask": batch.mask}
-    return mask | {
+    given = {"mask": batch.mask, "keys": batch.keys}
+    return {name: tensor for name, tensor in given.items() if tensor is not None} | {
         "latents": batch.latents,
         "noise": batch.noise,
         "timesteps": batch.timesteps,

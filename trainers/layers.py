@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import difflib
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from trainers.adapters.lora import LORA
-from trainers.adapters.plan import LayerPlan, canonical_name
+from trainers.adapters.plan import LayerPlan, canonical_name, last_fitting
+from trainers.adapters.settings import LowRankSettings
 from trainers.config import TrainConfig
+from trainers.errors import Problem
 from trainers.families import BaseModelFacts, stored_tensors
-from trainers.families.targets import trainable_paths
+from trainers.families.targets import trainable_paths, without_projections
+from trainers.text import name_list, printable
 
 _BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
 _METADATA = 4000
@@ -26,6 +31,8 @@ class AdapterSize:
     layers: int
     parameters: int
     file_bytes: int
+    ranks: str
+    """How many layers learn at which rank, in words."""
 
 
 def plan_layers(config: TrainConfig, parts: Sequence[str], find: Callable[[str, Sequence[str]], list[str]]) -> list[LayerPlan]:
@@ -40,12 +47,67 @@ def plan_layers(config: TrainConfig, parts: Sequence[str], find: Callable[[str, 
         if not denoiser and not config.text_encoder_rate:
             continue
         rank = adapter.rank if denoiser else config.text_encoder_rank
-        alpha = adapter.effective_alpha if denoiser else config.text_encoder_alpha
-        scale = adapter.scale_of(alpha, rank)
+        alpha = adapter.alpha if denoiser or text.alpha is None else text.alpha
         group = "unet" if denoiser else "text_encoder"
-        paths = find(part, adapter.targets if denoiser else text.targets)
-        plans += [LayerPlan(canonical_name(part, path), rank, scale, group) for path in paths]
+        paths = without_projections(find(part, adapter.targets if denoiser else text.targets), adapter.projections)
+        plans += [_plan(adapter, canonical_name(part, path), rank, alpha, group) for path in paths]
     return plans
+
+
+def _plan(adapter: LowRankSettings, name: str, rank: int, alpha: float | None, group: str) -> LayerPlan:
+    """One layer, with the rank and alpha of the patterns where they say otherwise; an unset alpha is the layer's rank."""
+    own_rank, own_alpha = (last_fitting(given, name) for given in (adapter.rank_pattern, adapter.alpha_pattern))
+    rank = rank if own_rank is None else adapter.rank_pattern[own_rank]
+    alpha = alpha if own_alpha is None else adapter.alpha_pattern[own_alpha]
+    return LayerPlan(name, rank, adapter.scale_of(float(rank) if alpha is None else alpha, rank), group)
+
+
+def ranks_in_words(plans: Sequence[LayerPlan]) -> str:
+    """How many layers learn at which rank, as in: 96 layers at rank 16, 32 at rank 4."""
+    counts = sorted(Counter(plan.rank for plan in plans).items(), reverse=True)
+    return ", ".join(f"{count}{' layers' * (number == 0)} at rank {rank}" for number, (rank, count) in enumerate(counts))
+
+
+def check_patterns(config: TrainConfig, base: BaseModelFacts) -> list[Problem]:
+    """Patterns of rank and alpha that no layer goes by, and ranks that a layer cannot use. Raises BaseModelError."""
+    adapter = config.adapter
+    given: dict[str, Mapping[str, float]] = {"rank_pattern": adapter.rank_pattern, "alpha_pattern": adapter.alpha_pattern}
+    if not any(given.values()):
+        return []
+    plans, problems = planned_layers(config, base), []
+    names = [plan.name for plan in plans]
+    pieces = {piece for name in names for piece in name.split(".") if not piece.isdecimal()}
+    for setting, patterns in given.items():
+        used = {last_fitting(patterns, name) for name in names}
+        for pattern in patterns.keys() - used:
+            if any(last_fitting([pattern], name) for name in names):
+                what, hint = "is never used: later patterns fit all its layers", "Take it out, or put it behind them."
+            else:
+                what = f"fits none of the {len(names)} layers that learn"
+                hint = _near(pattern, pieces, names)
+            problems.append(Problem("error", f"The pattern {printable(pattern)!r} {what}", f"adapter.{setting}", hint))
+    if adapter.rank_pattern and not problems:
+        problems += _ranks_over_width(plans, layer_shapes(base))
+    return problems
+
+
+def _near(pattern: str, pieces: Iterable[str], names: Sequence[str]) -> str:
+    """What may have been meant: parts of names that look like the pattern's, else a whole name."""
+    near = [one for piece in pattern.split(".") for one in difflib.get_close_matches(piece, sorted(pieces), n=2, cutoff=0.5)]
+    near += [piece for piece in sorted(pieces) if pattern in piece and piece not in near]
+    meant = f"Near it are {name_list(near, 6)}; a" if near else "A"
+    return f"{meant} pattern is whole parts of a name, as of {names[0]}, with * for anything."
+
+
+def _ranks_over_width(plans: Sequence[LayerPlan], shapes: Mapping[str, tuple[int, ...]]) -> list[Problem]:
+    width = {plan.name: min(shapes[plan.name][0], math.prod(shapes[plan.name][1:])) for plan in plans}
+    over = [plan for plan in plans if plan.rank > width[plan.name]]
+    if not over:
+        return []
+    what = (
+        f"{len(over)} layers have a rank above their width, for example {over[0].name}: {over[0].rank} of {width[over[0].name]}"
+    )
+    return [Problem("advice", what, "adapter.rank_pattern", "A lower rank can do the same there.")]
 
 
 def adapter_size(config: TrainConfig, base: BaseModelFacts) -> AdapterSize:
@@ -65,7 +127,7 @@ def adapter_size(config: TrainConfig, base: BaseModelFacts) -> AdapterSize:
     alphas = [0 if "diff" in shapes else 1 for shapes in factors]  # a full difference alone has none
     header = (sum(map(len, factors)) + sum(alphas)) * _ENTRY + _METADATA
     weights = _numbers(factors) * _BYTES[config.output.dtype] if plans else parameters * _BYTES["fp32"]  # an embedding alone
-    return AdapterSize(len(plans), parameters, weights + header)
+    return AdapterSize(len(plans), parameters, weights + header, ranks_in_words(plans))
 
 
 def _numbers(layers: Iterable[Mapping[str, tuple[int, ...]]]) -> int:

@@ -82,7 +82,7 @@ class StateKeeper:
 
 def _layout(training: Training) -> str:
     """Names what the numbers of a state mean: the adapter's factors in their order, and the optimizer."""
-    shapes = [(layer, name, place[2]) for layer, factors in training.flat.shapes.items() for name, place in factors.items()]
+    shapes = [(layer, name, shape) for layer, name, _, shape in training.flat.in_order()]
     return hashlib.sha256(repr((training.config.optimizer.type, shapes)).encode()).hexdigest()[:16]
 
 

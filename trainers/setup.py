@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from trainers import events
-from trainers.adapters.inject import VECTORS_GROUP, FlatParameters, inject_trainable, restore_layers
+from trainers.adapters.flat import VECTORS_GROUP, FlatParameters
+from trainers.adapters.inject import inject_trainable, restore_layers
 from trainers.adapters.plan import LayerPlan
 from trainers.checks import check_pictures, check_settings
 from trainers.condition import Condition, choose_condition
@@ -131,8 +132,9 @@ def set_up(
         _warn(emit, str(problem))
     # The text states are cached only while nothing about the text encoder learns; both facts are settled here.
     plans = plan_layers(config, list(model.parts()), model.find_targets)
-    kind, seed, words = config.adapter.trained, config.train.seed, learn_words(config, model)
-    flat = inject_trainable(model.parts(), plans, kind, seed, device.device, start.given if start else None, words)
+    own, seed = config.adapter, config.train.seed
+    more = (start.given if start else None, own.apart, own.dropouts, learn_words(config, model))
+    flat = inject_trainable(model.parts(), plans, own.trained, seed, device.device, *more)
     if config.train.checkpointing:
         model.enable_checkpointing()
     if cache_folder and device.is_main:

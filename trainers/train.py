@@ -93,7 +93,7 @@ def fill_gradient(training: Training) -> tuple[float, float]:
 
 def learn(training: Training, batch: Batch, condition: Condition, factor: torch.Tensor) -> torch.Tensor:
     """Adds the gradient of a micro-batch, times the loss scale `factor` (), to the flat buffer. Returns its loss ()."""
-    with training.flat.working(training.device.dtype):
+    with training.flat.working(training.device.dtype, batch.keys):
         part = training_step(training.model, batch, condition, training.config.train.min_snr_gamma or None)
         (part * factor).backward()  # type: ignore[no-untyped-call]
     return part.detach()
@@ -208,7 +208,7 @@ def update_within_memory(training: Training, warn: Callable[[str], None]) -> tup
 
 def loss_of(training: Training, batch: Batch) -> torch.Tensor:
     """A batch's loss, with its graph."""
-    with training.flat.working(training.device.dtype):
+    with training.flat.working(training.device.dtype, batch.keys):
         return training_step(training.model, batch, training.condition, training.config.train.min_snr_gamma or None)
 
 

@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from trainers.adapters.inject import find_layers, lay_out, start_of
+from trainers.adapters.flat import lay_out
+from trainers.adapters.inject import find_layers, start_of
 from trainers.config import TrainConfig
 from trainers.container import open_file, read_header
 from trainers.embeddings import plan_vectors, table_of
@@ -177,7 +178,7 @@ def read_trained(
     kind = config.adapter.trained
     vectors = plan_vectors(config, model)
     tables = {plan.name: table_of(model.parts()[plan.name.partition(".")[0]]) for plan in vectors}
-    flat = lay_out(plans, {**layers, **tables}, kind, torch.device("cpu"), vectors)
+    flat = lay_out(plans, {**layers, **tables}, kind, torch.device("cpu"), config.adapter.apart, vectors)
     weights = state.weights if state.mean is None else state.mean
     if weights.numel() != flat.weights.numel():
         return None

@@ -55,6 +55,16 @@ function makeControl(setting, same, changed) {
       control = el("textarea", { ...same, rows: 4, placeholder: "one per line", onchange: () => changed(lines()) });
       return { control, draw: (value) => (control.value = value.join("\n")) };
     }
+    case "pairs": {
+      // "to_q = 32": what is no number goes on as it is, and the check refuses it in words.
+      const pair = (line) => {
+        const [name, ...rest] = line.split("=");
+        return [name.trim().replace(/^"(.*)"$/, "$1"), numberOf(rest.join("="), false)];
+      };
+      const pairs = () => Object.fromEntries(control.value.split("\n").filter((line) => line.trim()).map(pair));
+      control = el("textarea", { ...same, rows: 3, placeholder: "one per line: to_q = 32", onchange: () => changed(pairs()) });
+      return { control, draw: (value) => (control.value = Object.entries(value ?? {}).map((pair) => pair.join(" = ")).join("\n")) };
+    }
     default: {
       const isText = setting.kind === "text";
       const typed = () => (isText ? control.value : numberOf(control.value, setting.optional));

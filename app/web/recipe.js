@@ -136,7 +136,7 @@ function makeScreen(room, facts, project) {
     facing.replaceChildren(
       el("h2", {}, `${found.steps} steps on ${found.base}`),
       el("p", {}, found.arithmetic),
-      el("p", {}, `${found.parameters.toLocaleString("en")} numbers learn in ${found.layers} layers; the file has about ${bytes(found.file_bytes)}.`),
+      el("p", {}, `${found.parameters.toLocaleString("en")} numbers learn in ${found.layers} layers (${found.ranks}); the file has about ${bytes(found.file_bytes)}.`),
       el("p", { class: "subdued" }, `Rank ${rank}, alpha ${alpha ?? rank}: scale ${Number(found.scale.toFixed(3))}. ${found.held_out} of ${all} pictures are kept aside to see whether it learns more than them.`),
       problems,
     );

@@ -11,14 +11,8 @@ import torch
 from torch import nn
 
 from tests.tiny_models import tiny_text_encoder, tiny_unet
-from trainers.adapters.inject import (
-    TRAINED,
-    FlatParameters,
-    adapt_layers,
-    find_layers,
-    inject_trainable,
-    set_strength,
-)
+from trainers.adapters.flat import FlatParameters
+from trainers.adapters.inject import TRAINED, adapt_layers, find_layers, inject_trainable, set_strength
 from trainers.adapters.layer import AdaptedLayer
 from trainers.adapters.lora import LORA
 from trainers.adapters.plan import LayerPlan

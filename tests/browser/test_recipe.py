@@ -166,3 +166,23 @@ def test_sample_prompts_are_a_line_each(recipe: Any, window: Window) -> None:
     recipe.reload()
     recipe.locator("#screen-recipe .live h2").wait_for()
     assert field.input_value() == "a red heart\na wolf, running"
+
+
+def test_ranks_by_layer_are_a_line_each_and_one_that_fits_nothing_is_told(recipe: Any, window: Window) -> None:
+    recipe.get_by_text("More settings").click()
+    name = "adapter.rank_pattern"
+    field = recipe.locator("#field-adapter-rank_pattern")
+    field.fill("to_q = 32\n attn2.to_k= 4")
+    field.press("Tab")
+    recipe.get_by_text("layers at rank 32, ").wait_for()
+    assert saved(window, recipe.project) == {"adapter": {"rank_pattern": {"to_q": 32, "attn2.to_k": 4}}}
+    for wrong in ("to_qq = 4", "to_q = many"):
+        field.fill(wrong)
+        field.press("Tab")
+        recipe.locator("#field-adapter-rank_pattern-fault", has_text=wrong.split(" ")[0]).wait_for()
+    field.fill("to_q = 32")
+    field.press("Tab")
+    recipe.locator("#field-adapter-rank_pattern-fault:empty").wait_for(state="attached")
+    recipe.reload()
+    recipe.locator("#screen-recipe .live h2").wait_for()
+    assert field.input_value() == "to_q = 32" and name in recipe.content()

@@ -23,8 +23,9 @@ class AdapterKind(Protocol):
     """One adapter type. Weights are (out, in) or (out, in, kh, kw); the change of a weight at strength 1 is its delta.
 
     A type may have `joined(frozen, x, [(factors, scale), ...])`, which gives frozen(x) and what `forward` adds to it in one
-    autograd node, for one layer or for several that read the same x, or None where it cannot (see adapters/lora.py). It may
-    have `singular_values(factors, scale)`, which gives those of the delta, float64, falling, without forming it, or None.
+    autograd node, for one layer or for several that read the same x, some perhaps without an adapter; None where it cannot (see
+    adapters/lora.py). It may have `singular_values(factors, scale)`, which gives those of the delta, float64, falling, without
+    forming it, or None.
     """
 
     @property

@@ -31,6 +31,11 @@ class DoraSettings(LowRankSettings):
     type: Literal["dora"] = "dora"
     """Kind of adapter."""
 
+    @classmethod
+    def ups(cls) -> tuple[str, ...]:
+        """See LowRankSettings; the magnitudes keep the learning rate."""
+        return ("up",)
+
     @property
     def trained(self) -> Any:
         """The mathematics that is trained."""

@@ -1,17 +1,17 @@
-"""Puts adapters into a model's parts and lays all trainable factors out in one flat buffer."""
+"""Puts adapters into a model's parts, those that a run trains over one flat buffer, and takes them out again."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
 from trainers.adapters.base import AdapterKind, Factors, Started
+from trainers.adapters.dropout import Dropout, layer_dropout
+from trainers.adapters.flat import FlatParameters, lay_out
 from trainers.adapters.layer import AdaptedLayer, Adapter, Strength
 from trainers.adapters.pivotal import LENGTH, VECTORS, lengths_of, start_vectors
 from trainers.adapters.plan import LayerPlan, Strengths, VectorPlan, block_of, canonical_name, strength_at
@@ -20,117 +20,6 @@ from trainers.frozen import FrozenLayer
 
 ADAPTABLE = (nn.Linear, nn.Conv2d, FrozenLayer, AdaptedLayer)  # layers that an adapter can go into
 TRAINED = "trained"  # name of the adapter that a run trains
-VECTORS_GROUP = "vectors"  # learning-rate group of a trigger word's vectors
-
-
-@dataclass(frozen=True)
-class FlatParameters:
-    """All trainable factors of a run as views of one buffer: one optimizer call per group, one norm, one write.
-
-    `weights` and `gradient` are float32 (N,); `groups` gives each learning-rate group's slice of them;
-    `views` holds nn.Parameters whose data and gradient share the buffers' memory.
-    """
-
-    weights: torch.Tensor
-    gradient: torch.Tensor
-    groups: dict[str, slice]
-    views: dict[str, dict[str, nn.Parameter]]  # layer name -> factor name -> view
-    shapes: dict[str, dict[str, tuple[int, slice, tuple[int, ...]]]]
-    used: dict[str, dict[str, torch.Tensor]]  # what the layers compute with: the views, or within `working` their copies
-    constants: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)  # what they compute with beside them, by layer
-    exact: tuple[str, ...] = ()  # factors that stay float32 within `working`
-    kept: tuple[str, ...] = ()  # constants that a training state holds, as they cannot be made again
-
-    def parameters(self, group: str, as_views: bool) -> list[nn.Parameter]:
-        """What an optimizer gets for `group`: its factors as matrices, or one flat parameter that shares their memory."""
-        part = self.groups[group]
-        if as_views:
-            return [
-                view
-                for layer, factors in self.views.items()
-                for factor, view in factors.items()
-                if part.start <= self.shapes[layer][factor][1].start < part.stop
-            ]
-        flat = nn.Parameter(self.weights[part])
-        flat.grad = self.gradient[part]
-        return [flat]
-
-    @contextmanager
-    def working(self, dtype: torch.dtype) -> Iterator[None]:
-        """Within, the layers compute with copies of the factors in `dtype`, whose gradients one backward pass adds up.
-
-        Factors of which small differences matter, as their type says, stay float32.
-
-        One cast of the whole buffer on the way there; on the way back one concatenation, one cast and one sum.
-        """
-        leaf = nn.Parameter(self.weights)
-        leaf.grad = self.gradient
-        places = [(layer, factor, shape) for layer, factors in self.shapes.items() for factor, (_, _, shape) in factors.items()]
-        sizes = [math.prod(shape) for _, _, shape in places]
-        pieces = leaf.to(dtype).split(sizes)  # type: ignore[no-untyped-call]
-        exact = leaf.split(sizes) if self.exact else pieces  # type: ignore[no-untyped-call]
-        for (layer, factor, shape), *piece in zip(places, pieces, exact, strict=True):
-            self.used[layer][factor] = piece[factor in self.exact].view(shape)
-        try:
-            yield
-        finally:
-            for layer, factors in self.views.items():
-                self.used[layer].update(factors)
-
-    def kept_constants(self) -> dict[str, dict[str, torch.Tensor]]:
-        """Layer name -> the constants that a training state holds; empty where there are none."""
-        return {layer: {name: own[name] for name in self.kept} for layer, own in self.constants.items() if self.kept}
-
-    def split(self, flat: torch.Tensor) -> dict[str, dict[str, torch.Tensor]]:
-        """Another flat tensor (N,), for example the running mean, cut into layer name -> factor name -> tensor."""
-        return {
-            layer: {factor: flat[place].view(shape) for factor, (_, place, shape) in factors.items()}
-            for layer, factors in self.shapes.items()
-        }
-
-
-def lay_out(
-    plans: Sequence[LayerPlan],
-    layers: Mapping[str, Any],
-    kind: object,
-    device: torch.device,
-    vectors: Sequence[VectorPlan] = (),
-) -> FlatParameters:
-    """Flat float32 buffers for all plans, group after group in the order given, and the parameters that view them.
-
-    `layers` are those of `plans` and the tables of `vectors`, which come last, by name.
-    """
-    wanted = [
-        (plan.group, plan.name, plan.rank, kind.factor_shapes(tuple(layers[plan.name].weight.shape), plan.rank))  # type: ignore[attr-defined]
-        for plan in plans
-    ]
-    widths = {plan.name: int(layers[plan.name].weight.shape[1]) for plan in vectors}
-    wanted += [(VECTORS_GROUP, plan.name, plan.count, {VECTORS: (plan.count, widths[plan.name])}) for plan in vectors]
-    shapes: dict[str, dict[str, tuple[int, slice, tuple[int, ...]]]] = {}
-    groups: dict[str, slice] = {}
-    offset = 0
-    for group in dict.fromkeys(group for group, *_ in wanted):
-        start = offset
-        for _, name, rank, factors in (one for one in wanted if one[0] == group):
-            shapes[name] = {}
-            for factor, shape in factors.items():
-                size = torch.Size(shape).numel()
-                shapes[name][factor] = (rank, slice(offset, offset + size), shape)
-                offset += size
-        groups[group] = slice(start, offset)
-    weights = torch.zeros(offset, dtype=torch.float32, device=device)
-    gradient = torch.zeros_like(weights)
-    views: dict[str, dict[str, nn.Parameter]] = {}
-    for layer, places in shapes.items():
-        views[layer] = {}
-        for factor, (_, place, shape) in places.items():
-            view = nn.Parameter(weights[place].view(shape))
-            view.grad = gradient[place].view(shape)  # autograd then adds into the flat gradient in place
-            views[layer][factor] = view
-    used: dict[str, dict[str, torch.Tensor]] = {layer: dict(factors) for layer, factors in views.items()}
-    exact, kept = (tuple(getattr(kind, name, ())) for name in ("exact", "kept"))
-    exact += (VECTORS,) if vectors else ()
-    return FlatParameters(weights, gradient, groups, views, shapes, used, exact=exact, kept=kept)
 
 
 def find_layers(parts: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
@@ -171,18 +60,21 @@ def inject_trainable(
     seed: int,
     device: torch.device,
     given: Mapping[str, tuple[Factors, float]] | None = None,
+    apart: Sequence[str] = (),
+    dropout: Dropout = Dropout(),  # noqa: B008 - frozen
     vectors: Sequence[VectorPlan] = (),
 ) -> FlatParameters:
     """Freezes `parts`, adds the adapter named TRAINED to every planned layer, and initialises it from `seed`.
 
     Every layer draws from its own generator, so a layer's start does not depend on which others are adapted. A layer that
-    `given` has, by name, goes on from those factors and their scale. `vectors` are put beside the text encoders' tables.
+    `given` has, by name, goes on from those factors and their scale. `apart` is as in `lay_out`. `vectors` are put beside the
+    text encoders' tables.
     """
     for module in parts.values():
         module.requires_grad_(False)
     layers = adapt_layers(parts, [plan.name for plan in plans])
     tables = add_tables(parts, [plan.name for plan in vectors])
-    flat = lay_out(plans, {**layers, **tables}, kind, device, vectors)
+    flat = lay_out(plans, {**layers, **tables}, kind, device, apart, vectors)
     for own_vectors in vectors:
         _start_vectors(flat, own_vectors, tables[own_vectors.name])
     for plan in plans:
@@ -196,7 +88,8 @@ def inject_trainable(
                 view.copy_(started.factors[factor])
         flat.constants[plan.name] = {name: _sent(constant, device) for name, constant in started.constants.items()}
         flat.used[plan.name].update(flat.constants[plan.name])
-        layer.adapters[TRAINED] = Adapter(kind, flat.used[plan.name], started.scale)  # type: ignore[arg-type]
+        drops = layer_dropout(dropout, plan.name, flat.dropped_by)
+        layer.adapters[TRAINED] = Adapter(kind, flat.used[plan.name], started.scale, drops)  # type: ignore[arg-type]
         layer.strengths[TRAINED] = 1.0
     return flat
 

@@ -1,14 +1,16 @@
-"""AdaptedLayer: stands in for a frozen Linear or Conv2d and adds any number of adapters, each at its own strength."""
+"""AdaptedLayer: stands in for a frozen Linear, Conv2d or Embedding and adds adapters, each at its own strength."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from trainers.adapters.base import AdapterKind
+from trainers.adapters.dropout import LayerDropout
 from trainers.errors import SettingError
 from trainers.frozen import FrozenLayer, SharedRows
 
@@ -22,6 +24,19 @@ class Adapter:
     kind: AdapterKind  # an entry of ADAPTERS
     factors: Mapping[str, torch.Tensor]
     scale: float
+    dropout: LayerDropout | None = None
+
+    @property
+    def drops(self) -> bool:
+        """Whether something of its path is left out now."""
+        return self.dropout is not None and self.dropout.keys.of_rows is not None
+
+    def path(self, frozen: Any, x: torch.Tensor, strength: Strength) -> torch.Tensor:
+        """What it adds to frozen(x)."""
+        scale = self.scale * strength
+        if self.dropout is None or not self.drops:
+            return self.kind.forward(frozen, x, self.factors, scale)
+        return self.dropout.path(self.kind, frozen, x, self.factors, scale)
 
     def delta(self, weight: torch.Tensor | None = None) -> torch.Tensor:
         """The update at strength 1 in float64, of the shape of the frozen `weight`, which only a DoRA has to see."""
@@ -39,7 +54,7 @@ class AdaptedLayer(nn.Module):
     At strength 0, and with no adapter, the output is the frozen layer's, bit for bit: the path is not even computed.
     """
 
-    def __init__(self, frozen: nn.Linear | nn.Conv2d | FrozenLayer) -> None:
+    def __init__(self, frozen: nn.Linear | nn.Conv2d | nn.Embedding | FrozenLayer) -> None:
         super().__init__()
         self.frozen = frozen
         self.adapters: dict[str, Adapter] = {}
@@ -54,10 +69,10 @@ class AdaptedLayer(nn.Module):
     @property
     def bias(self) -> torch.Tensor | None:
         """The frozen bias."""
-        return self.frozen.bias
+        return getattr(self.frozen, "bias", None)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, ..., in) -> (B, ..., out), or (B, in, H, W) -> (B, out, H', W')."""
+        """(B, ..., in) -> (B, ..., out), or (B, in, H, W) -> (B, out, H', W'), or words (B, n) -> (B, n, width)."""
         if self._kept is not None:
             return self.frozen(x)  # type: ignore[no-any-return]
         active = self.active()
@@ -66,7 +81,7 @@ class AdaptedLayer(nn.Module):
             return joined
         y: torch.Tensor = self.frozen(x)
         for adapter, strength in active:
-            y = y + adapter.kind.forward(self.frozen, x, adapter.factors, adapter.scale * strength)
+            y = y + adapter.path(self.frozen, x, strength)
         return y
 
     def active(self) -> list[tuple[Adapter, Strength]]:
@@ -113,17 +128,29 @@ def answer_together(layers: Sequence[nn.Module], x: torch.Tensor) -> list[torch.
     answer = None
     if not any(isinstance(layer, AdaptedLayer) and layer.active() for layer in layers):
         answer = whole(x)
-    elif all(isinstance(layer, AdaptedLayer) for layer in layers):
-        answer = _joined(whole, x, [layer.active() for layer in layers])  # type: ignore[operator]
+    else:
+        answer = _joined(whole, x, [layer.active() if isinstance(layer, AdaptedLayer) else [] for layer in layers], frozen)
     return [layer(x) for layer in layers] if answer is None else [answer]
 
 
-def _joined(frozen: nn.Module, x: torch.Tensor, layers: Sequence[list[tuple[Adapter, Strength]]]) -> torch.Tensor | None:
-    """frozen(x) and all adapters as one node; None unless each layer has one, all of a type that knows how, at one strength."""
-    if any(len(active) != 1 or not isinstance(active[0][1], float) for active in layers):
+def _joined(
+    frozen: nn.Module,
+    x: torch.Tensor,
+    layers: Sequence[list[tuple[Adapter, Strength]]],
+    alone: Sequence[Any] = (),
+) -> torch.Tensor | None:
+    """frozen(x) and all adapters as one node; None unless all are of a type that knows how, at one strength, one at a layer.
+
+    Of several layers some may have none: `alone` are the frozen ones, which tell their widths.
+    """
+    active = [one for layer in layers for one in layer]
+    if not active or any(len(layer) > 1 for layer in layers) or not all(isinstance(strength, float) for _, strength in active):
         return None
-    adapters = [active[0] for active in layers]
-    kind = adapters[0][0].kind
-    if not hasattr(kind, "joined") or any(adapter.kind is not kind for adapter, _ in adapters):
+    kind = active[0][0].kind
+    if not hasattr(kind, "joined") or any(adapter.kind is not kind or adapter.drops for adapter, _ in active):
         return None
-    return kind.joined(frozen, x, [(adapter.factors, adapter.scale * strength) for adapter, strength in adapters])  # type: ignore[no-any-return]
+    own: list[Any] = [
+        (layer[0][0].factors, layer[0][0].scale * layer[0][1]) if layer else alone[number].weight.shape[0]
+        for number, layer in enumerate(layers)
+    ]
+    return kind.joined(frozen, x, own)  # type: ignore[no-any-return]

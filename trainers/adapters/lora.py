@@ -2,6 +2,11 @@
 
 A is called `down` and B `up`, as in the files of the ecosystem. A convolution's `down` has the frozen kernel's size
 and its `up` is 1 x 1 (as in loralib and kohya's LoCon).
+
+An Embedding's weight (words, width) is a matrix like any other, of which each word reads a row: s (B A)[word], where B has a
+row for each word and starts at zero, as in loralib, which calls B^T A and A^T B. No setting names an Embedding: of the
+programs that load LoRA files only diffusers takes one, in peft's form (lora_embedding_A = B^T, lora_embedding_B = A^T) beside
+other layers of the same rank, and kohya's form has no key for it.
 """
 
 from __future__ import annotations
@@ -53,10 +58,26 @@ class LoraSettings(LowRankSettings):
         return self
 
     @model_validator(mode="after")
+    def _rank_can_be_dropped(self) -> LoraSettings:
+        if self.rank_dropout and self.init != "gaussian":
+            raise ValueError(f"adapter.rank_dropout must be 0 with adapter.init = {self.init}, or take adapter.dropout")
+        return self
+
+    @model_validator(mode="after")
     def _starts_from_one_thing(self) -> LoraSettings:
         if self.start_from and self.init != "gaussian":
             raise ValueError(f"adapter.init = {self.init} starts from numbers of its own, so adapter.start_from must be empty")
         return self
+
+    @classmethod
+    def drops_ranks(cls) -> bool:
+        """See LowRankSettings."""
+        return True
+
+    @classmethod
+    def ups(cls) -> tuple[str, ...]:
+        """See LowRankSettings."""
+        return ("up",)
 
     @classmethod
     def starts_from_files(cls) -> bool:
@@ -171,29 +192,46 @@ class Lora:
         up[:, :count] = (columns[:, alive].double() * (ratio / powers)).to(up.dtype).reshape(up.shape[0], count, *up.shape[2:])
 
     @staticmethod
-    def forward(frozen: Any, x: torch.Tensor, factors: Mapping[str, torch.Tensor], scale: float | torch.Tensor) -> torch.Tensor:
+    def forward(
+        frozen: Any,
+        x: torch.Tensor,
+        factors: Factors,
+        scale: float | torch.Tensor,
+        dropped: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """s B A x, factored: (B, ..., in) -> (B, ..., out), or (B, in, H, W) -> (B, out, H', W') beside a convolution.
 
-        `frozen` is the Linear or Conv2d beside which it runs.
-        `scale` is a number, or a tensor (B,) with one scale for each row of the batch.
+        `frozen` is the Linear or Conv2d beside which it runs, or the Embedding: words (B, n) -> (B, n, width).
+        `scale` is a number, or a tensor (B,) with one scale for each row of the batch. Components of the rank that are
+        `dropped` (B, r) give nothing.
         """
         import torch.nn.functional as F
+        from torch import nn
 
-        up = factors["up"].to(x.dtype)
-        inner = scaled(apply_weight(frozen, x, factors["down"]), scale)
-        return F.conv2d(inner, up) if up.dim() == 4 else F.linear(inner, up)
+        down, up = factors["down"], factors["up"]
+        if isinstance(frozen, nn.Embedding):
+            kind = frozen.weight.dtype
+            return scaled(_kept(F.embedding(x, up.to(kind)), dropped, False), scale) @ down.to(kind)
+        inner = _kept(scaled(apply_weight(frozen, x, down), scale), dropped, up.dim() == 4)
+        return F.conv2d(inner, up.to(x.dtype)) if up.dim() == 4 else F.linear(inner, up.to(x.dtype))
 
     @staticmethod
-    def joined(frozen: Any, x: torch.Tensor, adapters: Sequence[tuple[Factors, float]]) -> torch.Tensor | None:
+    def joined(frozen: Any, x: torch.Tensor, adapters: Sequence[tuple[Factors, float] | int]) -> torch.Tensor | None:
         """frozen(x) and what the adapters add, for one layer or for several side by side: see lora_node.py.
 
-        None beside a convolution.
+        A layer without an adapter is given by its width, and has one of rank 0. None beside a convolution or an Embedding.
         """
-        from trainers.adapters.lora_node import lora_beside
+        from trainers.adapters.lora_node import Pair, lora_beside
 
-        if any(factors["down"].dim() != 2 for factors, _ in adapters):
+        def pair_of(one: tuple[Factors, float] | int) -> Pair:
+            if isinstance(one, int):
+                return x.new_empty((0, x.shape[-1])), x.new_empty((one, 0)), 1.0
+            return one[0]["down"].to(x.dtype), one[0]["up"].to(x.dtype), one[1]
+
+        convolutions = any(not isinstance(one, int) and one[0]["down"].dim() != 2 for one in adapters)
+        if convolutions or not x.is_floating_point():
             return None
-        return lora_beside(frozen, x, [(f["down"].to(x.dtype), f["up"].to(x.dtype), scale) for f, scale in adapters])
+        return lora_beside(frozen, x, [pair_of(one) for one in adapters])
 
     @staticmethod
     def delta(factors: Factors, scale: float, weight: torch.Tensor | None = None) -> torch.Tensor:
@@ -211,6 +249,15 @@ class Lora:
     def singular_values(factors: Factors, scale: float) -> torch.Tensor | None:
         """From the factors; None where the whole matrix is smaller than they are."""
         return values_of_product(factors["up"], factors["down"], scale)
+
+
+def _kept(inner: torch.Tensor, dropped: torch.Tensor | None, pictures: bool) -> torch.Tensor:
+    """A x (B, ..., r), or (B, r, H, W) of pictures, with zero for the components that are `dropped` (B, r)."""
+    if dropped is None:
+        return inner
+    rows, rank = dropped.shape
+    form = (rows, rank, 1, 1) if pictures else (rows, *(1 for _ in inner.shape[1:-1]), rank)
+    return inner.masked_fill(dropped.view(form), 0.0)
 
 
 LORA = Lora()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,12 @@ class VectorPlan:
 def canonical_name(part: str, path: str) -> str:
     """`<part>.<path>`; CLIP's paths lose `text_model.`, which transformers wrote before 5.6 and dropped since."""
     return f"{part}.{path.removeprefix('text_model.')}"
+
+
+def last_fitting(patterns: Iterable[str], name: str) -> str | None:
+    """The last of `patterns` that a layer's name fits: whole parts of it between dots, with * for anything."""
+    found = [pattern for pattern in patterns if fnmatchcase(f".{name}.", f"*.{pattern}.*")]
+    return found[-1] if found else None
 
 
 BLOCKS = ("text", "down_0", "down_1", "down_2", "down_3", "mid", "up_0", "up_1", "up_2", "up_3", "other")

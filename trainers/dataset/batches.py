@@ -19,7 +19,7 @@ from trainers.dataset.captions import vary_caption
 from trainers.dataset.folder import Example
 from trainers.dataset.masks import FILLING, cells_of, load_masked
 from trainers.dataset.pictures import load_pixels, read_file
-from trainers.dataset.plan import StepPlan, random_for
+from trainers.dataset.plan import StepPlan, dropout_keys, random_for
 from trainers.dataset.prepare import Prepared
 from trainers.device import Device, send
 from trainers.errors import DatasetError
@@ -39,7 +39,7 @@ class Batch:
     latents, noise (B, C, h, w) float32; timesteps (B,) int64; weights (B,) float32, already divided by the number of
     examples in the whole step, so that the micro-batches' (and processes') losses add up to the step's mean; framing
     (B, 6) float32 as in families.base.DiffusionModel.predict; mask (B, 1, h, w) float32, of mean 1 in each example and 1
-    everywhere in one without a mask, None in a run in which no picture has one.
+    everywhere in one without a mask, None in a run in which no picture has one; keys (B, 2) int32 as in adapters.dropout.
     """
 
     latents: torch.Tensor
@@ -49,12 +49,13 @@ class Batch:
     weights: torch.Tensor
     framing: torch.Tensor
     mask: torch.Tensor | None = None
+    keys: torch.Tensor | None = None
 
 
 Shown = tuple[torch.Tensor, torch.Tensor | None]
 """latents (C, h, w) and mask (1, h, w) of a picture."""
-Row = tuple[torch.Tensor, torch.Tensor, int, str, float, tuple[int, ...], torch.Tensor | None]
-"""latents, noise, timestep, caption, weight, framing and mask of one example."""
+Row = tuple[torch.Tensor, torch.Tensor, int, str, float, tuple[int, ...], torch.Tensor | None, tuple[int, ...]]
+"""latents, noise, timestep, caption, weight, framing, mask and keys of one example."""
 
 
 class BatchMaker:
@@ -79,6 +80,7 @@ class BatchMaker:
         self._flips = (False, True) if config.dataset.flip else (False,)
         self._files: dict[Path, bytes] = {}
         self._masked = any(prepared.example.mask for prepared in examples)
+        self._drops = config.adapter.dropouts.is_on
         self._to_encode = self._encoded = 0
         self.ahead = device.device.type == "cuda"
         """Whether a step's batches are made while the device still computes the step before."""
@@ -152,7 +154,7 @@ class BatchMaker:
                 latents, mask = shown
                 noise = draw_noise(_shape(latents), 0.0, *key)
                 timestep = int(total * (draw + 0.5) / draws)
-                rows.append((latents, noise, timestep, prepared.example.caption, 1.0, framing_of(prepared, False), mask))
+                rows.append((latents, noise, timestep, prepared.example.caption, 1.0, framing_of(prepared, False), mask, ()))
             if rows:
                 yield self._join(rows, draws * len(examples))
 
@@ -185,7 +187,8 @@ class BatchMaker:
         latents, mask = shown
         noise = draw_noise(_shape(latents), self._config.train.noise_offset, *key)
         timestep = draw_timestep(self._model.objective.timesteps, *key)
-        return latents, noise, timestep, caption, prepared.weight, framing_of(prepared, flip), mask
+        keys = dropout_keys(*key) if self._drops else ()
+        return latents, noise, timestep, caption, prepared.weight, framing_of(prepared, flip), mask, keys
 
     def _try_latents(self, prepared: Prepared, flip: bool, key: tuple[object, ...]) -> Shown | None:
         """The latents and the mask of a picture, or None, told once, when it has become unreadable."""
@@ -241,7 +244,7 @@ class BatchMaker:
         return load_masked(example.path, mask, sha256, data, self._files.get(mask.path) if mask.path else None)
 
     def _join(self, rows: Sequence[Row], in_step: int) -> Batch:
-        latents, noise, timesteps, captions, weights, framing, masks = zip(*rows, strict=True)
+        latents, noise, timesteps, captions, weights, framing, masks, keys = zip(*rows, strict=True)
         device = self._device.device
         return Batch(
             send(torch.stack(latents), device),
@@ -251,6 +254,7 @@ class BatchMaker:
             send(torch.tensor(weights, dtype=torch.float32), device) / in_step,
             send(torch.tensor(framing, dtype=torch.float32), device),
             send(_of_mean_one(masks, latents[0]), device) if self._masked or any(mask is not None for mask in masks) else None,
+            send(torch.tensor(keys, dtype=torch.int32), device) if keys[0] else None,
         )
 
 

@@ -22,6 +22,12 @@ def random_for(*parts: int | str) -> random.Random:
     return random.Random(int.from_bytes(digest, "big"))
 
 
+def dropout_keys(seed: int, step: int, slot: int, index: int) -> tuple[int, int]:
+    """Keys of what is left out of an adapter for one example of a step, and for the whole step: see adapters.dropout.Keys."""
+    own, whole = random_for("dropout", seed, step, slot, index), random_for("dropout", seed, step)
+    return own.getrandbits(32) - 2**31, whole.getrandbits(32) - 2**31
+
+
 def split_holdout(contents: Sequence[str], share: float, seed: int) -> tuple[list[int], list[int]]:
     """Splits examples, given as the sha256 of each file, into (training, held-out) indices, both ascending.
 

@@ -25,6 +25,20 @@ TARGETS: dict[str, dict[str, str]] = {
     "text_encoder_2": _TEXT,
 }
 
+_PROJECTIONS = {"q": "to_q|q_proj", "k": "to_k|k_proj", "v": "to_v|v_proj", "out": r"to_out\.0|out_proj"}
+"""Last parts of the paths of the attention's matrices, in a denoiser and in a text encoder."""
+
+
+def without_projections(paths: Iterable[str], learning: Sequence[str]) -> list[str]:
+    """`paths` without those of attention's matrices that are not among `learning` (q, k, v, out).
+
+    A checkpoint that stores q, k and v as one matrix, as OpenCLIP's text encoders do, is read as three: see ldm.py. Of a
+    folder that diffusers saved with its projections fused the three are trained that lie beside to_qkv.
+    """
+    still = [names for projection, names in _PROJECTIONS.items() if projection not in learning]
+    pattern = re.compile(rf"\.({'|'.join(still)})$")
+    return [path for path in paths if not (still and pattern.search("." + path))]
+
 
 def trainable_paths(base: BaseModelFacts, part: str, targets: Sequence[str], paths: Iterable[str]) -> list[str]:
     """Those of `paths` that `targets` name and that can learn: layers of a text encoder that nothing reads are left out."""
