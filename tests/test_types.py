@@ -65,17 +65,15 @@ def test_a_stopped_run_goes_on_to_the_bytes_and_the_proof_of_an_unbroken_one(
 
 @pytest.mark.parametrize("name", ["dora", "loha", "lokr", "random_projection", "restart"])
 def test_in_its_own_form_the_file_is_read_back_as_that(name: str, pictures: Path, tiny_base: Path, tmp_path: Path) -> None:
-    foreign = name != "dora"  # a form that diffusers does not have at all
-    more = words_of(TYPES[name], "output.kind=native", *(["output.verify=true"] if foreign else []))
+    more = words_of(TYPES[name], "output.kind=native", "output.verify=true")
     assert impasto("train", pictures, "--base", tiny_base, *TINY, "--steps", 3, *more, "-o", tmp_path / "run") == 0
     with safe_open(result_of(tmp_path / "run"), "pt") as file:
         keys, metadata = " ".join(file.keys()), file.metadata()
     assert {"dora": "dora_scale", "loha": "hada_w1_a", "lokr": "lokr_w1"}.get(name, ".diff") in keys
-    if foreign:
-        proof = json.loads(RunFolder(tmp_path / "run").proof.read_text(encoding="utf-8"))
-        assert proof["ok"] and proof["read_here"] == proof["modules"] > 20 and 0 < proof["worst_error"] < 1e-3
-        assert proof["read_by_diffusers"] == 0
-        assert "diffusers reads no file of this form" in read_events(tmp_path / "run")[-1]["proof"]
+    proof = json.loads(RunFolder(tmp_path / "run").proof.read_text(encoding="utf-8"))
+    assert proof["ok"] and proof["read_here"] == proof["modules"] > 20 and 0 < proof["worst_error"] < 1e-3
+    assert proof["read_by_diffusers"] == 0
+    assert "diffusers does not read this form" in read_events(tmp_path / "run")[-1]["proof"]
     assert metadata["ss_network_module"] == "lycoris.kohya"
     assert impasto("inspect", result_of(tmp_path / "run")) == 0
 

@@ -4,8 +4,8 @@ u (out, r) and v (r, in) are Gaussian of variance 1 / r, so that the means of u 
 constants for k steps; C (r, r) learns, from zero. Its gradient is s u^T G v^T for G = dL/dW: the optimizer sees a random
 projection of G, and a step of C moves W by one of u u^T G v^T v, in the mean by one of G. At a turn u C v goes into a running
 sum, u and v are drawn again (from the seed, the layer's name and the turn's number), and C is zero: so the sum has no low
-rank, and no direction of W is moved for long, which is meant against forgetting. With an optimizer that scales its steps a
-weight moves by about the learning rate in a step, as in a full fine-tune and in no LoRA: rates are a full fine-tune's.
+rank, and no direction of W is moved for long, which is meant against forgetting. With an optimizer that scales its steps, as
+AdamW does, each weight moves by about the learning rate in a step, as in a full fine-tune, if mostly in random directions.
 
 Carried into the new projection u', v' are the mean M of the gradients and that of their squares:
 
