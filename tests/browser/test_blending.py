@@ -5,23 +5,28 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from tests.browser.conftest import eventually, expect
 from tests.browser.test_window_journey import shot
 from tests.tools.mergeable import save_adapter
 from trainers.blend import read_blend
 
 
-def picture(page: Any) -> str:
-    """The address of the picture once nothing is drawn any more; it is named by what it shows."""
-    page.wait_for_timeout(300)  # longer than the screen waits before it draws
-    page.locator("#screen-blend .view progress").wait_for(state="hidden")
+def picture(page: Any, *before: str) -> str:
+    """The address of the picture once it is another one than before and drawn to its end; it is named by what it shows."""
+    page.wait_for_function(
+        """before => { const image = document.querySelector('#screen-blend .stage img');
+          return image.getAttribute('src') && !before.includes(image.getAttribute('src'))
+            && document.querySelector('#screen-blend .view progress').hidden; }""",
+        arg=list(before),
+    )
     return str(page.locator("#screen-blend .stage img").get_attribute("src"))
 
 
-def move(page: Any, label: str, value: float) -> str:
+def move(page: Any, label: str, value: float, *before: str) -> str:
     page.get_by_label(label, exact=True).evaluate(
         "(slider, value) => { slider.value = value; slider.dispatchEvent(new Event('input', {bubbles: true})); }", value
     )
-    return picture(page)
+    return picture(page, *before)
 
 
 def test_two_loras_are_blended_kept_loaded_and_exported(window: Any, page: Any) -> None:
@@ -35,14 +40,12 @@ def test_two_loras_are_blended_kept_loaded_and_exported(window: Any, page: Any) 
     page.get_by_role("button", name="Add first to the blend").click()
     one = picture(page)
     page.get_by_role("button", name="Add second to the blend").click()
-    both = picture(page)
-    moved = move(page, "first, strength, slider", -0.5)
-    again = move(page, "second, strength, slider", 0.25)
-    assert len({one, both, moved, again}) == 4
+    both = picture(page, one)
+    moved = move(page, "first, strength, slider", -0.5, one, both)
+    again = move(page, "second, strength, slider", 0.25, one, both, moved)
     page.locator(".lora", has_text="first").get_by_text("Text encoder and blocks").click()
     page.get_by_label("first, down 0, slider", exact=True).wait_for()
-    blocked = move(page, "first, down 0, slider", 0.0)
-    assert blocked != again
+    blocked = move(page, "first, down 0, slider", 0.0, one, both, moved, again)
     shot(page, "blend")
     page.get_by_label("Name of the blend").fill("My two")
     page.get_by_role("button", name="Save", exact=True).click()
@@ -56,7 +59,7 @@ def test_two_loras_are_blended_kept_loaded_and_exported(window: Any, page: Any) 
     page.reload()
     page.get_by_role("button", name="Load", exact=True).click()
     page.get_by_role("button", name="Take second out").wait_for()
-    assert picture(page) == blocked
+    expect(page.locator("#screen-blend .stage img")).to_have_attribute("src", blocked)
     page.get_by_role("button", name="Take first out").click()
     page.get_by_role("button", name="Take second out").click()
     page.get_by_label("Prompt", exact=True).fill("a cat, Word2")
@@ -68,7 +71,7 @@ def test_two_loras_are_blended_kept_loaded_and_exported(window: Any, page: Any) 
     page.get_by_label("Name of the blend").fill("sum")
     page.get_by_role("button", name="Export as one LoRA").click()
     page.get_by_role("button", name="Add sum to the blend").wait_for()
-    assert (loras / "sum.safetensors").is_file()
+    eventually(page, (loras / "sum.safetensors").is_file, True)
 
 
 def test_the_library_describes_searches_and_gives_back_what_was_removed(window: Any, page: Any) -> None:
@@ -81,7 +84,7 @@ def test_the_library_describes_searches_and_gives_back_what_was_removed(window: 
     page.get_by_label("Search the library").fill("word3")
     card = page.locator(".lora-card", has_text="third")
     card.wait_for()
-    page.wait_for_function("() => document.querySelectorAll('.lora-card').length === 1")
+    expect(page.locator(".lora-card")).to_have_count(1)
     card.get_by_text("Details").click()
     card.get_by_text("AutoV2").wait_for()
     with page.expect_response("**/api/library?q=third"):  # a search that answers while a person types in the details
@@ -90,10 +93,9 @@ def test_the_library_describes_searches_and_gives_back_what_was_removed(window: 
         )
         card.get_by_label("Trigger words").fill("half a wo")
     page.wait_for_timeout(100)
-    assert page.evaluate("() => [document.activeElement.ariaLabel, document.activeElement.value]") == [
-        "Trigger words",
-        "half a wo",
-    ]
+    field = card.get_by_label("Trigger words")
+    expect(field).to_be_focused()
+    expect(field).to_have_value("half a wo")
     card.get_by_label("Trigger words").fill("word3")
     card.get_by_label("Default strength").fill("0.5")
     card.get_by_label("Default strength").press("Tab")
@@ -104,9 +106,9 @@ def test_the_library_describes_searches_and_gives_back_what_was_removed(window: 
     card.get_by_role("button", name="Remove from the library").click()
     page.get_by_role("button", name="Remove", exact=True).click()
     card.wait_for(state="detached")
-    assert not (loras / "third.safetensors").exists()
+    eventually(page, (loras / "third.safetensors").exists, False)
     page.get_by_role("button", name="Undo").click()
     card.wait_for()
-    assert (loras / "third.safetensors").is_file()
+    eventually(page, (loras / "third.safetensors").is_file, True)
     card.get_by_role("button", name="Add third to the blend").click()
-    assert page.get_by_label("third, strength", exact=True).input_value() == "0.5"
+    expect(page.get_by_label("third, strength", exact=True)).to_have_value("0.5")
