@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from tests.browser.conftest import eventually, expect
 from tests.browser.test_window_journey import shot
 from tests.tools.mergeable import save_adapter
 from trainers.blend import read_blend
+from trainers.library import read_facts
 
 
 def picture(page: Any, *before: str) -> str:
@@ -39,6 +41,11 @@ def test_two_loras_are_blended_kept_loaded_and_exported(window: Any, page: Any) 
     page.goto(f"{window.url}#/{project}/blend")
     page.get_by_role("button", name="Add first to the blend").click()
     one = picture(page)
+    page.get_by_role("button", name="Use as card picture").click()
+    card = page.locator(".lora-card", has=page.get_by_text("first", exact=True))
+    expect(card.locator("img")).to_have_attribute("src", re.compile(Path(one).stem))
+    page.locator(".toast").get_by_role("button", name="Undo").click()
+    card.locator(".no-picture").wait_for(state="attached")
     page.get_by_role("button", name="Add second to the blend").click()
     both = picture(page, one)
     moved = move(page, "first, strength, slider", -0.5, one, both)
@@ -74,10 +81,11 @@ def test_two_loras_are_blended_kept_loaded_and_exported(window: Any, page: Any) 
     eventually(page, (loras / "sum.safetensors").is_file, True)
 
 
-def test_the_library_describes_searches_and_gives_back_what_was_removed(window: Any, page: Any) -> None:
+def test_the_library_takes_describes_searches_gives_back_and_cuts(window: Any, page: Any, tmp_path: Path) -> None:
     loras = window.home / "loras"
     loras.mkdir(exist_ok=True)
     save_adapter(loras / "third.safetensors", Path("pocket"), {"attn1.to_q": "lora"}, 4, seed=3)
+    save_adapter(loras / "round.safetensors", Path("pocket"), {"attn1.to_k": "loha"}, 3, seed=5)
     page.goto(window.url)
     project = page.evaluate("() => import('/web/core.js').then(m => m.post('/projects', {name: 'Library'})).then(p => p.id)")
     page.goto(f"{window.url}#/{project}/blend")
@@ -112,3 +120,31 @@ def test_the_library_describes_searches_and_gives_back_what_was_removed(window: 
     eventually(page, (loras / "third.safetensors").is_file, True)
     card.get_by_role("button", name="Add third to the blend").click()
     expect(page.get_by_label("third, strength", exact=True)).to_have_value("0.5")
+
+    page.get_by_label("Name of the blend").fill("cut")
+    rank = page.get_by_label("Rank of the export")
+    expect(rank).to_be_hidden()
+    page.get_by_label("Search the library").fill("")
+    page.get_by_role("button", name="Add round to the blend").click()
+    rank.fill("2")
+    page.get_by_text("No LoRA holds exactly what a LoHa changes").wait_for()
+    page.get_by_role("button", name="Export as one LoRA").click()
+    page.get_by_text(re.compile(r"cut, cut to rank 2: it lacks \d+ % of what the blend changes")).wait_for()
+    shot(page, "export")
+    assert read_facts(loras / "cut.safetensors").ranks == (2,)
+
+    slow = page.context.new_cdp_session(page)
+    network = {"offline": False, "latency": 0, "downloadThroughput": -1}
+    slow.send("Network.emulateNetworkConditions", {**network, "uploadThroughput": 50_000})
+    coming = save_adapter(tmp_path / "coming.safetensors", Path("pocket"), {"to_q": "lora", "to_v": "lora"}, 32, seed=6)
+    page.get_by_label("LoRA files").set_input_files(coming)
+    page.get_by_text(re.compile(r"Adding 1 file: .* of \d")).wait_for()
+    shot(page, "bringing")
+    page.get_by_role("button", name="Cancel", exact=True).click()
+    page.get_by_text("Given up: nothing was added.").wait_for()
+    slow.send("Network.emulateNetworkConditions", {**network, "uploadThroughput": -1})
+    eventually(
+        page, lambda: [path.name for path in loras.iterdir() if "coming" in path.name or path.name.startswith(".upload")], []
+    )
+    page.get_by_label("LoRA files").set_input_files(coming)
+    page.get_by_role("button", name="Add coming to the blend").wait_for()
