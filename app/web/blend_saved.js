@@ -47,7 +47,7 @@ export function makeSaved(address, defaults, { loras, load, exported, trouble })
     if (!done.answer) throw new Error(done.problem || "It was given up");
     told.hidden = wanted === null;
     told.textContent = `${name.value.trim()}, cut to rank ${wanted}: it lacks ${percent(done.answer.overall_error)} of what the blend changes, ${percent(done.answer.worst_error)} in the layer where most is lost.`;
-    toast(`In the library now: ${name.value.trim()}. At strength 1 it does what these do together.`);
+    toast(`In the library now: ${name.value.trim()}.${wanted === null ? " At strength 1 it does what these do together." : ""}`);
     exported();
   });
   const open = button("Load", async () => {
@@ -89,7 +89,7 @@ export function makeSaved(address, defaults, { loras, load, exported, trouble })
     count = cards.length;
     const types = [...new Set(cards.flatMap((card) => card?.kinds || []))].filter(needsRank);
     cut.hidden = !types.length;
-    why.textContent = `No LoRA holds exactly what a ${types.map((kind) => TYPES[kind] || kind).join(" or a ")} changes: of each layer’s sum the export keeps so many strongest directions. A higher rank loses less and makes a larger file; after it you read how much was lost.`;
+    why.textContent = `No LoRA holds exactly what a ${types.map((kind) => TYPES[kind] || kind).join(" or a ")} changes: of each layer’s sum the export keeps that many of the strongest directions. A higher rank loses less and makes a larger file; after it you read how much was lost.`;
     arrange();
   }
 
