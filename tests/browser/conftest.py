@@ -176,7 +176,7 @@ def new_page(browser: Any) -> Iterator[Callable[..., Any]]:
 
     def make(context: Any = None, **options: Any) -> Any:
         if context is None:
-            context = browser.new_context(viewport={"width": 1280, "height": 900}, **options)
+            context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **options})
             contexts.append(context)
         page = context.new_page()
         page.set_default_timeout(PATIENCE)
