@@ -71,7 +71,8 @@ def answer(request: RenderRequest, warm: Warm, tell: Tell, check: Callable[[], N
             show(path)
     if not missing:
         return
-    _draw(request, batches(list(missing.values()), rows_at(request.width, request.height)), warm, warm.model(base, tell), _Listener(tell, show, check))
+    passes = batches(list(missing.values()), rows_at(request.width, request.height))
+    _draw(request, passes, warm, warm.model(base, tell), _Listener(tell, show, check))
 
 
 @dataclass(frozen=True)
