@@ -22,6 +22,7 @@ from trainers.config import TrainConfig
 from trainers.dataset.pictures import load_pixels
 from trainers.dataset.prepare import render_side, scan_images
 from trainers.families import recognise_base
+from trainers.library import read_facts
 from trainers.measures.pixels import MEASURED_SIDE
 
 REMEMBERED = 10
@@ -60,6 +61,7 @@ class Calibrations:
 
     def ask(self, config: TrainConfig, lora: Path) -> int:
         """Begins one for a LoRA of a run with these settings; returns its number. Raises TrainingError."""
+        read_facts(lora)  # a damaged one is told now, and not after the base's own pictures
         plan = make_plan(scan_images(config).examples, config.dataset.trigger)
         of = config.samples
         base = recognise_base(config.base.model, config.base.options)

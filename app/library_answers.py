@@ -27,6 +27,8 @@ class CardAnswer(BaseModel):
     words: list[str]
     size: int
     picture: str
+    chosen: str
+    """Name of the drawn picture that it is shown with; empty where it is shown with its own."""
     strength: float
     """What routing brings it in at."""
     routed: bool
@@ -64,6 +66,12 @@ class CardNamed(Body):
     """Which LoRA it is about."""
 
     file: Key
+
+
+class PictureChoice(CardNamed):
+    """PUT /api/library/picture: a picture of the studio by its name, or empty for the LoRA's own again."""
+
+    picture: Annotated[str, Field(max_length=100)]
 
 
 class Removed(BaseModel):

@@ -17,6 +17,7 @@ from app.library_answers import (
     CardDetails,
     CardNamed,
     LibraryAnswer,
+    PictureChoice,
     Removed,
     Restore,
 )
@@ -26,6 +27,7 @@ from trainers.library import (
     FOLDER,
     Card,
     change_card,
+    choose_picture,
     find_card,
     hashes_of,
     list_cards,
@@ -68,6 +70,12 @@ def get_picture(file: Key, desk: TheDesk) -> FileResponse:
     return FileResponse(picture, media_type="image/png", headers={"Cache-Control": "private, no-cache"})
 
 
+def put_picture(body: PictureChoice, desk: TheDesk) -> CardAnswer:
+    """Shows a LoRA with a picture that was drawn, of which a copy is kept; the picture beside its file stays."""
+    _find(desk, body.file)
+    return answer_card(choose_picture(desk.home, body.file, body.picture, desk.studio.folder))
+
+
 async def post_loras(request: Request, desk: TheDesk) -> uploads.Received:
     """Brings LoRA files in, with pictures beside them. Each is checked by its header; nothing there is overwritten."""
     return await uploads.receive(request, desk.home / FOLDER, _LIMITS, (".safetensors",))
@@ -88,7 +96,8 @@ def post_restore(body: Restore, desk: TheDesk) -> LibraryAnswer:
 def answer_card(card: Card) -> CardAnswer:
     """A card as it is sent."""
     facts = card.facts
-    version = f"&v={card.mark[1]}"
+    chosen = card.chosen.name if card.chosen and card.chosen.is_file() else ""
+    version = f"&v={card.mark[1]}{chosen.removesuffix('.png')}"
     return CardAnswer(
         key=card.key,
         name=card.path.name,
@@ -100,6 +109,7 @@ def answer_card(card: Card) -> CardAnswer:
         words=list(card.words),
         size=card.mark[2],
         picture=f"/api/library/picture?file={quote(card.key, safe='')}{version}" if card.picture else "",
+        chosen=chosen,
         strength=card.strength,
         routed=card.routed,
         problem=card.problem,
@@ -118,6 +128,7 @@ ROUTES: tuple[tuple[str, str, Callable[..., Any]], ...] = (
     ("GET", "/library/card", get_card),
     ("PUT", "/library/card", put_card),
     ("GET", "/library/picture", get_picture),
+    ("PUT", "/library/picture", put_picture),
     ("POST", "/library/files", post_loras),
     ("POST", "/library/remove", post_remove),
     ("POST", "/library/restore", post_restore),

@@ -155,6 +155,12 @@ def add_run(project: Project, run_id: str) -> Project:
         return change_project(project, runs=(*_now(project).runs, run_id))
 
 
+def drop_run(project: Project, run_id: str) -> Project:
+    """Notes that a run of the project has gone."""
+    with _writing:
+        return change_project(project, runs=tuple(one for one in _now(project).runs if one != run_id))
+
+
 def delete_project(project: Project) -> None:
     """Removes the project's folder with the pictures copied into it; a folder that the person named, and runs, stay."""
     with _writing:

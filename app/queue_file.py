@@ -18,18 +18,22 @@ without a word; or the next one could not be started."""
 
 
 class Entry(BaseModel):
-    """One prepared run."""
+    """One prepared run, or one that is to go on where it was stopped."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     run: str
-    """Name of its folder, which holds config.toml and edits.json, and nothing that a training has written."""
+    """Name of its folder; that of a prepared run holds config.toml and edits.json, and nothing that a training has written."""
     project: str
     title: str = ""
     """In words, as it was when it was added: 400 steps on pocket."""
     steps: int = 0
     seconds: float | None = None
-    """How long it will take by two real steps, where they had been measured."""
+    """How long it will take by two real steps, or by the steps that it has done, where they had been measured."""
+    resumes: bool = False
+    """Whether it was begun before: its folder stays when it is taken out."""
+    force: bool = False
+    """Whether it goes on although what went into it has changed."""
 
 
 class QueueState(BaseModel):
@@ -44,9 +48,9 @@ class QueueState(BaseModel):
     last: str = ""
     """The run that trained when somebody last looked; the first entry goes on after it."""
 
-    def project_of(self, run: str) -> str | None:
-        """The project of a run that waits; None for any other."""
-        return next((entry.project for entry in self.entries if entry.run == run), None)
+    def entry_of(self, run: str) -> Entry | None:
+        """The entry of a run that waits; None for any other."""
+        return next((entry for entry in self.entries if entry.run == run), None)
 
 
 class QueueFile:

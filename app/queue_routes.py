@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,9 @@ from fastapi import Response
 from pydantic import BaseModel
 
 from app.answers import Body, RunAnswer, RunStart
-from app.desk import Desk, TheDesk, ThePlace
+from app.desk import Desk, TheDesk, ThePlace, TheRun
 from app.projects import list_projects
-from app.queue_file import QueueState
+from app.queue_file import Entry, QueueState
 from app.run_routes import answer_run
 from app.runs import Standing
 from trainers.config import read_config
@@ -31,6 +30,12 @@ class QueueOrder(Body):
     order: list[str]
 
 
+class ResumeLater(Body):
+    """POST /api/runs/{run_id}/queue: go on when its turn comes, with `force` although what went into it has changed."""
+
+    force: bool = False
+
+
 class EntryAnswer(BaseModel):
     """A run that waits. Times in seconds; null where nothing like it has been measured."""
 
@@ -39,6 +44,8 @@ class EntryAnswer(BaseModel):
     project_name: str
     title: str
     steps: int
+    resumes: bool
+    """Whether it was begun before, and goes on."""
     seconds: float | None
     """How long it will take."""
     starts_in: float | None
@@ -86,10 +93,34 @@ def post_to_queue(body: RunStart, place: ThePlace) -> RunAnswer:
             measured = desk.preflight.known(plan, (run.path / "edits.json").read_bytes())
             seconds = time_to_finish(plan.config, plan.data.steps, measured) if measured else None
             title = f"{plan.data.steps} steps on {plan.base.name}, preset {plan.preset}"
-            desk.queue.add(run, place.project, title, plan.data.steps, seconds)
+            entry = Entry(run=run.path.name, project=place.project.id, title=title, steps=plan.data.steps, seconds=seconds)
+            desk.queue.add(entry)
         except Exception:
-            shutil.rmtree(run.path, ignore_errors=True)  # nothing was trained in it, and nobody would ever start it
+            desk.runs.drop_prepared(place.project, run)
             raise
+    return answer_run(desk.runs.standing(run))
+
+
+def post_run_to_queue(body: ResumeLater, run: TheRun, desk: TheDesk) -> RunAnswer:
+    """Puts a run that was paused, stopped, has failed or was killed at the end, to go on when its turn comes.
+
+    409 when it trains, is finished or waits already.
+    """
+    with desk.runs.turn:
+        standing = desk.runs.standing(run)
+        steps, speed = standing.progress.steps, standing.progress.seconds_per_step
+        left = max(0, steps - standing.saved_step)
+        desk.queue.add(
+            Entry(
+                run=standing.id,
+                project=standing.project,
+                title=f"goes on from step {standing.saved_step} of {steps}" if steps else "begins again",
+                steps=left,
+                seconds=speed and speed * left,
+                resumes=True,
+                force=body.force,
+            )
+        )
     return answer_run(desk.runs.standing(run))
 
 
@@ -137,8 +168,8 @@ def _entries(desk: Desk, state: QueueState, standings: list[Standing], at_work: 
         seconds = entry.seconds if entry.seconds is not None else speed and speed * entry.steps
         answers.append(
             EntryAnswer(
-                **entry.model_dump(exclude={"seconds"}),
-                project_name=names.get(entry.project, entry.project),
+                **entry.model_dump(exclude={"seconds", "force"}),
+                project_name=names.get(entry.project, entry.project or entry.run),
                 seconds=seconds,
                 starts_in=begins,
             )
@@ -181,4 +212,5 @@ ROUTES: tuple[tuple[str, str, Callable[..., Any]], ...] = (
     ("POST", "/queue/go-on", post_go_on),
     ("DELETE", "/queue/{run_id}", delete_from_queue),
     ("POST", "/projects/{project_id}/queue", post_to_queue),
+    ("POST", "/runs/{run_id}/queue", post_run_to_queue),
 )

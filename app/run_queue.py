@@ -13,7 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from app.projects import Project
 from app.queue_file import Entry, Hold, QueueState
 from app.refusals import CONFLICT, NOT_FOUND, Refusal
 from app.runs import Runs, Standing
@@ -36,14 +35,19 @@ class RunQueue:
     def state(self) -> QueueState:
         """The queue without those that were begun, or whose folders have gone."""
         state = self._runs.queue.read()
-        kept = tuple(entry for entry in state.entries if _waits(self._folder(entry)))
+        kept = tuple(entry for entry in state.entries if self._waits(entry))
         return state if len(kept) == len(state.entries) else state.model_copy(update={"entries": kept})
 
-    def add(self, run: RunFolder, project: Project, title: str, steps: int, seconds: float | None) -> None:
-        """Puts a prepared run at the end. Raises OSError; the run's folder is then still the caller's."""
+    def add(self, entry: Entry) -> None:
+        """Puts a run at the end. Raises OSError, and Refusal for one that waits already or cannot go on.
+
+        The folder of a prepared run is then still the caller's.
+        """
         with self._runs.turn:
             state = self.state()
-            entry = Entry(run=run.path.name, project=project.id, title=title, steps=steps, seconds=seconds)
+            standing = self._runs.standing(self._folder(entry))
+            if entry.resumes and (standing.is_at_work or standing.state in ("finished", "waiting")):
+                raise Refusal("This run cannot be put into the queue", hint=standing.sentence, status=CONFLICT)
             changes: dict[str, Any] = {"entries": (*state.entries, entry)}
             if not state.entries:  # what ended before anything waited holds nothing up
                 other = self._runs.at_work()
@@ -61,7 +65,7 @@ class RunQueue:
             self._runs.queue.write(state.model_copy(update={"entries": tuple(entries[run] for run in order)}))
 
     def cancel(self, run_id: str) -> None:
-        """Takes a run out and removes its folder, in which nothing was trained. Raises Refusal when it does not wait."""
+        """Takes a run out; the folder of one in which nothing was trained goes. Raises Refusal when it does not wait."""
         with self._runs.turn:
             state = self.state()
             found = next((entry for entry in state.entries if entry.run == run_id), None)
@@ -69,7 +73,8 @@ class RunQueue:
                 raise Refusal("This run does not wait in the queue", run_id[:80], "It may have begun.", status=NOT_FOUND)
             kept = tuple(entry for entry in state.entries if entry is not found)
             self._runs.queue.write(state.model_copy(update={"entries": kept}))
-            self._runs.delete(self._folder(found))
+            if not found.resumes:
+                self._runs.delete(self._folder(found), found.project)
 
     def cancel_project(self, project_id: str) -> None:
         """Takes out all runs of a project that is about to be deleted."""
@@ -118,7 +123,10 @@ class RunQueue:
         first, rest = state.entries[0], state.entries[1:]
         self._before_start()
         try:
-            self._runs.start_prepared(self._folder(first), first.project)
+            if first.resumes:
+                self._runs.resume(self._folder(first), first.force)
+            else:
+                self._runs.start_prepared(self._folder(first), first.project)
         except (OSError, Refusal) as error:
             return state.model_copy(update={"hold": "refused", "why": str(error)})
         self._seen_at_work = first.run
@@ -152,7 +160,9 @@ class RunQueue:
     def _folder(self, entry: Entry) -> RunFolder:
         return RunFolder(self._runs.folder / Path(entry.run).name)
 
-
-def _waits(run: RunFolder) -> bool:
-    """Whether nothing has been trained in a prepared run yet, by its folder alone."""
-    return run.config.is_file() and not run.events.exists() and not (run.path / "process.json").exists()
+    def _waits(self, entry: Entry) -> bool:
+        """Whether a run has not gone on yet; a prepared one by its folder alone."""
+        run = self._folder(entry)
+        if entry.resumes:
+            return run.config.is_file() and self._runs.standing(run).state == "waiting"
+        return run.config.is_file() and not run.events.exists() and not (run.path / "process.json").exists()

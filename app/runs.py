@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -15,7 +16,7 @@ from typing import Any, Literal
 from app.planning import plan_project, take_edits
 from app.processes import Process, is_alive, read_process, start_process, tail
 from app.progress import Progress, State, in_a_sentence, state_of
-from app.projects import Project, add_run, make_slug
+from app.projects import Project, add_run, drop_run, make_slug, read_project
 from app.queue_file import QueueFile
 from app.refusals import CONFLICT, NOT_FOUND, Refusal
 from app.scanning import Scanner
@@ -105,17 +106,18 @@ class Runs:
         """Where a run stands now, read from its folder and the system's table of processes."""
         process = read_process(run)
         progress = self._read(run)
-        waits_for = self.queue.read().project_of(run.path.name)
-        if waits_for is not None and process is None and not progress.count:
-            return Standing(
-                run, "waiting", progress, "Nothing was trained yet: it begins after those before it.", waits_for, None, None, 0
-            )
+        entry = self.queue.read().entry_of(run.path.name)
+        if entry and not entry.resumes and process is None and not progress.count:
+            sentence = "Nothing was trained yet: it begins after those before it."
+            return Standing(run, "waiting", progress, sentence, entry.project, None, None, 0)
         state = state_of(progress, _is_alive(progress, process), process.before if process else 0)
         saved = _saved_step(run)
         last = ""
         if state == "lost":
             last = next((line for line in reversed(tail(run.log, 20)) if line.startswith("impasto: ")), "")
         sentence = in_a_sentence(state, progress, saved, process.exit_code if process else None, last)
+        if entry and entry.resumes and state not in ("starting", "running", "finished"):
+            state, sentence = "waiting", f"It goes on from step {saved} after those before it."
         asked = run.stop_asked() if state in ("starting", "running") else None
         return Standing(run, state, progress, sentence, process.project if process else "", process, asked, saved)
 
@@ -142,9 +144,14 @@ class Runs:
             try:
                 start_process(run, project.id, self.home)
             except Exception:
-                shutil.rmtree(run.path, ignore_errors=True)  # nothing was trained in it yet
+                self.drop_prepared(project, run)
                 raise
         return run
+
+    def drop_prepared(self, project: Project, run: RunFolder) -> None:
+        """Removes what `prepare` has made and nobody will ever start."""
+        shutil.rmtree(run.path, ignore_errors=True)
+        self._forget(project.id, run)
 
     def prepare(
         self, project: Project, scanner: Scanner, settings: dict[str, Any], preset: str | None = None, force: bool = False
@@ -187,8 +194,11 @@ class Runs:
                 run.take_flag(name)
             start_process(run, standing.project, self.home, force)
 
-    def delete(self, run: RunFolder) -> None:
-        """Deletes a run with its samples, checkpoints and LoRA. Raises Refusal while it trains."""
+    def delete(self, run: RunFolder, project: str = "") -> None:
+        """Deletes a run with its samples, checkpoints and LoRA. Raises Refusal while it trains.
+
+        `project` is the id of its project where no process ever noted that.
+        """
         with self.turn:
             standing = self.standing(run)
             if standing.is_at_work:
@@ -198,6 +208,11 @@ class Runs:
             run.config.unlink()  # from here on it is no run, whatever else may not be deleted
             self._told.pop(run.path.name, None)
             shutil.rmtree(run.path)
+            self._forget(project or standing.project, run)
+
+    def _forget(self, project: str, run: RunFolder) -> None:
+        with contextlib.suppress(Refusal):  # the project may be gone too
+            drop_run(read_project(self.home, project), run.path.name)
 
     def ask(self, run: RunFolder, what: Ask) -> None:
         """Asks a training to stop, pause, draw samples or save, after the step it is at. Raises Refusal when none runs."""

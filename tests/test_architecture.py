@@ -34,20 +34,8 @@ TABLES = {
         *("parts", "lean", "tensor_files", "latent_diffusion"),
     },
     "adapters": {
-        *(
-            "base",
-            "settings",
-            "layer",
-            "dropout",
-            "lora_node",
-            "symmetric",
-            "grow",
-            "accumulated",
-            "flat",
-            "inject",
-            "plan",
-            "vectors",
-        ),
+        *("base", "settings", "plan", "layer", "lora_node", "dropout", "flat", "inject"),
+        *("symmetric", "grow", "accumulated", "vectors"),
     },
     "optimizers": {"base"},
 }

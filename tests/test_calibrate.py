@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from tests.command_line import ROOT, impasto
 from tests.tiny_lora import TEXT, UNET, UNET_OUT, save_lora
@@ -152,11 +155,35 @@ def test_what_was_measured_is_told_though_nothing_can_be_baked(
     monkeypatch.setattr("trainers.calibrate.calibrate", lambda *given: found)
     monkeypatch.setattr("trainers.calibrate_command._draw", lambda *given: {})
     baked = tmp_path / "baked.safetensors"
-    asked = ("calibrate", tmp_path / "a.safetensors", "--images", SAMPLES / "bluebot", "--base", tiny_base, "--bake", baked)
+    lora = save_lora(tmp_path / "a.safetensors")
+    asked = ("calibrate", lora, "--images", SAMPLES / "bluebot", "--base", tiny_base, "--bake", baked)
     assert impasto(*asked, *(["--json"] if json_too else [])) == 2
     said = capsys.readouterr()
     assert "nothing to bake" in said.err and not baked.exists()
     assert json.loads(said.out)["suggested"] == 0.0 if json_too else "-0.500" in said.out
+
+
+@pytest.mark.parametrize("kind", ["cut off", "not a number", "missing", "of another width"])
+def test_a_lora_that_cannot_be_used_is_told_before_anything_is_drawn(
+    kind: str, tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lora = save_lora(tmp_path / "a.safetensors", UNET, TEXT)
+    if kind == "cut off":
+        lora.write_bytes(lora.read_bytes()[:-40])
+    elif kind == "missing":
+        lora.unlink()
+    else:
+        tensors = load_file(lora)
+        name = next(name for name in tensors if name.endswith("lora_down.weight"))
+        bad = torch.full_like(tensors[name], float("nan")) if kind == "not a number" else torch.zeros(2, 7)
+        save_file({**tensors, name: bad}, lora)
+
+    def draws(*_: Any) -> None:
+        raise AssertionError("it draws")
+
+    monkeypatch.setattr("trainers.draw_cells.render", draws)
+    assert impasto("calibrate", lora, "--images", SAMPLES / "bluebot", "--base", tiny_base) > 0
+    assert str(lora) in capsys.readouterr().err
 
 
 def test_a_name_that_is_taken_or_no_png_is_refused_before_anything_is_drawn(

@@ -16,7 +16,7 @@ from tests.asked_worker import kinds, run, wait_for
 from tests.tiny_lora import TEXT, UNET, UNET_OUT, save_lora
 from trainers.adapters.inject import find_layers
 from trainers.adapters.plan import BLOCKS, block_of
-from trainers.draw_cells import ROWS
+from trainers.draw_cells import PIXELS, ROWS, rows_at
 from trainers.errors import SettingError
 from trainers.families import load_family, recognise_base
 from trainers.generate import Picture, RenderSettings, render
@@ -85,6 +85,27 @@ def test_the_first_picture_comes_from_a_pass_of_its_own_and_the_others_in_batche
     assert kinds(events) == expected
     steps = [(event["done"], event["total"]) for event in events if event["event"] == "step"]
     assert steps[:3] == [(done, 3 * (ROWS + 3)) for done in (1, 2, 3)] and steps[-1] == (3 * (ROWS + 3), 3 * (ROWS + 3))
+
+
+@pytest.mark.parametrize(("side", "rows"), [(32, ROWS), (128, ROWS), (256, ROWS), (512, 4), (768, 1), (1024, 1), (2048, 1)])
+def test_how_many_are_drawn_together_follows_from_their_size(side: int, rows: int) -> None:
+    assert rows_at(side, side) == rows
+    assert rows == 1 or rows * side * side <= PIXELS
+
+
+def test_pictures_do_not_depend_on_how_many_are_drawn_together(
+    ask: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lora, warm = save_lora(tmp_path / "a.safetensors", UNET, TEXT), Warm()
+    cells = [cell(use(lora, strength), seed=seed) for strength in (0.5, 1.0) for seed in range(4)]
+    usual = drawn(run(ask(*cells), warm=warm))
+    monkeypatch.setattr("trainers.draw_cells.PIXELS", 3 * 32 * 32)
+    events = run(ask(*cells, folder=str(tmp_path / "few")), warm=warm)
+    assert [kind for kind in kinds(events) if kind != "loading"] == (
+        ["step"] * 3 + ["picture"] + 2 * (["step"] * 3 + ["picture"] * 3) + ["step"] * 3 + ["picture", "done"]
+    )
+    few = drawn(events)
+    assert all(numpy.abs(few[number] - usual[number]).max() <= 1 for number in range(8))
 
 
 def test_equal_cells_are_drawn_once_and_known_ones_not_at_all(ask: Any, tmp_path: Path) -> None:

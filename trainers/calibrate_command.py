@@ -57,7 +57,8 @@ def calibrate(
     from trainers.dataset.folder import scan_folder
     from trainers.dataset.pictures import load_pixels
     from trainers.families import recognise_base
-    from trainers.warm import Warm
+    from trainers.formats import read_without_base
+    from trainers.warm import Warm, lora_mark
 
     for path, ending in ((picture, ".png"), (bake, ".safetensors")):
         if path and path.suffix.lower() != ending:
@@ -65,6 +66,8 @@ def calibrate(
         if path and path.exists():
             raise RunFolderError("There is such a file already", str(path), "Choose another name.")
     name, options = base_of_run(lora, BaseOptions()) if base is None else (base, BaseOptions())
+    facts = recognise_base(name, options)
+    read_without_base(lora, facts.family.name)  # a damaged one is told before the base loads
     plan = make_plan(scan_folder(images, trigger=trigger).examples, trigger, seed=seed, new=prompt or ())
     named = {"steps": steps, "guidance": guidance}
     how = {
@@ -73,13 +76,15 @@ def calibrate(
         **{key: value for key, value in named.items() if value is not None},
     }
     warm = Warm()
+    # And what does not fit this base before anything is drawn: the base's own pictures come first.
+    warm.adapter(warm.model(facts, lambda event: None), lora_mark(str(lora)), lambda event: None)
     drawn = _draw(plan.cells(lora), how, warm)
     found = calibrate_pictures(plan, drawn, [load_pixels(path) for path in plan.wanted])
     _tell(found, plan, as_json)  # first: minutes of measuring are not to be lost to a file that cannot be made
     if picture:
         _save_picture(picture, plan, lora, found.suggested, how, warm)
     if bake:
-        _bake(lora, found.suggested, bake, recognise_base(name, options).family.name)
+        _bake(lora, found.suggested, bake, facts.family.name)
 
 
 def _sampling(lora: Path, base: str, options: BaseOptions) -> dict[str, object]:

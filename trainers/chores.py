@@ -34,7 +34,8 @@ def export(request: ExportRequest, tell: Tell) -> dict[str, Any]:
     output = Path(request.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     done = merge_adapters(inputs, output, request.rank, None, "kohya", request.family, remarks.append)
-    return {"path": request.output, "told": str(done), "remarks": remarks}
+    errors = {"overall_error": done.overall_error, "worst_error": done.worst_error}
+    return {"path": request.output, "told": str(done), "remarks": remarks, **errors}
 
 
 def weigh(request: WeighRequest, warm: Warm, tell: Tell) -> dict[str, Any]:

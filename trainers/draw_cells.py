@@ -20,6 +20,9 @@ from trainers.warm import Mark, Tell, Warm, base_marks, lora_mark
 
 ROWS = 8
 """How many pictures are drawn as one batch at most: a cancel waits for one sampling step of all of them."""
+PIXELS = 4 * 512 * 512
+"""How many pixels the pictures of one batch have at most; a larger one is drawn alone. The denoiser of SD 1.5 holds about
+1 KB for each (counted in float32, with guidance; SDXL's 0.6 KB): with this 1 GB, where 8 rows of 1024x1024 took 8 GB."""
 _DRAWN_BY = 1  # to be raised when the same request draws another picture, so that old files no longer answer for it
 
 
@@ -75,7 +78,8 @@ def answer(request: RenderRequest, warm: Warm, tell: Tell, check: Callable[[], N
             show(path)
     if not missing:
         return
-    _draw(request, batches(list(missing.values())), warm, warm.model(base, tell), _Listener(tell, show, check))
+    passes = batches(list(missing.values()), rows_at(request.width, request.height))
+    _draw(request, passes, warm, warm.model(base, tell), _Listener(tell, show, check))
 
 
 @dataclass(frozen=True)
@@ -129,8 +133,13 @@ def _find(request: RenderRequest, base: tuple[Mark, ...]) -> Iterator[_Wanted]:
         yield _Wanted(cell, loras, words, picture_file(request, base, cell, loras, words))
 
 
-def batches(wanted: Sequence[_Wanted]) -> list[list[_Wanted]]:
-    """What is drawn together: those without a LoRA each alone and first, then up to ROWS of the same LoRAs.
+def rows_at(width: int, height: int) -> int:
+    """How many pictures of this size are drawn as one batch."""
+    return max(1, min(ROWS, PIXELS // (width * height)))
+
+
+def batches(wanted: Sequence[_Wanted], at_once: int) -> list[list[_Wanted]]:
+    """What is drawn together: those without a LoRA each alone and first, then up to `at_once` of the same LoRAs.
 
     The very first is always alone, so that there is soon something to see.
     """
@@ -139,5 +148,5 @@ def batches(wanted: Sequence[_Wanted]) -> list[list[_Wanted]]:
     for one in wanted:
         if not any(one is other for other in alone):
             alike.setdefault(frozenset(one.loras), []).append(one)
-    rows = [group[start : start + ROWS] for group in alike.values() for start in range(0, len(group), ROWS)]
+    rows = [group[start : start + at_once] for group in alike.values() for start in range(0, len(group), at_once)]
     return [[one] for one in alone] + rows

@@ -27,7 +27,7 @@ from trainers.routing_words import trigger_words
 from trainers.run_folder import RunFolder
 from trainers.text import printable
 
-FOLDER, REMOVED = "loras", ".removed"
+FOLDER, REMOVED, PICTURES = "loras", ".removed", ".pictures"
 _PREVIEWS = (".preview.png", ".png")
 """How a picture beside a file is called: its name without ending, and one of these."""
 _changing = threading.Lock()
@@ -66,10 +66,14 @@ class Card:
     words: tuple[str, ...]
     strength: float
     routed: bool
+    chosen: Path | None
+    """The drawn picture that it is to be shown with."""
 
     @property
     def picture(self) -> Path | None:
-        """The run's last sample, or the picture beside the file."""
+        """The one that was chosen, else the run's last sample or the picture beside the file."""
+        if self.chosen and self.chosen.is_file():
+            return self.chosen
         if self.run:
             samples = sorted(RunFolder(self.path.parent).samples.glob("*_00.png"))
             return samples[-1] if samples else None
@@ -119,6 +123,21 @@ def change_card(home: Path, key: str, **said: Any) -> Card:
         every[key] = {**every.get(key, {}), **said}
         write_atomically(home / FOLDER / "cards.toml", tomlkit.dumps(every).encode())
     return find_card(home, key)
+
+
+def choose_picture(home: Path, key: str, name: str, drawn: Path) -> Card:
+    """Shows a card with the picture `name` of the folder `drawn`, of which a copy is kept; with "" as before any was chosen.
+
+    Raises AdapterFileError for a key or a picture that is not there.
+    """
+    find_card(home, key)
+    kept = home / FOLDER / PICTURES / Path(name).name
+    if name and not kept.is_file():
+        if Path(name).name != name or not name.endswith(".png") or not (drawn / name).is_file():
+            raise AdapterFileError("There is no such picture any more", printable(name, 80), "Draw it again.")
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(kept, (drawn / name).read_bytes())
+    return change_card(home, key, picture=name)
 
 
 def remove_card(home: Path, key: str) -> str:
@@ -224,7 +243,9 @@ def _card(home: Path, path: Path, run: str, said: Mapping[str, Mapping[str, Any]
     known = found if isinstance(found, Facts) else None
     words = trigger_words(mine["words"]) if "words" in mine else known.words if known else ()
     strength, routed = float(mine.get("strength", 1.0)), bool(mine.get("routed", True))
-    return Card(key, path, mark, known, found if isinstance(found, str) else "", run, words, strength, routed)
+    name = Path(str(mine.get("picture", ""))).name
+    chosen = home / FOLDER / PICTURES / name if name else None
+    return Card(key, path, mark, known, found if isinstance(found, str) else "", run, words, strength, routed, chosen)
 
 
 def _files(home: Path) -> Iterator[tuple[Path, str]]:

@@ -2,6 +2,7 @@
 import { el, get, onShow, poll, post, tell } from "/web/core.js";
 import { makeLibrary } from "/web/library.js";
 import { makeRow } from "/web/blend_row.js";
+import { makeCardPicture } from "/web/card_picture.js";
 import { makeSaved } from "/web/blend_saved.js";
 
 const PAUSE = 120; // milliseconds without a change, after which the picture is drawn
@@ -63,8 +64,9 @@ function makeScreen(room, project, defaults) {
   const image = el("img", { alt: "", hidden: true });
   const save = el("a", { class: "button small", hidden: true, download: `${project}-blend.png` }, "Save picture");
   const library = makeLibrary({ family: defaults.family, add: (card) => addRow({ file: card.key, unet: card.strength, text: card.strength }, card), has: (key) => rows.some((row) => row.file === key) });
+  const cardPicture = makeCardPicture({ card: library.card, after: () => library.look(), trouble });
   room.replaceChildren(el("h1", {}, "Blend"), el("div", { class: "two" }, form,
-    el("section", { class: "card view", "aria-label": "Picture" }, el("div", { class: "stage" }, image), bar, words, el("div", { class: "row" }, save))), library.node);
+    el("section", { class: "card view", "aria-label": "Picture" }, el("div", { class: "stage" }, image), bar, words, el("div", { class: "row" }, save, cardPicture.node))), library.node);
 
   let rows = [];
   let halt = () => {};
@@ -98,7 +100,7 @@ function makeScreen(room, project, defaults) {
 
   function arranged() {
     empty.hidden = rows.length > 0;
-    saved.changed(rows.length);
+    saved.changed(rows.map((row) => library.card(row.file)));
     library.mark();
   }
 
@@ -161,7 +163,7 @@ function makeScreen(room, project, defaults) {
         const found = await get(`/blend/${id}`).catch((error) => ({ state: "failed", picture: "", error }));
         if (stopped) return;
         if (found.total) bar.value = found.done / found.total;
-        if (found.picture) await show(found.picture, `${asked.prompt}, ${spelled}`);
+        if (found.picture) await show(found.picture, `${asked.prompt}, ${spelled}`, asked.loras.map((one) => one.file));
         words.textContent = { waiting: "Waiting…", loading: "Loading…", drawing: "Drawing…", done: spelled, cancelled: "Given up for another one.", failed: "" }[found.state];
         if (!["done", "failed", "cancelled"].includes(found.state)) return;
         ended();
@@ -174,7 +176,7 @@ function makeScreen(room, project, defaults) {
     }
   }
 
-  async function show(url, alt) {
+  async function show(url, alt, files) {
     if (image.getAttribute("src") === url) return;
     const decoded = new Image();
     decoded.src = url;
@@ -182,6 +184,7 @@ function makeScreen(room, project, defaults) {
     image.src = save.href = url;
     image.alt = alt;
     image.hidden = save.hidden = false;
+    cardPicture.drawn(url, files);
   }
 
   /** Where a LoRA's weight lies, block by block. */

@@ -1,6 +1,11 @@
 // Blends by name, and a blend as one file: saving, loading, deleting, exporting.
 import { ask, confirmed, el, get, poll, post, put, tell, toast } from "/web/core.js";
 
+const TYPES = { loha: "LoHa", lokr: "LoKr", full: "full difference" };
+const needsRank = (kind) => kind !== "lora" && !kind.includes("dora"); // the one is joined without loss, the other not exported
+
+const percent = (share) => (share > 0 && share < 0.001 ? "under 0.1 %" : `${(100 * share).toPrecision(2)} %`);
+
 /** The line below the LoRAs. `loras()` gives what is to be kept, `load(loras)` takes what was. */
 export function makeSaved(address, defaults, { loras, load, exported, trouble }) {
   const name = el("input", { "aria-label": "Name of the blend", placeholder: "Name", maxLength: 60 });
@@ -23,6 +28,10 @@ export function makeSaved(address, defaults, { loras, load, exported, trouble })
   const path = () => `/blends/${encodeURIComponent(list.value)}`;
   let known = defaults.blends;
   let count = 0;
+  const rank = el("input", { type: "number", min: 1, max: 4096, step: 1, value: 64, "aria-label": "Rank of the export", class: "number" });
+  const why = el("span", {});
+  const cut = el("div", { class: "cut-rank", hidden: true }, el("label", { class: "row" }, "Rank of the export ", rank), el("p", { class: "subdued" }, why));
+  const told = el("p", { class: "subdued", role: "status", hidden: true });
 
   const keep = button("Save", async () => {
     const title = name.value.trim();
@@ -32,10 +41,13 @@ export function makeSaved(address, defaults, { loras, load, exported, trouble })
     toast(`Saved as ${title}.`);
   });
   const write = button("Export as one LoRA", async () => {
-    const { id } = await post(`${address}/blend/export`, { name: name.value.trim(), loras: loras() });
+    const wanted = cut.hidden ? null : Number(rank.value);
+    const { id } = await post(`${address}/blend/export`, { name: name.value.trim(), loras: loras(), rank: wanted });
     const done = await ended(id);
     if (!done.answer) throw new Error(done.problem || "It was given up");
-    toast(`In the library now: ${name.value.trim()}. At strength 1 it does what these do together.`);
+    told.hidden = wanted === null;
+    told.textContent = `${name.value.trim()}, cut to rank ${wanted}: it lacks ${percent(done.answer.overall_error)} of what the blend changes, ${percent(done.answer.worst_error)} in the layer where most is lost.`;
+    toast(`In the library now: ${name.value.trim()}.${wanted === null ? " At strength 1 it does what these do together." : ""}`);
     exported();
   });
   const open = button("Load", async () => {
@@ -72,12 +84,21 @@ export function makeSaved(address, defaults, { loras, load, exported, trouble })
     loading.hidden = !known.length;
   }
 
+  /** A rank is asked for only where something is in the blend that is no LoRA. */
+  function changed(cards) {
+    count = cards.length;
+    const types = [...new Set(cards.flatMap((card) => card?.kinds || []))].filter(needsRank);
+    cut.hidden = !types.length;
+    why.textContent = `No LoRA holds exactly what a ${types.map((kind) => TYPES[kind] || kind).join(" or a ")} changes: of each layer’s sum the export keeps that many of the strongest directions. A higher rank loses less and makes a larger file; after it you read how much was lost.`;
+    arrange();
+  }
+
   name.addEventListener("input", arrange);
   name.addEventListener("keydown", (event) => { if (event.key === "Enter") (event.preventDefault(), keep.click()); });
   const loading = el("div", { class: "row" }, list, open, remove);
   fill();
   return {
-    node: el("div", { class: "saved" }, el("div", { class: "row" }, name, keep, write), loading),
-    changed: (number) => ((count = number), arrange()),
+    node: el("div", { class: "saved" }, el("div", { class: "row" }, name, keep, write), cut, told, loading),
+    changed,
   };
 }

@@ -99,6 +99,11 @@ export function change() {
   document.body.dataset.project = now.project;
   if (key === last) return;
   last = key;
+  // One that stayed open on a screen that is gone could not be seen, and would keep the page from being touched.
+  for (const dialog of document.querySelectorAll("dialog[open]")) {
+    dialog.dispatchEvent(new Event("cancel"));
+    if (dialog.open) dialog.close();
+  }
   if (leave) leave();
   const show = shown.get(now.screen);
   leave = (show && show(now)) || null;

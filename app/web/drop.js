@@ -124,7 +124,7 @@ async function send(project, files, told, signal) {
     for (let batch = waiting.shift(); batch && !signal.aborted; batch = waiting.shift()) {
       const mine = batch;
       try {
-        const answer = await upload(project, mine, signal, (bytes) => {
+        const answer = await sendFiles(`/projects/${encodeURIComponent(project)}/images`, mine, signal, (bytes) => {
           sent.set(mine, bytes);
           told([...sent.values()].reduce((sum, one) => sum + one, 0));
         });
@@ -139,13 +139,13 @@ async function send(project, files, told, signal) {
   return result;
 }
 
-/** One request. fetch tells no progress of what it sends, so this is the older way. */
-function upload(project, batch, signal, told) {
+/** One request of files to a route. fetch tells no progress of what it sends, so this is the older way. Throws Refused. */
+export function sendFiles(route, files, signal, told) {
   return new Promise((yes, no) => {
     const form = new FormData();
-    for (const { file, path } of batch) form.append("files", file, path);
+    for (const { file, path } of files) form.append("files", file, path);
     const request = new XMLHttpRequest();
-    request.open("POST", `/api/projects/${encodeURIComponent(project)}/images`);
+    request.open("POST", `/api${route}`);
     request.responseType = "json";
     request.upload.addEventListener("progress", (event) => told(event.loaded));
     request.addEventListener("load", () => {

@@ -1,7 +1,7 @@
 // Home: every project as a card with its best picture and where it stands, and the way to a new one.
 import { STATES, UNNAMED, about, address, ask, confirmed, el, folderOf, get, go, onShow, patch, poll, post, tell } from "/web/core.js";
 import { startUpload, takeDrops } from "/web/drop.js";
-import { startOrQueue } from "/web/queue.js";
+import { resumeOrQueue, startOrQueue } from "/web/queue.js";
 
 /** Builds the screen; it looks again every few seconds while it is seen. */
 export function mount(element) {
@@ -87,8 +87,7 @@ export function mount(element) {
     const actions = [el("a", { class: "button small", href: target }, "Open")];
     if (run && run.can.includes("resume")) {
       const resume = el("button", { type: "button", class: "small", onclick: () => act(resume, async () => {
-        await post(`/runs/${encodeURIComponent(run.id)}/resume`);
-        go("train", project.id, run.id);
+        if (await resumeOrQueue(`/runs/${encodeURIComponent(run.id)}`)) go("train", project.id, run.id);
       }) }, "Resume");
       actions.push(resume);
     }

@@ -1,6 +1,8 @@
 // The library: every LoRA there is as a card, searched, described, brought in and taken out.
-import { bytes, confirmed, el, get, plural, post, put, Refused, tell, toast } from "/web/core.js";
-import { takeDrops } from "/web/drop.js";
+import { bytes, confirmed, el, get, plural, post, put, tell, toast } from "/web/core.js";
+import { makeBringing } from "/web/bring.js";
+import { choosePicture } from "/web/card_picture.js";
+import { chosenFiles, takeDrops } from "/web/drop.js";
 
 const FAMILIES = { sd1: "SD 1.x", sd2: "SD 2.x", sdxl: "SDXL", flux: "Flux", sd3: "SD 3", unknown: "family unknown" };
 
@@ -15,13 +17,14 @@ export function makeLibrary({ family, add, has }) {
   let asked = 0;
   const trouble = el("div");
   const search = el("input", { type: "search", "aria-label": "Search the library", placeholder: "Search: name, trigger word, family, metadata", oninput: () => { clearTimeout(timer); timer = setTimeout(look, 200); } });
-  const file = el("input", { type: "file", multiple: true, accept: ".safetensors,.png,.zip", hidden: true, "aria-label": "LoRA files", onchange: () => (bring([...file.files].map((one) => ({ file: one, path: one.name })), []), (file.value = "")) });
+  const file = el("input", { type: "file", multiple: true, accept: ".safetensors,.png,.zip", hidden: true, "aria-label": "LoRA files", onchange: () => (bringing.bring(chosenFiles(file), []), (file.value = "")) });
   const told = el("p", { class: "subdued", role: "status" });
+  const bringing = makeBringing(trouble, () => look());
   const grid = el("div", { class: "lora-cards" });
   const node = el("section", { class: "library", "aria-label": "Library" },
     el("div", { class: "row" }, el("h2", {}, "Library"), search, el("button", { type: "button", class: "small", onclick: () => file.click() }, "Bring files in"), file),
-    trouble, told, grid);
-  const endDrops = takeDrops((files, unread) => bring(files, unread));
+    bringing.node, trouble, told, grid);
+  const endDrops = takeDrops(bringing.bring);
 
   async function look() {
     const turn = ++asked;
@@ -75,7 +78,9 @@ export function makeLibrary({ family, add, has }) {
       el("label", { class: "field" }, el("span", {}, "Trigger words"), triggers),
       el("label", { class: "field" }, el("span", {}, "Default strength"), strength),
       el("label", { class: "check" }, routed, " Brought in by its words"), facts,
-      card.run ? "" : el("button", { type: "button", class: "quiet small", onclick: () => remove(card) }, "Remove from the library"));
+      el("div", { class: "row" },
+        card.chosen && el("button", { type: "button", class: "quiet small", onclick: () => choosePicture(card.key, "").then(look, (error) => tell(trouble, error)) }, "Its own picture again"),
+        !card.run && el("button", { type: "button", class: "quiet small", onclick: () => remove(card) }, "Remove from the library")));
     try {
       const found = await get(`/library/card?file=${encodeURIComponent(card.key)}`);
       facts.replaceChildren(el("p", { class: "hash" }, `AutoV2 ${found.autov2} · AutoV3 ${found.autov3}`),
@@ -95,24 +100,6 @@ export function makeLibrary({ family, add, has }) {
     } catch (error) {
       tell(trouble, error);
     }
-  }
-
-  async function bring(files, unread) {
-    if (!files.length) return;
-    told.textContent = `Adding ${plural(files.length, "file")}…`;
-    const form = new FormData();
-    for (const { file: one, path } of files) form.append("files", one, path);
-    try {
-      const answer = await fetch("/api/library/files", { method: "POST", body: form });
-      const found = await answer.json();
-      if (!answer.ok) throw new Refused(answer.status, found);
-      const bad = [...unread, ...found.rejected];
-      tell(trouble, bad.length ? new Error(bad.map(([name, why]) => `${name}: ${why}`).join(" ")) : null);
-      toast(`${plural(found.saved.length, "file")} added.`);
-    } catch (error) {
-      tell(trouble, error);
-    }
-    look();
   }
 
   /** Shows which cards are in the blend. */

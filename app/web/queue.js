@@ -2,14 +2,20 @@
 import { about, address, ask, confirmed, el, get, plural, poll, post, put, tell, toast } from "/web/core.js";
 
 /** Starts a run of the project at `path`; while another one trains, asks whether it is to wait its turn. Null: neither. */
-export async function startOrQueue(path, body = {}) {
+export const startOrQueue = (path, body = {}) => nowOrLater(() => post(`${path}/runs`, body), () => post(`${path}/queue`, body));
+
+/** Goes on with the run at `path`, asking the same. Null: neither. */
+export const resumeOrQueue = (path, force = false) =>
+  nowOrLater(() => post(`${path}/${force ? "resume-anyway" : "resume"}`), () => post(`${path}/queue`, { force }));
+
+async function nowOrLater(begin, wait) {
   const { at_work: other, entries } = await get("/queue");
-  if (!other) return post(`${path}/runs`, body);
+  if (!other) return begin();
   const turn = entries.length ? `, after ${plural(entries.length, "other")} that ${entries.length === 1 ? "waits" : "wait"}` : "";
   const left = other.seconds_left ? ` (${about(other.seconds_left)} left)` : "";
   const question = `Another training is going on${left}. One at a time is fastest: this one can begin when it has ended${turn}.`;
   if (!(await confirmed(question, "Add to the queue"))) return null;
-  const run = await post(`${path}/queue`, body);
+  const run = await wait();
   toast("Added to the queue.");
   return run;
 }
@@ -43,7 +49,8 @@ export function makeQueue() {
   });
 
   async function cancel(entry) {
-    if (!(await confirmed(`Take “${entry.project_name}” (${entry.title}) out of the queue? Nothing of it was trained yet; its settings stay in the project.`, "Take out"))) return;
+    const kept = entry.resumes ? "It stays as it was stopped." : "Nothing of it was trained yet; its settings stay in the project.";
+    if (!(await confirmed(`Take “${entry.project_name}” (${entry.title}) out of the queue? ${kept}`, "Take out"))) return;
     await act(() => ask("DELETE", `/queue/${encodeURIComponent(entry.run)}`));
   }
 

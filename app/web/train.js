@@ -1,7 +1,7 @@
 // Train: where it stands, what it costs, what it draws, and the ways to stop it. All of it is read from the run folder.
 import { STATES, about, address, ask, bytes, confirmed, copyButton, el, get, go, onShow, plural, poll, post, tell, toast } from "/web/core.js";
 import { makeChart } from "/web/chart.js";
-import { makeQueue } from "/web/queue.js";
+import { makeQueue, resumeOrQueue } from "/web/queue.js";
 import { makeSamples } from "/web/samples.js";
 import { makeTake } from "/web/take.js";
 
@@ -155,7 +155,8 @@ function follow(room, project, id) {
   async function request(what) {
     asking = what;
     try {
-      await post(`${path}/${what}`);
+      if (what.startsWith("resume")) await resumeOrQueue(path, what === "resume-anyway");
+      else await post(`${path}/${what}`);
       if (NEWS[what]) toast(NEWS[what]);
       await look();
     } catch (error) {

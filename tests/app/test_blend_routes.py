@@ -100,6 +100,36 @@ def test_files_are_brought_in_checked_and_taken_out_and_back(client: TestClient,
     assert again["saved"] == [] and "not read" in again["rejected"][0][1]  # a project takes pictures only
 
 
+def test_a_drawn_picture_becomes_a_card_s_and_its_own_comes_back(client: TestClient, tmp_path: Path) -> None:
+    def shown(key: str) -> dict[str, Any]:
+        return next(card for card in ok(client.get("/api/library"))["cards"] if card["key"] == key)
+
+    drawn = tmp_path / "window" / "studio"
+    drawn.mkdir(parents=True, exist_ok=True)
+    for name, colour in (("a" * 40, "red"), ("b" * 40, "blue")):
+        Image.new("RGB", (8, 8), colour).save(drawn / f"{name}.png")
+    own = Image.new("RGB", (8, 8), "green")
+    own.save(tmp_path / "loras" / "ink.preview.png")
+    was = (tmp_path / "loras" / "ink.preview.png").read_bytes()
+    addresses = {shown("loras/ink.safetensors")["picture"]}
+    for key in ("loras/ink.safetensors", "runs/r1/cut.safetensors"):
+        for name in ("a" * 40, "b" * 40):
+            told = ok(client.put("/api/library/picture", json={"file": key, "picture": f"{name}.png"}))
+            assert told["chosen"] == f"{name}.png" == shown(key)["chosen"]
+            addresses.add(told["picture"])
+            data = (drawn / f"{name}.png").read_bytes()
+            assert client.get(told["picture"]).content == data
+    assert len(addresses) == 5, "a picture that has changed has another address"
+    (drawn / f"{'b' * 40}.png").unlink()  # what the renderer tidies away stays on the card
+    assert client.get(shown("runs/r1/cut.safetensors")["picture"]).content == data
+    ok(client.put("/api/library/picture", json={"file": "loras/ink.safetensors", "picture": ""}))
+    assert client.get(shown("loras/ink.safetensors")["picture"]).content == was
+    for name in ("../../queue.json", "c.png", ".."):
+        refused(client.put("/api/library/picture", json={"file": "loras/ink.safetensors", "picture": name}), 400)
+    refused(client.put("/api/library/picture", json={"file": "loras/no.safetensors", "picture": ""}), 404)
+    assert sorted(path.name for path in (tmp_path / "runs" / "r1").iterdir()) == ["config.toml", "cut.safetensors"]
+
+
 def test_a_prompt_brings_in_what_it_names(client: TestClient) -> None:
     ok(client.put("/api/library/card", json={"file": "loras/ink.safetensors", "strength": 0.7}))
     told = ok(client.post("/api/projects/p/route", json={"prompt": "a Blackcut wolf, inkwash"}))

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
-from app.projects import Project, delete_project
+from app.projects import Project, delete_project, read_project
 from app.queue_file import Entry, QueueFile, QueueState
 from app.run_queue import RunQueue
 from app.runs import Runs
@@ -208,11 +208,36 @@ def test_two_wait_are_reordered_and_begin_one_after_the_other(
     assert told["entries"][0]["title"] == "3 steps on tiny, preset pocket" and told["entries"][0]["seconds"] is None
     assert "changed" in refused(before.put("/api/queue", json={"order": [second, first]}), 409)["what"]
     assert before.delete(f"/api/queue/{third}").status_code == 204 and not (home / "runs" / third).exists()
+    assert read_project(home, project).runs == (first, second)
     refused(before.delete(f"/api/queue/{third}"), 404)
     with make_client(home) as client:
         assert [entry["run"] for entry in ok(client.get("/api/queue"))["entries"]] == [second, first]
         await_state(client, first, lambda status: status["state"] == "finished", 60)
         assert ok(client.get("/api/queue"))["entries"] == [] and started == [second, first]
+
+
+def test_a_stopped_run_waits_its_turn_and_goes_on(desk: Desk, sleeper: subprocess.Popen[bytes]) -> None:
+    at_work(desk, "busy", sleeper)
+    desk.wait_with("one")
+    stopped = make_run(desk.home, "stopped", BEGUN, project="p", pid=sleeper.pid, made=1.0)
+    desk.end("stopped", "stopped")
+    client = make_client(desk.home)
+    assert ok(client.get("/api/runs/stopped/status"))["state"] == "stopped"
+    told = ok(client.post("/api/runs/stopped/queue", json={}))
+    assert told["state"] == "waiting" and told["can"] == []
+    refused(client.post("/api/runs/stopped/queue", json={}), 409)  # it waits already
+    assert client.delete("/api/queue/stopped").status_code == 204 and desk.runs.standing(stopped).state == "stopped"
+    ok(client.post("/api/runs/stopped/queue", json={"force": True}))
+    refused(client.post("/api/runs/busy/queue", json={}), 409)
+    entry = ok(client.get("/api/queue"))["entries"][1]
+    assert entry["run"] == "stopped" and entry["resumes"] and entry["seconds"] == 60.0  # six steps: none is saved
+    desk.end("busy", "finished")
+    desk.again()  # over a restart, too
+    desk.queue.look()
+    assert desk.started == ["one"] and desk.order() == ["stopped"]
+    desk.end("one", "finished")
+    desk.queue.look()
+    assert desk.started == ["one", "stopped"] and desk.order() == [] and stopped.config.is_file()
 
 
 def is_held(turn: Any) -> bool:
@@ -237,6 +262,15 @@ def test_a_run_is_prepared_and_queued_and_a_project_deleted_in_one_turn(
         fault.setattr(RunQueue, "add", broken)
         answer = client.post(f"/api/projects/{project}/queue", json={"settings": {}, "force": True})
     assert answer.status_code == 500 and held == [True] and not list((home / "runs").iterdir())
+    assert read_project(home, project).runs == ()
+
+    def no_process(*_: Any) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    with monkeypatch.context() as fault:
+        fault.setattr("app.runs.start_process", no_process)
+        assert client.post(f"/api/projects/{project}/runs", json={"settings": {}, "force": True}).status_code >= 500
+    assert not list((home / "runs").iterdir()) and read_project(home, project).runs == ()
 
     def delete(of: Project) -> None:
         held.append(is_held(turns[0]))

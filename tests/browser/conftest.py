@@ -51,6 +51,22 @@ def find_chromium() -> str | None:
     return next((path for path in found if path), None)
 
 
+def expect(seen: Any) -> Any:
+    """Playwright's assertion of a page or locator, which waits until it holds, with the patience of these tests."""
+    from playwright.sync_api import expect as waiting
+
+    waiting.set_options(timeout=PATIENCE)
+    return waiting(seen)
+
+
+def eventually(page: Any, read: Callable[[], Any], wanted: Any) -> None:
+    """Waits until what is read, of a page or of a file that the page has written, is what is wanted."""
+    end = time.monotonic() + PATIENCE / 1000
+    while (found := read()) != wanted and time.monotonic() < end:
+        page.wait_for_timeout(50)
+    assert found == wanted
+
+
 @dataclass
 class Window:
     """A window that serves `home`; `restart` ends it (like Ctrl-C, or by a kill) and opens it at the same port."""
@@ -160,7 +176,7 @@ def new_page(browser: Any) -> Iterator[Callable[..., Any]]:
 
     def make(context: Any = None, **options: Any) -> Any:
         if context is None:
-            context = browser.new_context(viewport={"width": 1280, "height": 900}, **options)
+            context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **options})
             contexts.append(context)
         page = context.new_page()
         page.set_default_timeout(PATIENCE)

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from tests.app_client import make_run
+from tests.browser.conftest import expect
 from tests.command_line import ROOT
 from tests.tiny_lora import TEXT, UNET, UNET_OUT, save_lora
 from trainers.grid import read_grid
@@ -57,10 +58,8 @@ def test_a_grid_fills_in_is_cancelled_and_comes_back(compare: Callable[[str], No
     page.get_by_label("Strengths", exact=True).fill("0, 0.5, 1")
     page.get_by_role("button", name="Draw grid").click()
     page.get_by_text("Drawn: 6 of 6 pictures.").wait_for()
-    cells = page.locator(".cell img")
-    assert cells.count() == 6 and page.locator(".table thead th").all_text_contents() == [
-        f"strength {s}" for s in ("0", "0.5", "1")
-    ]
+    expect(page.locator(".cell img")).to_have_count(6)
+    expect(page.locator(".table thead th")).to_have_text([f"strength {s}" for s in ("0", "0.5", "1")])
     page.get_by_role("button", name="a cat, strength 1").click()
     page.get_by_text("Difference from the base").wait_for()
     page.get_by_role("button", name="a cat, strength 0", exact=True).click()
@@ -86,8 +85,8 @@ def test_a_grid_fills_in_is_cancelled_and_comes_back(compare: Callable[[str], No
 
     page.get_by_label("Saved grid").set_input_files(saved)
     page.get_by_text("The settings of the saved grid are back").wait_for()
-    assert page.get_by_label("Prompts, one a line").input_value() == "a cat\na dog"
-    assert page.get_by_label("Sampling steps").input_value() == "2"
+    expect(page.get_by_label("Prompts, one a line")).to_have_value("a cat\na dog")
+    expect(page.get_by_label("Sampling steps")).to_have_value("2")
 
 
 def test_a_blind_tournament_ranks_and_a_strength_is_suggested(compare: Callable[[str], None], page: Any) -> None:
@@ -108,7 +107,7 @@ def test_a_blind_tournament_ranks_and_a_strength_is_suggested(compare: Callable[
     page.get_by_text("Pair 3:").wait_for()
     page.get_by_role("button", name="Show ranking").click()
     page.get_by_text("not to be told apart").wait_for()
-    assert page.locator(".places tr").count() == 3
+    expect(page.locator(".places tr")).to_have_count(3)
     shot(page, "compare-blind")
     page.reload()
     page.get_by_role("tab", name="Blind tournament").click()

@@ -7,6 +7,7 @@ from typing import Any
 
 from PIL import Image
 
+from tests.browser.conftest import expect
 from tests.browser.test_queue import ask
 from tests.browser.test_window_journey import shot
 
@@ -38,12 +39,12 @@ def test_a_version_is_gone_back_to_and_a_mask_is_seen(window: Any, page: Any, pi
     page.get_by_role("button", name="Go back to this version").wait_for()
     shot(page, "versions")
     page.get_by_role("button", name="Go back to this version").click()
-    page.wait_for_function("text => document.querySelector('.picture textarea').value === text", arg=was)
+    expect(page.locator(".picture textarea").first).to_have_value(was)
     page.locator(".toast").get_by_role("button", name="Undo").click()
-    page.wait_for_function("() => document.querySelector('.picture textarea').value === 'other words'")
+    expect(page.locator(".picture textarea").first).to_have_value("other words")
     page.get_by_text("What changed").first.click()
     veil.wait_for()
     page.set_viewport_size({"width": 390, "height": 900})
     page.get_by_role("button", name="Switch to dark").click()
     shot(page, "versions-dark")
-    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    page.wait_for_function("document.documentElement.scrollWidth <= 390")

@@ -12,6 +12,8 @@ import psutil
 import pytest
 from PIL import Image
 
+from tests.browser.conftest import eventually, expect
+
 
 def fill(folder: Path, count: int) -> Path:
     """A folder with so many small pictures, each another one, with captions."""
@@ -49,7 +51,7 @@ def test_the_last_of_a_thousand_is_edited_and_saved_within_a_second(window: Any,
     assert (tmp_path / "thousand" / "0999.txt").read_text() == "picture 999"  # a typed folder is never written to
     page.reload()
     page.locator(".picture").nth(999).wait_for(state="attached")
-    assert page.get_by_label("Caption of 0999.png").input_value() == "the last one"
+    expect(page.get_by_label("Caption of 0999.png")).to_have_value("the last one")
 
 
 def test_strangers_captions_stay_text_and_what_is_not_read_is_shown(window: Any, page: Any, tmp_path: Path) -> None:
@@ -59,11 +61,11 @@ def test_strangers_captions_stay_text_and_what_is_not_read_is_shown(window: Any,
     (folder / "0001.txt").write_text(" ".join(f"word{number}" for number in range(80)))
     new_project(page, window.url)
     use_folder(page, folder)
-    assert page.get_by_label("Caption of 0000.png").input_value() == hostile
+    expect(page.get_by_label("Caption of 0000.png")).to_have_value(hostile)
     page.get_by_text("Not read: ").wait_for()
-    assert page.locator(".cut", has_text="word79").count() == 1
+    expect(page.locator(".cut", has_text="word79")).to_have_count(1)
     page.get_by_role("button", name="Too long 1").click()
-    assert page.locator(".picture:visible").count() == 1
+    expect(page.locator(".picture:visible")).to_have_count(1)
     assert page.title() != "owned"
 
 
@@ -74,8 +76,8 @@ def test_pictures_are_left_out_and_taken_back_by_undo(window: Any, page: Any, tm
     page.get_by_role("button", name="Select all").click()
     page.get_by_role("button", name="Exclude", exact=True).first.click()
     page.get_by_text("0 pictures to train on").wait_for()
-    assert page.get_by_role("button", name="Excluded 4").is_visible()
-    assert page.get_by_role("link", name="Next: Recipe").is_hidden()
+    expect(page.get_by_role("button", name="Excluded 4")).to_be_visible()
+    expect(page.get_by_role("link", name="Next: Recipe")).to_be_hidden()
     page.locator(".toast").get_by_role("button", name="Undo").click()
     page.get_by_text("4 pictures to train on").wait_for()
     page.get_by_label("Trigger word (optional)").fill("zorbo style")
@@ -116,7 +118,7 @@ def test_a_folder_without_pictures_is_told_in_words(window: Any, page: Any, tmp_
     new_project(page, window.url)
     use_folder(page, folder)
     page.locator(".error-card, .problems li").first.wait_for()
-    assert page.get_by_role("link", name="Next: Recipe").is_hidden()
+    expect(page.get_by_role("link", name="Next: Recipe")).to_be_hidden()
 
 
 def test_what_is_no_picture_is_named_and_the_rest_is_taken(
@@ -131,8 +133,7 @@ def test_what_is_no_picture_is_named_and_the_rest_is_taken(
     page.get_by_text("2 files not taken").click()
     page.get_by_text("broken.png: ").wait_for()
     page.get_by_text("program.exe: ").wait_for()
-    page.locator(".picture").nth(1).wait_for()
-    assert page.locator(".picture").count() == 2
+    expect(page.locator(".picture")).to_have_count(2)
 
 
 def test_a_second_drop_waits_and_an_upload_outlives_its_screen(
@@ -147,7 +148,7 @@ def test_a_second_drop_waits_and_an_upload_outlives_its_screen(
     page.get_by_role("link", name="Impasto, all projects").click()
     page.get_by_text("2400 files added").wait_for()
     project = next((own_window.home / "projects").iterdir())
-    assert len(list((project / "images").rglob("*.png"))) == 1200
+    eventually(page, lambda: len(list((project / "images").rglob("*.png"))), 1200)
 
 
 def test_a_folder_dropped_on_home_is_a_project_of_its_name(
@@ -157,10 +158,8 @@ def test_a_folder_dropped_on_home_is_a_project_of_its_name(
     page.get_by_role("button", name="New LoRA", exact=True).wait_for()
     drop(page, fill(tmp_path / "my paintings", 3))
     page.get_by_text("3 pictures and 3 captions added.").wait_for()
-    page.locator(".topbar .project-name", has_text="my paintings").wait_for()
-    assert page.locator(".topbar .project-name").text_content() == "my paintings"
-    page.locator(".picture").nth(2).wait_for()
-    assert page.locator(".picture").count() == 3
+    expect(page.locator(".topbar .project-name")).to_have_text("my paintings")
+    expect(page.locator(".picture")).to_have_count(3)
 
 
 def test_two_thousand_dropped_pictures_leave_the_window_small(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import psutil
 import pytest
 
 from tests.app_client import make_run
+from tests.browser.conftest import eventually, expect
 
 SCREENS = ("images", "recipe", "train", "studio", "blend")
 
@@ -67,13 +69,13 @@ def test_home_shows_projects_and_renames_and_deletes_them(window: Any, page: Any
     page.get_by_role("dialog").get_by_role("button", name="Rename").click()
     renamed = page.locator("article", has=page.get_by_role("heading", name="Renamed by hand"))
     renamed.get_by_role("button", name="Delete").click()
-    assert 'name = "Renamed by hand"' in (folder / "project.toml").read_text()
+    eventually(page, lambda: 'name = "Renamed by hand"' in (folder / "project.toml").read_text(), True)
     page.get_by_role("dialog").get_by_role("button", name="Cancel").click()
     assert folder.is_dir()
     renamed.get_by_role("button", name="Delete").click()
     page.get_by_role("dialog").get_by_role("button", name="Delete").click()
     renamed.wait_for(state="detached")
-    assert not folder.exists()
+    eventually(page, folder.exists, False)
 
 
 def test_a_new_lora_is_one_key_away_and_the_steps_are_links(window: Any, page: Any) -> None:
@@ -83,8 +85,8 @@ def test_a_new_lora_is_one_key_away_and_the_steps_are_links(window: Any, page: A
     for name in SCREENS[1:]:
         page.get_by_role("navigation", name="Steps").get_by_role("link", name=name.capitalize()).press("Enter")
         page.wait_for_function("s => document.body.dataset.screen === s", arg=name)
-        assert page.locator(".screen:visible").get_attribute("id") == f"screen-{name}"
-        assert page.locator(".steps [aria-current]").text_content() == name.capitalize()
+        expect(page.locator(".screen:visible")).to_have_id(f"screen-{name}")
+        expect(page.locator(".steps [aria-current]")).to_have_text(name.capitalize())
     page.go_back()
     page.wait_for_function("s => document.body.dataset.screen === s", arg=SCREENS[-2])
     page.get_by_role("navigation", name="Steps").get_by_role("link", name="Train", exact=True).press("Enter")
@@ -97,12 +99,12 @@ def test_it_follows_the_system_s_light_and_can_be_switched(window: Any, new_page
     page.goto(window.url)
     page.get_by_role("button", name="New LoRA", exact=True).wait_for()
     shade = "getComputedStyle(document.body).backgroundColor.match(/\\d+/g).slice(0, 3).reduce((a, b) => a + Number(b), 0) / 3"
-    assert (page.evaluate(shade) < 100) == (scheme == "dark")
+    eventually(page, lambda: page.evaluate(shade) < 100, scheme == "dark")
     page.locator("#theme").click()
-    assert (page.evaluate(shade) < 100) == (scheme == "light")
+    eventually(page, lambda: page.evaluate(shade) < 100, scheme == "light")
     page.reload()
     page.get_by_role("button", name="New LoRA", exact=True).wait_for()
-    assert (page.evaluate(shade) < 100) == (scheme == "light")
+    eventually(page, lambda: page.evaluate(shade) < 100, scheme == "light")
 
 
 def test_on_a_phone_nothing_scrolls_sideways(window: Any, new_page: Callable[..., Any]) -> None:
@@ -111,7 +113,8 @@ def test_on_a_phone_nothing_scrolls_sideways(window: Any, new_page: Callable[...
     page.goto(window.url)
     project = make_project(page, "A phone")
     for screen in each_screen(page, window.url, project):
-        assert page.evaluate("document.documentElement.scrollWidth") <= 390, screen
+        too_wide = f"document.documentElement.scrollWidth > 390 && {json.dumps(screen)}"
+        eventually(page, partial(page.evaluate, too_wide), False)
 
 
 def test_six_tabs_are_all_alive(window: Any, new_page: Callable[..., Any]) -> None:
@@ -143,5 +146,5 @@ def test_a_card_tells_where_its_run_stands_after_a_restart(own_window: Any, page
     own_window.restart(kill=True)
     page.goto(own_window.url)
     page.get_by_text("Stopped, step 7 of 20").wait_for()
-    assert page.get_by_role("button", name="Resume").is_visible()
+    expect(page.get_by_role("button", name="Resume")).to_be_visible()
     assert Path(own_window.home / "runs").is_dir()

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from tests.browser.conftest import eventually, expect
 from tests.command_line import ROOT
 
 SAMPLE = ROOT / "assets" / "samples" / "blackcut"
@@ -103,7 +104,7 @@ def test_the_journey(own_window: Any, page: Any, drop: Callable[..., None], tmp_
     page.locator("#screen-recipe").get_by_role("button", name="Start training").click()
 
     page.get_by_role("img", name=re.compile("base$")).first.wait_for()
-    told = json.loads(trained_captions(own_window.home))
+    told = json.loads(trained_captions(own_window.home))  # written before the run began
     assert {"one thing", "<b>two</b> things", "three, things"} <= set(told["captions"].values())
     page.reload()
     page.get_by_text("s a step").wait_for()
@@ -125,10 +126,10 @@ def test_the_journey(own_window: Any, page: Any, drop: Callable[..., None], tmp_
     assert settings["optimizer"]["learning_rate"] == float(rate) != 1e-3
 
     page.get_by_role("link", name="Try it in the Studio").click()
-    assert page.get_by_label("Prompt", exact=True).input_value()
+    expect(page.get_by_label("Prompt", exact=True)).not_to_have_value("")
     page.get_by_role("button", name="Draw", exact=True).click()
     page.get_by_text("Drawn.").wait_for()
-    assert page.locator(".rung").count() == 9
+    expect(page.locator(".rung")).to_have_count(9)
     check_slider(page)
     shot(page, "studio")
     page.goto(own_window.url)
@@ -145,18 +146,18 @@ def test_one_drop_and_one_click_train(own_window: Any, page: Any, drop: Callable
     page.get_by_text("6 pictures and 6 captions added.").wait_for()
     page.locator("#screen-images").get_by_text("400 steps on pocket, preset pocket").wait_for()
     seen = "[...document.querySelectorAll('input, select')].filter(e => e.checkVisibility() && e.type !== 'checkbox').length"
-    assert page.evaluate(seen) <= 8
+    eventually(page, lambda: page.evaluate(seen) <= 8, True)
     page.locator("#screen-images").get_by_role("button", name="Start training").click()
     page.get_by_text("The base model draws").or_(page.get_by_text("s a step")).first.wait_for()
     run = max((own_window.home / "runs").iterdir())
     assert tomllib.loads((run / "config.toml").read_text())["train"]["steps"] == 400
-    assert page.get_by_role("button", name="Delete this run").count() == 0
+    expect(page.get_by_role("button", name="Delete this run")).to_have_count(0)
     os.kill(int(json.loads((run / "process.json").read_text())["pid"]), signal.SIGKILL)
     page.get_by_role("button", name="Delete this run").click()
     page.get_by_role("dialog").get_by_role("button", name="Delete").click()
     page.wait_for_function("document.body.dataset.screen === 'images'")
-    page.locator(".picture").nth(5).wait_for()  # the screen comes first, its pictures when they have been listed
-    assert not run.exists() and page.locator(".picture").count() == 6
+    expect(page.locator(".picture")).to_have_count(6)
+    eventually(page, run.exists, False)
 
 
 def check_slider(page: Any) -> None:
@@ -173,19 +174,20 @@ def check_slider(page: Any) -> None:
     )
     print(f"slowest answer of the slider: {took:.1f} ms")
     assert asked == []
+    expect(page.locator(".rung img")).to_have_count(9)
     sources = page.evaluate("[...document.querySelectorAll('.rung img')].map(i => i.getAttribute('src'))")
     assert len(set(sources)) == 9
+    layers = "[...document.querySelectorAll('.stage .layer:not(.base)')].map(i => i.getAttribute('src'))"
     for number in (0, 4, 8):  # what is seen is that strength's own picture
         page.locator(".rung").nth(number).click()
-        layers = page.evaluate("[...document.querySelectorAll('.stage .layer:not(.base)')].map(i => i.getAttribute('src'))")
-        assert layers == [sources[number]] * 2
+        eventually(page, lambda: page.evaluate(layers), [sources[number]] * 2)
     assert asked == []
     page.evaluate(
         "() => { const s = document.getElementById('strength'); s.value = 0.6; s.dispatchEvent(new Event('input')); "
         "s.dispatchEvent(new Event('change')); }"
     )
     page.get_by_text("0.60 · rendered").wait_for()
-    assert page.locator(".rung").count() == 10
+    expect(page.locator(".rung")).to_have_count(10)
 
 
 def test_a_killed_trainer_and_a_killed_window(own_window: Any, page: Any, few: Path) -> None:
