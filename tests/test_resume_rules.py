@@ -14,9 +14,9 @@ from trainers import events
 from trainers.config import read_config
 from trainers.dataset.prepare import scan_images
 from trainers.demo import _next_run
+from trainers.manifest import make_manifest
 from trainers.outputs import Outputs
 from trainers.run_folder import RunFolder, differences
-from trainers.setup import make_manifest
 
 
 @pytest.fixture

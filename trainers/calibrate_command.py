@@ -60,11 +60,8 @@ def calibrate(
     from trainers.formats import read_without_base
     from trainers.warm import Warm, lora_mark
 
-    for path, ending in ((picture, ".png"), (bake, ".safetensors")):
-        if path and path.suffix.lower() != ending:
-            raise SettingError(f"{path.name} does not end with {ending}", where=str(path), hint="Choose another name.")
-        if path and path.exists():
-            raise RunFolderError("There is such a file already", str(path), "Choose another name.")
+    _check_new(picture, ".png")
+    _check_new(bake, ".safetensors")
     name, options = base_of_run(lora, BaseOptions()) if base is None else (base, BaseOptions())
     facts = recognise_base(name, options)
     read_without_base(lora, facts.family.name)  # a damaged one is told before the base loads
@@ -85,6 +82,13 @@ def calibrate(
         _save_picture(picture, plan, lora, found.suggested, how, warm)
     if bake:
         _bake(lora, found.suggested, bake, facts.family.name)
+
+
+def _check_new(path: Path | None, ending: str) -> None:
+    if path and path.suffix.lower() != ending:
+        raise SettingError(f"{path.name} does not end with {ending}", where=str(path), hint="Choose another name.")
+    if path and path.exists():
+        raise RunFolderError("There is such a file already", str(path), "Choose another name.")
 
 
 def _sampling(lora: Path, base: str, options: BaseOptions) -> dict[str, object]:

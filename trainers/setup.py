@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import statistics
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +20,8 @@ from trainers.checks import check_pictures, check_settings
 from trainers.condition import Condition, choose_condition
 from trainers.config import TrainConfig
 from trainers.dataset.batches import BatchMaker
-from trainers.dataset.buckets import CENTRE
 from trainers.dataset.cache import ContentCache, prune
-from trainers.dataset.folder import Scan
-from trainers.dataset.prepare import TrainingSet, dataset_version, planned_prior, prepare, render_side, scan_images
+from trainers.dataset.prepare import TrainingSet, dataset_version, prepare, render_side, scan_images
 from trainers.device import SMALL, Device, check_device, choose_device, other_kernels
 from trainers.embeddings import learn_words
 from trainers.engine import Undo, compile_blocks, make_fast, make_plain
@@ -37,6 +32,7 @@ from trainers.graph import Eager, Runner, choose_runner
 from trainers.kernels import FOR_SMALL, choose_kernels, shapes_of
 from trainers.layers import plan_layers
 from trainers.loss_scale import LossScale
+from trainers.manifest import make_manifest
 from trainers.prior import prior_examples
 from trainers.quantised import check_can_pack, quantise
 from trainers.run_folder import RunFolder, home_folder
@@ -128,18 +124,16 @@ def set_up(
     undo = _make_fast(config, learning, device)
     data = prepare(config, base, scan.examples, prior_examples(model, config, run.prior, device, emit, interrupted))
     checked = [*check_device(device), *check_settings(config, base), *(start.problems if start else ())]
+    warn = partial(_warn, emit)
     for problem in checked + check_pictures(config, base, scan, data):
-        _warn(emit, str(problem))
+        warn(str(problem))
     # The text states are cached only while nothing about the text encoder learns; both facts are settled here.
     plans = plan_layers(config, list(model.parts()), model.find_targets)
-    own, seed = config.adapter, config.train.seed
-    more = (start.given if start else None, own.apart, own.dropouts, learn_words(config, model))
-    flat = inject_trainable(model.parts(), plans, own.trained, seed, device.device, *more)
+    flat = _inject(config, model, plans, start, device)
     if config.train.checkpointing:
         model.enable_checkpointing()
     if cache_folder and device.is_main:
         prune(cache_folder)
-    warn = partial(_warn, emit)
     return Training(
         config=config,
         model=model,
@@ -157,6 +151,14 @@ def set_up(
         runner=choose_runner(config.train.recording, device.device, _is_small(config, base), warn),
         check_manifest=check_manifest,
     )
+
+
+def _inject(
+    config: TrainConfig, model: DiffusionModel, plans: list[LayerPlan], start: Start | None, device: Device
+) -> FlatParameters:
+    own = config.adapter
+    more = (start.given if start else None, own.apart, own.dropouts, learn_words(config, model))
+    return inject_trainable(model.parts(), plans, own.trained, config.train.seed, device.device, *more)
 
 
 def _make_fast(config: TrainConfig, learning: dict[str, torch.nn.Module], device: Device) -> Undo:
@@ -233,67 +235,3 @@ def _load(config: TrainConfig, base: BaseModelFacts, device: Device, emit: event
     before, after = (sum(size) / 1e9 for size in zip(*sizes, strict=True))
     emit(events.Stage(name="load", detail=f"base weights in {kind}: {after:.2f} GB in place of {before:.2f} GB"))
     return model
-
-
-def make_manifest(
-    config: TrainConfig,
-    scan: Scan,
-    model: DiffusionModel,
-    device: Device,
-    start: Start | None = None,
-    dataset: str = "",
-) -> dict[str, Any]:
-    """Content hashes of all that goes into a run, the name of its `dataset` version, and the settings that decide its result.
-
-    Settings at their defaults are left out, and crops in the middle, so that a later version with one setting more can go
-    on with the run; so are those that change nothing in the adapter, so that they may be changed between stop and resume.
-    """
-    free: dict[str, Any] = {
-        "base": {"model", "vae"},
-        "adapter": {"start_from"},
-        "samples": True,
-        "checkpoints": True,
-        "output": True,
-    }
-    free |= {
-        "dataset": {"images", "edits"},
-        "prior": {"folder"},
-        "train": {"save_state_seconds", "checkpointing", "recoveries", "recording", "fit"},
-    }
-    settings = config.model_dump(mode="json", exclude_defaults=True, exclude=free)
-    for group, usual in (("adapter", "lora"), ("optimizer", "adamw")):  # a type is its own settings' default
-        if (kind := getattr(config, group).type) != usual:
-            settings[group] = {**settings.get(group, {}), "type": kind}
-    started: dict[str, Any] = {"start_from": {"LoRA": start.sha256}} if start else {}
-    if config.prior.folder:
-        prior = planned_prior(config, Path(), 0)
-        started["prior"] = {example.name: example.sha256 for example in prior}
-        started["prior_captions"] = {one.name: hashlib.sha256(one.caption.encode()).hexdigest() for one in prior}
-    masks = {example.name: example.mask.sha256 or "its alpha channel" for example in scan.examples if example.mask}
-    return (
-        started
-        | ({"masks": masks} if masks else {})
-        | {
-            "dataset_version": dataset,
-            "images": {example.name: example.sha256 for example in scan.examples},
-            "captions": {example.name: hashlib.sha256(example.caption.encode()).hexdigest() for example in scan.examples},
-            "repeats": {example.name: example.repeats for example in scan.examples},
-            "crops": {example.name: list(example.crop) for example in scan.examples if example.crop != CENTRE},
-            "base": {part: model.fingerprint(part) for part in (*model.parts(), "vae")},
-            "configuration": {part: _digest(config) for part, config in model.facts.configs.items()},
-            "settings": settings,
-            "kernels": device.kernels(),
-            "versions": {name: _version(name) for name in ("impasto", "torch", "diffusers", "transformers", "safetensors")},
-        }
-    )
-
-
-def _digest(values: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "not installed"

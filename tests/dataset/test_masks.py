@@ -19,9 +19,10 @@ from trainers.dataset.folder import Scan, scan_folder
 from trainers.dataset.masks import cells_of, load_masked
 from trainers.errors import DatasetError
 from trainers.graph import Graphed
+from trainers.manifest import make_manifest
 from trainers.objective import mean_of_squares
 from trainers.run_folder import RunFolder
-from trainers.setup import Training, make_manifest
+from trainers.setup import Training
 from trainers.train import fill_gradient, update
 
 
