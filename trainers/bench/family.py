@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from trainers.bench.apart import run_to_end
+from trainers.bench.apart import Ran, run_to_end
 from trainers.cells import Cell, LoraUse, RenderRequest
 from trainers.dataset.captions import shared_words
 from trainers.dataset.folder import scan_folder
@@ -30,6 +30,7 @@ from trainers.families import recognise_base
 from trainers.families.facts import BaseOptions
 from trainers.families.settings import BaseSettings
 from trainers.measures.likeness import describe_all, drift_of, set_distance, spread_of
+from trainers.presets import resolve
 from trainers.warm import Warm
 
 LORA_RATES = (5e-4, 1e-3, 2e-3)
@@ -40,6 +41,7 @@ _PLAIN = (
     "a cactus, fluent flat style", "a mushroom, fluent flat style", "a rocket, fluent 3d style", "a pear, fluent 3d style",
 )  # fmt: skip
 _CONCEPTS = 24
+_PACE_STEPS = 30
 SEED = 7
 
 
@@ -69,10 +71,10 @@ ENTRIES = (
     _type("loha"),
     _type("lokr"),
     _type("additive"),
-    _type("random_projection", rates=(1e-3, 2e-3, 4e-3)),
-    _type("restart"),
-    Entry("lora, grow", ("adapter.rank_schedule=grow",)),
-    _type("pivotal"),
+    _type("random_projection", "adapter.every=25", rates=(3e-4, 1e-3, 3e-3)),
+    _type("restart", "adapter.every=50", "adapter.warmup=10"),
+    Entry("lora, grow", ("adapter.rank_schedule=grow", "adapter.grow_every=25")),
+    _type("pivotal", "dataset.trigger=blackcut"),
     _type("full", rates=(2e-5, 5e-5, 1e-4)),
     *(Entry(f"lora, rank {rank}", (f"adapter.rank={rank}",)) for rank in (1, 2, 4, 8, 64)),
     _only("q, k, v, out, rank 16", 16, "q", "k", "v", "out"),
@@ -102,6 +104,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("out", type=Path, help="folder for runs, pictures and results")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--only", nargs="*", default=[], help="names of entries")
+    parser.add_argument("--pace", action="store_true", help="only a short run of each entry, for the time and memory of a step")
     parser.add_argument("--table", action="store_true", help="print the table of what is done")
     options = parser.parse_args(arguments)
     if options.table:
@@ -110,8 +113,11 @@ def main(arguments: Sequence[str]) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     for entry in ENTRIES:
         if entry.name in (options.only or [entry.name]):
-            for rate in entry.rates:
-                _measure(entry, rate, options)
+            if options.pace:
+                _measure_pace(entry, options)
+            else:
+                for rate in entry.rates:
+                    _measure(entry, rate, options)
     return 0
 
 
@@ -121,21 +127,8 @@ def _measure(entry: Entry, rate: float, options: Any) -> None:
     if result.exists():
         return
     run = options.out / "runs" / result.stem
-    words = [
-        "-m",
-        "trainers",
-        "train",
-        str(options.images),
-        "-o",
-        str(run),
-        "--preset",
-        "pocket",
-        "--steps",
-        str(options.steps),
-    ]
-    for setting in (*_QUIET, *entry.settings, f"optimizer.learning_rate={rate}"):
-        words += ["--set", setting]
-    ran = run_to_end([*words, "--json"], options.out / "home")
+    settings = (*entry.settings, f"optimizer.learning_rate={rate}", f"prior.folder={_prior(options)}")
+    ran = _train(run, options.steps, settings, options)
     steps = [event for event in ran.events if event["type"] == "step"]
     losses = [event["held_out_loss"] for event in steps if event["held_out_loss"] is not None]
     (file,) = run.glob("*.safetensors")
@@ -145,6 +138,37 @@ def _measure(entry: Entry, rate: float, options: Any) -> None:
     found = Measured(entry.name, rate, losses[-1], similarity, drift, pace, ran.peak_bytes, file.stat().st_size)
     result.write_text(json.dumps(asdict(found)), encoding="utf-8")
     print(result.read_text(encoding="utf-8"), flush=True)
+
+
+def _train(run: Path, steps: int, settings: Sequence[str], options: Any) -> Ran:
+    words = ["-m", "trainers", "train", str(options.images), "-o", str(run), "--preset", "pocket", "--steps", str(steps)]
+    words += [word for setting in (*_QUIET, *settings) for word in ("--set", setting)]
+    return run_to_end([*words, "--json"], options.out / "home")
+
+
+def _prior(options: Any) -> Path:
+    """The preset's prior pictures with their captions, drawn once for all runs."""
+    folder: Path = options.out / "prior"
+    if not folder.exists():
+        run = options.out / "runs" / "prior"
+        _train(run, 1, (), options)
+        for number, prompt in enumerate(resolve("pocket", {}).prior.prompts):
+            (run / "prior" / f"{number:03}.txt").write_text(prompt, encoding="utf-8")
+        (run / "prior").rename(folder)
+    return folder
+
+
+def _measure_pace(entry: Entry, options: Any) -> None:
+    """Seconds for each step and the most memory, of a short run with the machine to itself."""
+    result = options.out / "pace" / f"{_file_name(entry.name)}.json"
+    if result.exists():
+        return
+    result.parent.mkdir(exist_ok=True)
+    run = options.out / "runs" / f"pace-{result.stem}"
+    settings = (*entry.settings, f"optimizer.learning_rate={entry.rates[0]}", f"prior.folder={_prior(options)}")
+    ran = _train(run, _PACE_STEPS, settings, options)
+    paces = [event["seconds_per_step"] for event in ran.events if event["type"] == "step"]
+    result.write_text(json.dumps({"seconds_per_step": paces[-1], "peak_bytes": ran.peak_bytes}), encoding="utf-8")
 
 
 def _draw(lora: Path | None, options: Any) -> list[Image.Image]:
@@ -202,9 +226,13 @@ def _file_name(name: str) -> str:
 
 
 def read_results(folder: Path) -> list[Measured]:
-    """What is done, in the order of the entries."""
+    """What is done, in the order of the entries; time and memory from the entry's short run, where there is one."""
     order = [entry.name for entry in ENTRIES]
-    found = [Measured(**json.loads(path.read_text(encoding="utf-8"))) for path in sorted(folder.glob("*.json"))]
+    found = []
+    for path in folder.glob("*.json"):
+        one = json.loads(path.read_text(encoding="utf-8"))
+        pace = folder / "pace" / f"{_file_name(one['name'])}.json"
+        found.append(Measured(**one | (json.loads(pace.read_text(encoding="utf-8")) if pace.exists() else {})))
     return sorted(found, key=lambda one: (order.index(one.name), one.rate))
 
 
