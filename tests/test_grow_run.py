@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from tests.tiny_runs import exported, tiny_training
 from trainers import events
 from trainers import train as loop
 from trainers.adapters.grow import rank_in_use
+from trainers.checks import check_pictures
 from trainers.console import in_words
 from trainers.export import export_adapter
 from trainers.formats import read_adapter
@@ -89,6 +91,17 @@ def test_a_look_after_which_no_layer_grows_leaves_the_optimizer_alone(
         assert all(
             torch.equal(torch.as_tensor(after["state"][number][key]), torch.as_tensor(own)) for key, own in state.items()
         )
+
+
+def test_a_run_that_ends_before_the_first_look_is_told(start: Any) -> None:
+    training = start(*GROW, "adapter.grow_every=50", "train.steps=50")
+    scan: Any = SimpleNamespace(problems=[])
+
+    def told(data: Any) -> list[str]:
+        return [one.where for one in check_pictures(training.config, training.model.facts, scan, data)]
+
+    assert "adapter.grow_every" in told(training.data)
+    assert "adapter.grow_every" not in told(start(*GROW, "train.steps=51").data)
 
 
 def test_it_trains_with_components_of_its_rank_dropped(start: Any) -> None:
