@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from tests.tiny_runs import exported, tiny_training
 from trainers import events
 from trainers import train as loop
 from trainers.adapters.grow import rank_in_use
+from trainers.checks import check_pictures
 from trainers.console import in_words
 from trainers.export import export_adapter
 from trainers.formats import read_adapter
@@ -22,6 +25,7 @@ from trainers.run_folder import RunFolder
 from trainers.setup import Training
 from trainers.train import update
 from trainers.training_state import load_state
+from trainers.turns import turn_if_due
 from trainers.verify import verify
 
 GROW = (
@@ -65,6 +69,46 @@ def test_a_growth_moves_the_loss_by_nothing(start: Any) -> None:
     (loss, norm), (other, other_norm) = update(grows), update(stays)
     assert max(ranks(grows).values()) == 4 and set(ranks(stays).values()) == {2}
     assert loss == other and norm > other_norm  # the new ranks learn
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "prodigy"])
+def test_a_look_after_which_no_layer_grows_leaves_the_optimizer_alone(
+    start: Any, optimizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also one whose running means have a form of their own, as in 8 bits."""
+    rate = "optimizer.learning_rate=" + ("1" if optimizer == "prodigy" else "1e-2")
+    training = start(*GROW[:-1], rate, f"optimizer.type={optimizer}", "adapter.grow_above=0.999")
+    for _ in range(3):
+        update(training)
+    if optimizer == "adamw":
+        monkeypatch.setattr(type(training.config.optimizer), "moments", {})
+    before = copy.deepcopy(training.optimizer.state_dict())
+    turn_if_due(training)
+    after = training.optimizer.state_dict()
+    assert training.turned == 1 and set(ranks(training).values()) == {2}
+    assert str(after["param_groups"]) == str(before["param_groups"]) and after["state"]
+    for number, state in before["state"].items():
+        assert all(
+            torch.equal(torch.as_tensor(after["state"][number][key]), torch.as_tensor(own)) for key, own in state.items()
+        )
+
+
+def test_a_run_that_ends_before_the_first_look_is_told(start: Any) -> None:
+    training = start(*GROW, "adapter.grow_every=50", "train.steps=50")
+    scan: Any = SimpleNamespace(problems=[])
+
+    def told(data: Any) -> list[str]:
+        return [one.where for one in check_pictures(training.config, training.model.facts, scan, data)]
+
+    assert "adapter.grow_every" in told(training.data)
+    assert "adapter.grow_every" not in told(start(*GROW, "train.steps=51").data)
+
+
+def test_it_trains_with_components_of_its_rank_dropped(start: Any) -> None:
+    training = start(*GROW, "adapter.rank_dropout=0.3")
+    for _ in range(4):
+        update(training)
+    assert max(ranks(training).values()) == 4 and in_use(training)
 
 
 def test_only_layers_that_learn_grow(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:

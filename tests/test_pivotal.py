@@ -239,6 +239,12 @@ def test_what_makes_no_sense_is_refused_in_words(tiny_base: Path, pictures: Path
     (none,), (path,), (common,) = told(), told("dataset.trigger=a/b"), told("dataset.trigger=Cat")
     assert none[0] == path[0] == "error" and "needs a trigger word" in none[1] and "name a file" in path[1]
     assert common == ("warning", "Cat is a common word, and will mean what is learnt wherever the embedding is used")
+    ((grave, like_a_checkpoint),) = told("dataset.trigger=sks-20240101")
+    assert grave == "error" and "ends as the embedding of a checkpoint does" in like_a_checkpoint
+    assert told("dataset.trigger=sks-2024") == []
+    pocket = recognise_base("pocket")  # which ships merges alone
+    config = tiny_config(tiny_base, pictures, "adapter.type=pivotal", "dataset.trigger=cat")
+    assert any("cat is a common word" in one.what for one in check_settings(config, pocket))
     with pytest.raises(SettingError, match="one rate for all parts"):
         build_config({"adapter": {"type": "pivotal", "vectors_learning_rate": 0.5}, "optimizer": {"type": "prodigy"}})
     with pytest.raises(SettingError, match="start_from"):

@@ -67,6 +67,34 @@ def test_a_turn_leaves_the_delta_the_loss_and_the_memory_where_they_are(
     assert training.turned == 2 and training.step == 5
 
 
+@every_type
+def test_a_turn_that_fails_half_way_is_taken_later_to_the_same_bytes(
+    settings: tuple[str, ...], begin: Callable[..., Training], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where memory was short for it."""
+    whole, broken = begin(*settings, name="whole"), begin(*settings)
+    update_from(whole, 3)
+    update_from(broken, 2)
+    kind, given = type(broken.config.adapter.trained), []
+    turn = kind.turn
+
+    def short(self: Any, *those: Any) -> Any:
+        given.append(1)
+        if len(given) == 5:
+            raise MemoryError
+        return turn(self, *those)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, "turn", short)
+        with pytest.raises(MemoryError):
+            turn_if_due(broken)
+    assert broken.turned == 0
+    update_from(broken, 1)
+    assert broken.turned == 1 and torch.equal(broken.flat.weights, whole.flat.weights)
+    for place, mean in means_of(whole).items():
+        assert torch.equal(means_of(broken)[place], mean)
+
+
 def places_of(training: Training) -> list[int]:
     flat = training.flat
     return [tensor.data_ptr() for used in flat.used.values() for tensor in used.values()]

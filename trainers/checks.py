@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
+from pathlib import Path
 
 from trainers.adapters.pivotal import NO_TRIGGER
 from trainers.config import TrainConfig
@@ -13,7 +14,9 @@ from trainers.dataset.prepare import TrainingSet
 from trainers.errors import Problem, SettingError
 from trainers.families import FAMILIES, BaseModelFacts
 from trainers.families.configuration import read_json
+from trainers.families.vocabulary import WORDS_FILE, number_words, only_merges, read_merges
 from trainers.layers import check_patterns
+from trainers.run_folder import is_of_step
 from trainers.samplers import check_sampler
 from trainers.text import printable
 
@@ -23,6 +26,7 @@ _COMMON = 20_000
 _NOT_IN_PEFT = {
     "loha": "LoHa",
     "lokr": "LoKr",
+    "full": "full difference",
     "restart": "full difference",
     "random_projection": "full difference",
 }
@@ -127,24 +131,35 @@ def _check_trigger(config: TrainConfig, base: BaseModelFacts) -> list[Problem]:
     if set(trigger) & set('/\\:*?"<>|,') or trigger.startswith(".") or len(trigger.encode()) > 100:
         what = f"The trigger word {printable(trigger)} cannot name a file, and other programs call an embedding by its file"
         return [Problem("error", what, where, "Take letters and digits, as zwx.")]
-    vocabulary = base.folder / "tokenizer" / "vocab.json"
-    known = read_json(vocabulary.parent, vocabulary.name) if vocabulary.is_file() else {}
-    if known.get(f"{trigger.lower()}</w>", _COMMON) < _COMMON:
+    if is_of_step(Path(f"{trigger}.safetensors")):
+        what = f"The trigger word {printable(trigger)} ends as the embedding of a checkpoint does, with - and its step"
+        return [Problem("error", what, where, "Take letters and digits, as zwx.")]
+    if _known_words(base.folder / "tokenizer").get(f"{trigger.lower()}</w>", _COMMON) < _COMMON:
         what = f"{trigger} is a common word, and will mean what is learnt wherever the embedding is used"
         return [Problem("warning", what, where, "Take a word that nobody writes, as zwx.")]
     return []
 
 
+def _known_words(tokenizer: Path) -> dict[str, int]:
+    """Each word of a tokenizer's vocabulary with its number; empty where neither tells it."""
+    if only_merges(tokenizer):
+        try:
+            return number_words(read_merges(tokenizer))
+        except (OSError, ValueError):  # told when the base is loaded
+            return {}
+    return read_json(tokenizer, WORDS_FILE) if (tokenizer / WORDS_FILE).is_file() else {}
+
+
 def _check_adapter(config: TrainConfig, base: BaseModelFacts) -> list[Problem]:
     width = min(base.configs["unet"]["block_out_channels"])
-    if config.adapter.rank * 2 <= width or not config.adapter.changes_layers:
+    if config.adapter.rank * 2 <= width or not config.adapter.has_rank:
         return []
     what = f"Rank {config.adapter.rank} is not small against this base's narrowest layer ({width})"
     return [Problem("advice", what, "adapter.rank", f"Use at most {width // 2}.")]
 
 
 def _check_rates(config: TrainConfig) -> list[Problem]:
-    if config.optimizer.type == "prodigy" or not config.adapter.changes_layers:
+    if config.optimizer.type == "prodigy" or not config.adapter.has_rank:
         return []
     problems = []
     scale = config.adapter.scale_of(config.adapter.effective_alpha, config.adapter.rank)
@@ -190,10 +205,11 @@ def check_pictures(config: TrainConfig, base: BaseModelFacts, scan: Scan, data: 
         more = f" and {len(parts) - 20} more" if len(parts) > 20 else ""
         what = f"The file will tell everyone these words of your captions: {shown}{more}"
         problems.append(Problem("note", what, "output.caption_words", "Set output.caption_words=false to keep them."))
-    every = getattr(config.adapter, "every", 0)
+    every = getattr(config.adapter.trained, "every", 0)
     if every >= data.steps > 0:
         what = f"The run has {data.steps} steps: it ends before the first period of {every} is over"
-        problems.append(Problem("warning", what, "adapter.every", "Lower adapter.every, or raise train.steps."))
+        setting = "adapter.every" if hasattr(config.adapter, "every") else "adapter.grow_every"
+        problems.append(Problem("warning", what, setting, f"Lower {setting}, or raise train.steps."))
     if not data.training:
         problems.append(Problem("error", "No picture is left to train on", config.dataset.images, "Lower dataset.holdout."))
     elif data.steps * config.examples_per_step < len(data.training):

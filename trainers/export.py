@@ -55,10 +55,13 @@ class Exported:
 
     def ranks(self) -> str:
         """How much of its ranks it uses, as a sentence; "" where that is not known or nothing was learnt."""
-        used = summarise(used_rank(module) for module in self.modules.values())
+        found = [used_rank(module) for module in self.modules.values()]
+        used, unknown = summarise(found), found.count(None)
         counts = sorted(Counter(module.rank for module in self.modules.values()).items())
         own = f" Its layers have ranks {', '.join(f'{rank} ({count})' for rank, count in counts)}." if len(counts) > 1 else ""
-        return f"The LoRA {used.sentence()}.{own}" if used else ""
+        left = f" {unknown} of its {len(found)} layers are left out, as they are too large to look at." if unknown else ""
+        what = "LoRA" if all(module.kind == "lora" for module in self.modules.values()) else "adapter"
+        return f"The {what} {used.sentence()}.{left}{own}" if used else ""
 
     def sentence(self) -> str:
         """What a person should know of a file that is not what was trained; "" where it is."""
@@ -78,7 +81,11 @@ def export_adapter(path: Path, exported: Exported, config: TrainConfig, metadata
 def _own_facts(exported: Exported, config: TrainConfig) -> dict[str, str]:
     """What the file says of its form where that is not the trained LoRA's own, in kohya's and LyCORIS' words."""
     ranks, alphas = ({getattr(module, name) for module in exported.modules.values()} for name in ("rank", "alpha"))
-    if config.adapter.trained is LORA and ranks <= {config.adapter.rank, config.text_encoder_rank}:
+    as_set = all(
+        module.rank == (config.adapter.rank if name.startswith("unet.") else config.text_encoder_rank)
+        for name, module in exported.modules.items()
+    )
+    if config.adapter.trained is LORA and as_set and not config.adapter.alpha_pattern:
         return {}
     facts = {
         "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",
@@ -192,6 +199,7 @@ def _told_of(config: TrainConfig) -> dict[str, Any]:
         "rank_pattern",
         "alpha_pattern",
         "loraplus_lr_ratio",
+        "dropout",
         "rank_dropout",
         "module_dropout",
     )

@@ -79,7 +79,7 @@ def check_patterns(config: TrainConfig, base: BaseModelFacts) -> list[Problem]:
     pieces = {piece for name in names for piece in name.split(".") if not piece.isdecimal()}
     for setting, patterns in given.items():
         used = {last_fitting(patterns, name) for name in names}
-        for pattern in patterns.keys() - used:
+        for pattern in [one for one in patterns if one not in used]:
             if any(last_fitting([pattern], name) for name in names):
                 what, hint = "is never used: later patterns fit all its layers", "Take it out, or put it behind them."
             else:
@@ -93,6 +93,8 @@ def check_patterns(config: TrainConfig, base: BaseModelFacts) -> list[Problem]:
 
 def _near(pattern: str, pieces: Iterable[str], names: Sequence[str]) -> str:
     """What may have been meant: parts of names that look like the pattern's, else a whole name."""
+    if not names:
+        return "Take it out: no layer gets an adapter with these settings."
     near = [one for piece in pattern.split(".") for one in difflib.get_close_matches(piece, sorted(pieces), n=2, cutoff=0.5)]
     near += [piece for piece in sorted(pieces) if pattern in piece and piece not in near]
     meant = f"Near it are {name_list(near, 6)}; a" if near else "A"

@@ -3,9 +3,11 @@
 A turn is taken right before the first update of a period; what is exported before it and after it has the same delta. How
 many were taken is part of the training state, so that none is missed or taken twice, whenever a run is killed or goes back.
 Everything follows from the seed, the layer's name and the turn's number, so all processes do the same. Factors and
-constants keep their places in memory, as a recorded step reads them there.
+constants keep their places in memory, as a recorded step reads them there. All that is new is computed before anything is
+written, so that a turn for which memory was short is not taken at all, and can be taken later; one that changes no layer
+leaves the optimizer alone.
 
-The optimizer's running means are carried over in one place, `_carry_over`: a type says what becomes of those of a factor, an
+The optimizer's running means are carried over in one place, `_carried`: a type says what becomes of those of a factor, an
 optimizer by which names it has them (`moments`). One whose state has another form begins with an empty one.
 """
 
@@ -16,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from trainers.adapters.base import Carry
+from trainers.adapters.base import Carry, Turn
 from trainers.objective import generator_for
 
 if TYPE_CHECKING:
@@ -34,9 +36,19 @@ def turn_if_due(training: Training) -> None:
     number = training.step // _period(training) if goes_in_periods(training) else 0
     if number <= training.turned:
         return
+    new: list[tuple[torch.Tensor, torch.Tensor]] = []
+    carries: dict[str, Carry] = {}
+    for plan in training.plans:
+        turn = _turn(training, plan.name, number)
+        if turn.changed:
+            carries[plan.name] = turn.carry
+            new += _in_places(training, plan.name, turn)
+    if carries:
+        means = _carried(training, carries)
+        for place, tensor in new + means:
+            place.copy_(tensor)
+        _begin_anew(training)
     training.turned = number
-    carries = {plan.name: _turn(training, plan.name) for plan in training.plans}
-    _carry_over(training, carries)
 
 
 def rate_after_turn(training: Training) -> float:
@@ -50,30 +62,42 @@ def _period(training: Training) -> int:
     return getattr(training.config.adapter.trained, "every", 0)
 
 
-def _turn(training: Training, layer: str) -> Carry:
-    """One layer's turn, in float64: new factors and constants in the places of the old ones."""
+def _turn(training: Training, layer: str, number: int) -> Turn:
+    """One layer's turn, in float64; nothing is changed yet."""
     flat, kind = training.flat, training.config.adapter.trained
-    factors, constants = flat.views[layer], flat.constants[layer]
-    known = {name: _wide(tensor) for name, tensor in {**factors, **constants}.items()}
-    turn = kind.turn(known, generator_for(training.config.train.seed, "turn", training.turned, layer))
-    for places, new in ((factors, turn.factors), (constants, turn.constants)):
-        for name, tensor in new.items():
-            places[name].copy_(tensor)
-    carry: Carry = turn.carry
-    return carry
+    known = {name: _wide(tensor) for name, tensor in {**flat.views[layer], **flat.constants[layer]}.items()}
+    turn: Turn = kind.turn(known, generator_for(training.config.train.seed, "turn", number, layer))
+    return turn
 
 
-def _carry_over(training: Training, carries: dict[str, Carry]) -> None:
-    settings, optimizer = training.config.optimizer, training.optimizer
-    if not settings.moments:
-        optimizer.state.clear()
+def _in_places(training: Training, layer: str, turn: Turn) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(place, what comes there) of a layer's factors and constants."""
+    flat = training.flat
+    pairs = ((flat.views[layer], turn.factors), (flat.constants[layer], turn.constants))
+    return [(places[name], _held(new, places[name])) for places, given in pairs for name, new in given.items()]
+
+
+def _carried(training: Training, carries: dict[str, Carry]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(place, what comes there) of the optimizer's running means of the layers that `carries` names."""
+    settings, found = training.config.optimizer, []
     for state, layer, factor, place, shape in _states(training):
         for name, which in settings.moments.items():
-            if name in state:
+            if name in state and layer in carries:
                 mean = state[name]
                 part = mean if settings.views else mean.view(-1)[place].view(shape)
-                part.copy_(carries[layer](which, factor, _wide(part)))
-    settings.begin_anew(optimizer)
+                found.append((part, _held(carries[layer](which, factor, _wide(part)), part)))
+    return found
+
+
+def _begin_anew(training: Training) -> None:
+    if not training.config.optimizer.moments:
+        training.optimizer.state.clear()
+    training.config.optimizer.begin_anew(training.optimizer)
+
+
+def _held(new: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+    """In the number format of its place, in the machine's memory: a GPU's would have to hold a second sum of each layer."""
+    return new.to("cpu", place.dtype)
 
 
 def _states(training: Training) -> Iterator[tuple[dict[str, Any], str, str, slice, tuple[int, ...]]]:

@@ -65,6 +65,18 @@ def test_a_growth_changes_no_answer_by_a_bit(shape: tuple[int, ...]) -> None:
 
 
 @every_shape
+def test_components_of_its_rank_are_dropped_as_a_loras(shape: tuple[int, ...]) -> None:
+    layer: Any = nn.Linear(20, 24) if len(shape) == 2 else nn.Conv2d(16, 24, 3, padding=1)
+    x = torch.randn(2, 20) if len(shape) == 2 else torch.randn(2, 16, 6, 5)
+    factors = {name: factor.float() for name, factor in learnt(shape, [2.0, 1.0]).items()}
+    dropped = torch.zeros(2, 8, dtype=torch.bool)
+    dropped[0, 1] = True
+    found = KIND.forward(layer, x, factors, 0.5, dropped)
+    assert torch.equal(found, LORA.forward(layer, x, factors, 0.5, dropped))
+    assert not torch.equal(found, KIND.forward(layer, x, factors, 0.5))
+
+
+@every_shape
 def test_new_rows_are_gaussian_and_follow_from_the_seed_alone(shape: tuple[int, ...]) -> None:
     before = learnt(shape, [1.0] * 4, rank=16)
     kind = Growing(LORA, first=8, every=3, share=0.01)
@@ -95,8 +107,9 @@ def test_only_a_layer_that_uses_all_its_ranks_grows(values: list[float], rank: i
 
 
 def test_a_layer_that_has_just_grown_does_not_grow_again() -> None:
-    once = turned(learnt((24, 20), [1.0, 1.0])).factors
-    assert torch.equal(turned(once, number=2).factors["down"], once["down"])
+    first = turned(learnt((24, 20), [1.0, 1.0]))
+    again = turned(first.factors, number=2)
+    assert torch.equal(again.factors["down"], first.factors["down"]) and (first.changed, again.changed) == (True, False)
 
 
 def test_a_layer_has_no_more_ranks_than_its_smaller_side_uses() -> None:

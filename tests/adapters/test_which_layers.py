@@ -23,7 +23,10 @@ from trainers.adapters.plan import LayerPlan, last_fitting
 from trainers.attention import share_rows
 from trainers.checks import check_settings
 from trainers.config import parse_override
+from trainers.errors import SettingError
+from trainers.export import Exported, _own_facts, _told_of
 from trainers.families import recognise_base
+from trainers.formats import ModuleWeights
 from trainers.frozen import KeptLayer
 from trainers.layers import adapter_size, planned_layers
 from trainers.presets import resolve
@@ -110,6 +113,36 @@ def test_a_rank_above_a_layers_width_is_told(tiny_base: Path) -> None:
     config = tiny_config(tiny_base, Path("pictures"), "adapter.rank_pattern={to_q=999}")
     (problem,) = [one for one in check_settings(config, recognise_base(str(tiny_base))) if one.where == "adapter.rank_pattern"]
     assert problem.severity == "advice" and "999" in problem.what
+
+
+def test_each_part_of_a_file_is_held_against_its_own_rank(tiny_base: Path) -> None:
+    config = tiny_config(tiny_base, Path("pictures"), "text_encoder.rank=4", "adapter.dropout=0.1")
+    rank = {number: ModuleWeights({"up": torch.ones(8, number), "down": torch.ones(number, 8)}, 2.0) for number in (2, 4)}
+    assert _own_facts(Exported({"unet.a": rank[2], "text_encoder.a": rank[4]}), config) == {}
+    facts = _own_facts(Exported({"unet.a": rank[4], "text_encoder.a": rank[4]}), config)
+    assert facts == {"ss_network_dim": "4", "ss_network_alpha": "2.0"}
+    assert _told_of(config) == {"dropout": 0.1}
+
+
+def test_a_pattern_where_no_layer_learns_is_told(tiny_base: Path) -> None:
+    config = tiny_config(
+        tiny_base, Path("pictures"), "adapter.type=pivotal", "adapter.lora=false", "adapter.rank_pattern={to_q=4}"
+    )
+    (problem,) = [one for one in check_settings(config, recognise_base(str(tiny_base))) if one.where == "adapter.rank_pattern"]
+    assert problem.severity == "error" and problem.hint.startswith("Take it out: no layer gets an adapter")
+
+
+def test_full_fine_tuning_has_no_rank_to_judge_and_no_file_in_peft_form(tiny_base: Path) -> None:
+    def told(*settings: str) -> list[tuple[str, str]]:
+        config = tiny_config(tiny_base, Path("pictures"), "adapter.type=full", *settings)
+        return [(one.severity, one.where) for one in check_settings(config, recognise_base(str(tiny_base)))]
+
+    wheres = [where for _, where in told("adapter.rank=1000", "optimizer.learning_rate=1e-7", "adapter.alpha=1")]
+    assert not {"adapter.rank", "adapter.alpha", "optimizer.learning_rate"} & set(wheres)
+    assert ("error", "output.kind") in told("output.form=peft", "output.kind=native")
+    for setting in ("adapter.rank_pattern={to_q=4}", "adapter.scaling=rslora"):
+        with pytest.raises(SettingError, match="has no rank"):
+            told(setting)
 
 
 def test_dots_without_quotes_are_part_of_the_pattern() -> None:

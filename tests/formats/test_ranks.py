@@ -15,6 +15,7 @@ from tests.adapters.kinds import EXAMPLES
 from tests.formats.examples import random_lora, random_weights
 from tests.test_cli import impasto
 from trainers.adapters import ADAPTERS
+from trainers.export import Exported
 from trainers.formats import ModuleWeights, write_adapter
 from trainers.formats.ranks import effective_rank, singular_values, summarise, used_rank
 from trainers.formats.reading import factors_of
@@ -87,6 +88,14 @@ def test_what_depends_on_the_base_or_is_too_large_is_not_told() -> None:
     assert used_rank(ModuleWeights({"diff": torch.ones(700, 650)}, 1.0, "full")) is None
     wide = used_rank(ModuleWeights({"diff": torch.ones(700, 40)}, 1.0, "full"))
     assert wide is not None and wide.effective == pytest.approx(1.0) and wide.most == 40
+
+
+def test_a_runs_end_counts_the_layers_that_are_too_large_and_calls_no_difference_a_lora() -> None:
+    small, large = (ModuleWeights({"diff": torch.ones(size, 650)}, 1.0, "full") for size in (40, 700))
+    told = Exported({"unet.a": small, "unet.b": large, "unet.c": small}).ranks()
+    assert told.startswith("The adapter uses 1.0 of 40 ranks; ") and " 1 of its 3 layers are left out" in told
+    assert Exported({"unet.a": of_values([1.0])}).ranks().startswith("The LoRA uses 1.0 of 1 ranks")
+    assert Exported({"unet.b": large}).ranks() == ""
 
 
 def test_the_scale_and_the_sign_change_no_rank() -> None:

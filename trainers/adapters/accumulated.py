@@ -5,7 +5,7 @@ bits most of what a period learns would be rounded away. The price, of each adap
 weight (374 MB for the attention layers of SD 1.5, 3.8 GB for SDXL's), as much again in the machine's memory for the state to
 go back to, and in each training state on the disk; and one more product of the weight's size each way, so that such a layer
 takes about twice the time. Over a base in 16 bits a step keeps a copy of the sum in that format, half its size, for the way
-back. Torch-free at import.
+back. Dropout is of the whole path: what it leaves out is left out of the sum too. Torch-free at import.
 """
 
 from __future__ import annotations

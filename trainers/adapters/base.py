@@ -64,7 +64,8 @@ class AdapterKind(Protocol):
 @dataclass(frozen=True)
 class Started:
     """An adapter at its start: the factors that learn, the scale that `forward` gets at strength 1, and the tensors that
-    `forward` needs beside the factors and that never change. They are made again, the same, when a run goes on."""
+    `forward` needs beside the factors and that no optimizer changes, only a turn (see Trained). A run that goes on makes them
+    again, the same, and takes those that are `kept` from its state."""
 
     factors: dict[str, torch.Tensor]
     scale: float
@@ -83,6 +84,8 @@ class Turn:
     factors: dict[str, torch.Tensor]
     constants: dict[str, torch.Tensor]
     carry: Carry
+    changed: bool = True
+    """Whether anything of the layer is another than before; where it is not, the rest counts for nothing."""
 
 
 class Trained(Protocol):

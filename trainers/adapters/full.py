@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
+from pydantic import model_validator
+
 from trainers.adapters.base import Factors, Started, Weight, apply_weight, same_layer, scaled
 from trainers.adapters.settings import LowRankSettings
 
@@ -17,10 +19,23 @@ if TYPE_CHECKING:
 
 
 class FullSettings(LowRankSettings):
-    """Full fine-tuning of the targets' weights: of rank and alpha only their quotient counts, as its scale."""
+    """Full fine-tuning of the targets' weights: it has no rank, and alpha / rank is its scale alone."""
 
     type: Literal["full"] = "full"
     """Kind of adapter."""
+
+    @model_validator(mode="after")
+    def _has_no_rank(self) -> FullSettings:
+        if self.rank_pattern:
+            raise ValueError("an adapter of type full has no rank, so adapter.rank_pattern must be empty; see alpha_pattern")
+        if self.scaling != "standard":
+            raise ValueError(f"an adapter of type full has no rank, so adapter.scaling = {self.scaling} says nothing of it")
+        return self
+
+    @property
+    def has_rank(self) -> bool:
+        """See LowRankSettings."""
+        return False
 
     @property
     def trained(self) -> Any:

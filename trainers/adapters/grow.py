@@ -47,9 +47,16 @@ class Growing:
         factors["down"][: len(drawn)] = drawn
         return Started(factors, scale)
 
-    def forward(self, frozen: Any, x: torch.Tensor, factors: Factors, scale: float | torch.Tensor) -> torch.Tensor:
+    def forward(
+        self,
+        frozen: Any,
+        x: torch.Tensor,
+        factors: Factors,
+        scale: float | torch.Tensor,
+        dropped: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """LoRA's."""
-        return self._lora.forward(frozen, x, factors, scale)  # type: ignore[no-any-return]
+        return self._lora.forward(frozen, x, factors, scale, dropped)  # type: ignore[no-any-return]
 
     def joined(self, frozen: Any, x: torch.Tensor, adapters: Sequence[tuple[Factors, float]]) -> torch.Tensor | None:
         """LoRA's."""
@@ -88,7 +95,7 @@ class Growing:
             begun.narrow(axis, rank, more).copy_(mean.narrow(axis, 0, rank).mean(axis, keepdim=True))
             return begun
 
-        return Turn({"down": down, "up": up}, {}, carry)
+        return Turn({"down": down, "up": up}, {}, carry, more > 0)
 
     def is_used_up(self, factors: Factors) -> bool:
         """Whether the weakest of the ranks in use holds more than `share` of the update's squared norm."""

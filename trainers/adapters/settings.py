@@ -111,6 +111,11 @@ class LowRankSettings(Settings):
         return True
 
     @property
+    def has_rank(self) -> bool:
+        """Whether what learns in the layers is of a rank, which can be judged, and with it the rate."""
+        return self.changes_layers
+
+    @property
     def trigger_vectors(self) -> int:
         """How many vectors of its own the trigger word has; 0 where it is read as the base reads it."""
         return 0

@@ -38,8 +38,8 @@ _COPY_MARK = re.compile(r"\s*(\(\d+\)|\bcopy\b|\[\d+\])\s*$", re.IGNORECASE)
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
 _HASH = re.compile(r"(?=[0-9a-f]*\d)[0-9a-f]{8,}", re.IGNORECASE)
 
-MOST_WORDS = 75
 ARTICLES = frozenset(("a", "an", "the"))
+MOST_WORDS = 75
 """CLIP reads 75 tokens of a caption, and a word is one or more of them."""
 
 

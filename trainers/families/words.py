@@ -1,4 +1,4 @@
-"""Captions with learned words in them -> tokens: a word's vectors stand in them as negative numbers"""
+"""Captions with learned words in them -> tokens: a word's vectors stand in them as negative numbers."""
 
 from __future__ import annotations
 
