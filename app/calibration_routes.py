@@ -66,6 +66,8 @@ class BakedAnswer(BaseModel):
 
     name: str
     url: str
+    needs: str
+    """What it needs beside it, in a sentence: the embedding of its run; empty for most."""
 
 
 def post_calibration(body: CalibrationBody, desk: TheDesk) -> Asked:
@@ -104,8 +106,8 @@ def post_cancel(number: int, desk: TheDesk) -> Asked:
 
 def post_bake(number: int, desk: TheDesk) -> BakedAnswer:
     """Writes the LoRA anew with the suggested strength as its 1; the file itself stays as it is."""
-    path = desk.calibrations.bake(number)
-    return BakedAnswer(name=path.name, url=f"/api/calibrations/{number}/baked")
+    path, needs = desk.calibrations.bake(number)
+    return BakedAnswer(name=path.name, url=f"/api/calibrations/{number}/baked", needs=needs)
 
 
 def get_baked(number: int, desk: TheDesk) -> FileResponse:

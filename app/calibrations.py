@@ -24,6 +24,7 @@ from trainers.dataset.prepare import render_side, scan_images
 from trainers.families import recognise_base
 from trainers.library import read_facts
 from trainers.measures.pixels import MEASURED_SIDE
+from trainers.run_folder import embedding_needed
 
 REMEMBERED = 10
 _SHOWN = 2
@@ -94,8 +95,11 @@ class Calibrations:
         }
         return found, job.plan, job.result, pairs
 
-    def bake(self, number: int) -> Path:
-        """Writes the LoRA with the suggested strength made its 1; the file itself stays. Raises Refusal."""
+    def bake(self, number: int) -> tuple[Path, str]:
+        """Writes the LoRA with the suggested strength made its 1, and says what it needs beside it; the file itself stays.
+
+        Raises Refusal.
+        """
         job = self._find(number)
         if job.result is None:
             raise Refusal("It is not measured yet", str(number), "Wait for it.", status=CONFLICT)
@@ -109,7 +113,7 @@ class Calibrations:
                 output = self._free_path(f"{job.lora.stem}-at-{strength:.2f}")
                 self._merge(job, strength, output)
                 job.baked = output
-            return job.baked
+            return job.baked, embedding_needed(job.lora)
 
     def baked(self, number: int) -> Path:
         """The file that `bake` wrote. Raises Refusal."""

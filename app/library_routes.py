@@ -22,12 +22,12 @@ from app.library_answers import (
     Restore,
 )
 from app.refusals import NOT_FOUND, Refusal
+from trainers.card_pictures import choose_picture
 from trainers.errors import AdapterFileError
 from trainers.library import (
     FOLDER,
     Card,
     change_card,
-    choose_picture,
     find_card,
     hashes_of,
     list_cards,

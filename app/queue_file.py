@@ -15,6 +15,8 @@ from trainers.files import write_atomically
 Hold = Literal["", "person", "paused", "interrupted", "refused"]
 """Why the queue does not go on by itself: not at all; somebody holds it; the run before is paused; its process is gone
 without a word; or the next one could not be started."""
+RUN_HOLDS = ("paused", "interrupted")
+"""Those that a run is the cause of: the state's `last`."""
 
 
 class Entry(BaseModel):
@@ -32,6 +34,8 @@ class Entry(BaseModel):
     """How long it will take by two real steps, or by the steps that it has done, where they had been measured."""
     resumes: bool = False
     """Whether it was begun before: its folder stays when it is taken out."""
+    begun: int | None = None
+    """Of one that resumes: the event that its latest process had begun with, by which one that went on elsewhere is known."""
     force: bool = False
     """Whether it goes on although what went into it has changed."""
 

@@ -215,7 +215,9 @@ def _answer(project: Project, standings: list[Standing]) -> ProjectAnswer:
         id=project.id,
         recipe=recipe,
         runs=[answer.id for answer in reversed(answers)],
-        latest=next((answer for answer in answers if answer.state != "waiting"), answers[0] if answers else None),
+        latest=next(
+            (answer for answer, one in zip(answers, own, strict=True) if one.has_begun), answers[0] if answers else None
+        ),
         cover=next((answer.sample for answer in answers if answer.sample), ""),
     )
 

@@ -1,8 +1,9 @@
 """The queue: prepared runs that wait their turn. While the window is open it starts the next one when a run has ended.
 
 One that finished, was stopped or has failed is followed by the next. One that is paused holds the queue until it goes on
-and ends, as whoever pauses wants the machine. So does one whose process is gone without a word when the window opens, as
-after a power cut: it is not begun again unasked, and nothing else takes the machine either until somebody says so.
+and ends, or is put into the queue itself, as whoever pauses wants the machine. So does one whose process is gone without a
+word when the window opens, as after a power cut: it is not begun again unasked, and nothing else takes the machine either
+until somebody says so.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from app.queue_file import Entry, Hold, QueueState
+from app.queue_file import RUN_HOLDS, Entry, Hold, QueueState
 from app.refusals import CONFLICT, NOT_FOUND, Refusal
 from app.runs import Runs, Standing
 from trainers.run_folder import RunFolder
@@ -48,7 +49,11 @@ class RunQueue:
             standing = self._runs.standing(self._folder(entry))
             if entry.resumes and (standing.is_at_work or standing.state in ("finished", "waiting")):
                 raise Refusal("This run cannot be put into the queue", hint=standing.sentence, status=CONFLICT)
+            if entry.resumes:
+                entry = entry.model_copy(update={"begun": standing.progress.begun})
             changes: dict[str, Any] = {"entries": (*state.entries, entry)}
+            if state.hold in RUN_HOLDS and entry.run == state.last:  # it goes on in its turn, and holds nothing up
+                changes["hold"] = ""
             if not state.entries:  # what ended before anything waited holds nothing up
                 other = self._runs.at_work()
                 changes |= {"hold": "", "why": "", "last": other.id if other else ""}
@@ -108,8 +113,10 @@ class RunQueue:
         at_work = self._runs.at_work()
         if at_work:
             self._seen_at_work = at_work.id
-            gone_on = state.hold in ("paused", "interrupted") and at_work.id == state.last
-            return state.model_copy(update={"last": at_work.id, **({"hold": ""} if gone_on else {})})
+            if state.hold not in RUN_HOLDS:
+                return state.model_copy(update={"last": at_work.id})
+            # One that was begun beside the queue lifts nothing: `last` still names the run that holds it.
+            return state.model_copy(update={"hold": ""}) if at_work.id == state.last else state
         if state.hold or not state.entries:
             return state
         before = self.before(state)

@@ -133,13 +133,14 @@ def answer_run(standing: Standing) -> RunAnswer:
         FileAnswer(
             step=step,
             name=path.name,
-            size=path.stat().st_size,
+            size=size,
             url=f"{address}/download" + ("" if step is None else f"?step={step}"),
         )
         for step, path in lora_files(standing.run)
-        if path.exists()
+        if (size := _size(path)) is not None
     ]
     beside = standing.run.embedding
+    vectors = _size(beside) if beside else None
     return RunAnswer(
         id=standing.id,
         project=standing.project,
@@ -164,8 +165,16 @@ def answer_run(standing: Standing) -> RunAnswer:
         warnings=progress.warnings,
         sample=f"{address}/samples/{quote(sample, safe='')}" if sample else "",
         files=files,
-        embedding=EmbeddingAnswer(name=beside.name, size=beside.stat().st_size, url=f"{address}/embedding") if beside else None,
+        embedding=EmbeddingAnswer(name=beside.name, size=vectors, url=f"{address}/embedding") if beside and vectors else None,
     )
+
+
+def _size(path: Path) -> int | None:
+    """Bytes of a file; None when it has gone since it was listed, as while its run is deleted."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return None
 
 
 ROUTES: tuple[tuple[str, str, Callable[..., Any]], ...] = (

@@ -59,6 +59,11 @@ class Standing:
         return self.state in ("starting", "running")
 
     @property
+    def has_begun(self) -> bool:
+        """Whether a process ever worked on it; one that was only prepared has not."""
+        return self.state != "waiting" or self.process is not None or self.progress.count > 0
+
+    @property
     def can(self) -> list[str]:
         """What may be asked of it now."""
         if self.state in ("finished", "waiting"):
@@ -116,7 +121,8 @@ class Runs:
         if state == "lost":
             last = next((line for line in reversed(tail(run.log, 20)) if line.startswith("impasto: ")), "")
         sentence = in_a_sentence(state, progress, saved, process.exit_code if process else None, last)
-        if entry and entry.resumes and state not in ("starting", "running", "finished"):
+        waits = entry and entry.resumes and entry.begun in (None, progress.begun)
+        if waits and state not in ("starting", "running", "finished"):
             state, sentence = "waiting", f"It goes on from step {saved} after those before it."
         asked = run.stop_asked() if state in ("starting", "running") else None
         return Standing(run, state, progress, sentence, process.project if process else "", process, asked, saved)
@@ -211,7 +217,7 @@ class Runs:
             self._forget(project or standing.project, run)
 
     def _forget(self, project: str, run: RunFolder) -> None:
-        with contextlib.suppress(Refusal):  # the project may be gone too
+        with contextlib.suppress(Refusal, OSError):  # the project may be gone too, or the disk full
             drop_run(read_project(self.home, project), run.path.name)
 
     def ask(self, run: RunFolder, what: Ask) -> None:

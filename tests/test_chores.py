@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.app_client import make_run
 from tests.asked_worker import kinds, run, wait_for
 from tests.tiny_lora import TEXT, UNET, UNET_OUT, save_lora
 from tests.tools.mergeable import MIXED, save_adapter
@@ -71,9 +72,22 @@ def test_a_blend_is_exported_as_one_file(tmp_path: Path) -> None:
     parts = [read_without_base(file, "sd1").modules[UNET].delta() for file in files]
     assert made.keys() == {UNET}
     torch.testing.assert_close(made[UNET].delta(), 0.5 * parts[0] - 0.25 * parts[1], rtol=1e-6, atol=1e-6)
+    assert told["remarks"] == []
     last = run(request)[-1]
     assert last["event"] == "failed" and "already" in last["what"]
     assert run({**request, "loras": []})[-1]["event"] == "failed"
+
+
+def test_an_export_says_which_embedding_its_lora_needs(tmp_path: Path) -> None:
+    folder = make_run(tmp_path, "2026-pivotal", [])
+    for inner in (folder.state, folder.embeddings, folder.checkpoints):
+        inner.mkdir()
+    (folder.embeddings / "zwx.safetensors").write_bytes(b"")
+    uses = [{"path": str(save_lora(folder.checkpoints / "zwx-00000010.safetensors", UNET)), "unet": 1.0, "text": 1.0}]
+    output = tmp_path / "loras" / "alone.safetensors"
+    request = {"do": "export", "id": 1, "loras": uses, "output": str(output), "family": "sd1", "folder": ""}
+    (remark,) = answer(run(request))["remarks"]
+    assert "needs the embedding zwx of the run 2026-pivotal" in remark
 
 
 def test_a_chore_is_done_although_a_picture_replaces_those_before_it(tiny_base: Path, tmp_path: Path) -> None:

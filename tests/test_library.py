@@ -14,9 +14,10 @@ from PIL import Image
 from tests.app_client import make_run
 from tests.formats.examples import random_weights
 from tests.tiny_lora import save_lora
+from trainers.card_pictures import choose_picture
 from trainers.errors import AdapterFileError, SettingError
 from trainers.formats import ModuleWeights, write_adapter
-from trainers.library import _read_said, change_card, find_card, list_cards, remove_card, restore_card, routed_words, search
+from trainers.library import change_card, find_card, list_cards, read_said, remove_card, restore_card, routed_words, search
 from trainers.routing_words import route
 
 CROSS = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
@@ -147,13 +148,39 @@ def test_what_is_taken_back_lies_in_its_folder_and_keeps_what_was_said_of_it(fil
     assert restore_card(filled, "7") == ["old.safetensors"] and find_card(filled, "loras/old.safetensors")
 
 
+def test_a_copied_picture_that_no_card_names_goes_and_the_last_choice_can_be_undone(filled: Path, tmp_path: Path) -> None:
+    drawn, copies, ink, big = (
+        tmp_path / "drawn",
+        filled / "loras" / ".pictures",
+        "loras/ink.safetensors",
+        "loras/styles/big.safetensors",
+    )
+    drawn.mkdir()
+    for name in ("a.png", "b.png", "c.png", "outside.png"):
+        Image.new("RGB", (8, 8)).save(drawn / name)
+    choose_picture(filled, big, "c.png", drawn)
+    ticket = remove_card(filled, big)
+    choose_picture(filled, ink, "a.png", drawn)
+    choose_picture(filled, ink, "b.png", drawn)
+    (drawn / "a.png").unlink()
+    choose_picture(filled, ink, "a.png", drawn)  # undone
+    choose_picture(filled, ink, "", drawn)
+    assert sorted(path.name for path in copies.iterdir()) == ["a.png", "c.png"]
+    choose_picture(filled, ink, "", drawn)
+    assert [path.name for path in copies.iterdir()] == ["c.png"]
+    restore_card(filled, ticket)
+    assert find_card(filled, big).picture == copies / "c.png"
+    with pytest.raises(AdapterFileError, match="no such picture"):
+        choose_picture(filled, ink, "../drawn/outside.png", drawn)
+
+
 def test_two_cards_changed_at_once_are_both_noted(filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def slowly(home: Path) -> dict[str, dict[str, Any]]:
-        found = _read_said(home)
+        found = read_said(home)
         time.sleep(0.02)
         return found
 
-    monkeypatch.setattr("trainers.library._read_said", slowly)
+    monkeypatch.setattr("trainers.library.read_said", slowly)
     said = {"loras/ink.safetensors": 0.25, "loras/styles/big.safetensors": 0.75}
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda key: change_card(filled, key, strength=said[key]), said))

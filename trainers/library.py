@@ -83,7 +83,7 @@ class Card:
 
 def list_cards(home: Path) -> list[Card]:
     """All LoRAs of a home folder, the newest first. Raises SettingError for a damaged cards.toml."""
-    said = _read_said(home)
+    said = read_said(home)
     cards = [_card(home, path, run, said) for path, run in _files(home)]
     return sorted((card for card in cards if card is not None), key=lambda card: (-card.mark[1], card.key))
 
@@ -91,7 +91,7 @@ def list_cards(home: Path) -> list[Card]:
 def find_card(home: Path, key: str) -> Card:
     """The LoRA of a key, looked up in what is there. Raises AdapterFileError when there is none."""
     for path, run in _files(home):
-        if path.relative_to(home).as_posix() == key and (card := _card(home, path, run, _read_said(home))):
+        if path.relative_to(home).as_posix() == key and (card := _card(home, path, run, read_said(home))):
             return card
     raise AdapterFileError("There is no such LoRA in the library", printable(key, 200), "Load the page again.")
 
@@ -119,25 +119,10 @@ def change_card(home: Path, key: str, **said: Any) -> Card:
     if not -LIMIT <= said.get("strength", 0.0) <= LIMIT:
         raise SettingError(f"A strength lies between -{LIMIT:g} and {LIMIT:g}", where="strength", hint="1 is usual.")
     with _changing:
-        every = _read_said(home)
+        every = read_said(home)
         every[key] = {**every.get(key, {}), **said}
         write_atomically(home / FOLDER / "cards.toml", tomlkit.dumps(every).encode())
     return find_card(home, key)
-
-
-def choose_picture(home: Path, key: str, name: str, drawn: Path) -> Card:
-    """Shows a card with the picture `name` of the folder `drawn`, of which a copy is kept; with "" as before any was chosen.
-
-    Raises AdapterFileError for a key or a picture that is not there.
-    """
-    find_card(home, key)
-    kept = home / FOLDER / PICTURES / Path(name).name
-    if name and not kept.is_file():
-        if Path(name).name != name or not name.endswith(".png") or not (drawn / name).is_file():
-            raise AdapterFileError("There is no such picture any more", printable(name, 80), "Draw it again.")
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(kept, (drawn / name).read_bytes())
-    return change_card(home, key, picture=name)
 
 
 def remove_card(home: Path, key: str) -> str:
@@ -268,7 +253,7 @@ def _together(path: Path) -> list[Path]:
     return [path, *(one for one in beside if one.is_file())]
 
 
-def _read_said(home: Path) -> dict[str, dict[str, Any]]:
+def read_said(home: Path) -> dict[str, dict[str, Any]]:
     """What the person said of the cards, by key."""
     file = home / FOLDER / "cards.toml"
     try:

@@ -26,6 +26,16 @@ def run_of(file: Path) -> RunFolder | None:
     return None
 
 
+def embedding_needed(file: Path) -> str:
+    """What a copy of a LoRA file lacks outside its run, in a sentence: the vectors of its trigger word; empty for most."""
+    run = run_of(file)
+    found = min(run.embeddings.glob("*.safetensors"), default=None) if run else None
+    if run is None or found is None:
+        return ""
+    word = re.sub(r"-\d{8,}$", "", found.stem)
+    return f"It needs the embedding {word} of the run {run.path.name}, without which {word} is an ordinary word."
+
+
 def is_of_step(file: Path) -> bool:
     """Whether a file's name ends with the step that it is of."""
     return re.search(r"-\d{8,}$", file.stem) is not None

@@ -4,7 +4,7 @@ import { ask, confirmed, el, get, poll, post, put, tell, toast } from "/web/core
 const TYPES = { loha: "LoHa", lokr: "LoKr", full: "full difference" };
 const needsRank = (kind) => kind !== "lora" && !kind.includes("dora"); // the one is joined without loss, the other not exported
 
-const percent = (share) => (share > 0 && share < 0.001 ? "under 0.1 %" : `${(100 * share).toPrecision(2)} %`);
+const percent = (share) => (share > 0 && share < 0.001 ? "under 0.1 %" : `${Number((100 * share).toPrecision(2))} %`);
 
 /** The line below the LoRAs. `loras()` gives what is to be kept, `load(loras)` takes what was. */
 export function makeSaved(address, defaults, { loras, load, exported, trouble }) {
@@ -45,8 +45,11 @@ export function makeSaved(address, defaults, { loras, load, exported, trouble })
     const { id } = await post(`${address}/blend/export`, { name: name.value.trim(), loras: loras(), rank: wanted });
     const done = await ended(id);
     if (!done.answer) throw new Error(done.problem || "It was given up");
-    told.hidden = wanted === null;
-    told.textContent = `${name.value.trim()}, cut to rank ${wanted}: it lacks ${percent(done.answer.overall_error)} of what the blend changes, ${percent(done.answer.worst_error)} in the layer where most is lost.`;
+    const { overall_error: overall, worst_error: worst, remarks } = done.answer;
+    const lost = wanted === null ? "" : `${name.value.trim()}, cut to rank ${wanted}: it lacks ${percent(overall)} of what the blend changes, ${percent(worst)} in the layer where most is lost.`;
+    told.textContent = [lost, ...remarks].filter(Boolean).join(" ");
+    told.hidden = !told.textContent;
+    if (remarks.length) toast(remarks.join(" "));
     toast(`In the library now: ${name.value.trim()}.${wanted === null ? " At strength 1 it does what these do together." : ""}`);
     exported();
   });

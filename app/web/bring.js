@@ -2,7 +2,7 @@
 import { bytes, el, plural, tell, toast } from "/web/core.js";
 import { sendFiles } from "/web/drop.js";
 
-let current = null; // {count, size, done, stop, draw, after}: one at a time; it goes on while another screen is seen
+let current = null; // {count, size, done, stop, draw, after, trouble}: one at a time; it goes on while another screen is seen
 
 const warn = (event) => event.preventDefault();
 
@@ -28,17 +28,17 @@ export function makeBringing(trouble, after) {
     if (current) return toast("Wait until the files before these have been added.");
     if (!files.length) return tell(trouble, unread.length ? refusedFiles(unread) : null);
     const size = files.reduce((sum, one) => sum + one.file.size, 0);
-    current = { count: files.length, size, done: 0, stop: new AbortController(), draw, after };
+    current = { count: files.length, size, done: 0, stop: new AbortController(), draw, after, trouble };
     window.addEventListener("beforeunload", warn);
     draw();
     try {
       const found = await sendFiles("/library/files", files, current.stop.signal, (done) => ((current.done = Math.min(done, size)), current.draw()));
       const bad = [...unread, ...found.rejected];
-      tell(trouble, bad.length ? refusedFiles(bad) : null);
+      report(bad.length ? refusedFiles(bad) : null);
       toast(`${plural(found.saved.length, "file")} added.`);
     } catch (error) {
       if (error.name === "AbortError") toast("Given up: nothing was added.");
-      else tell(trouble, error);
+      else report(error);
     }
     const ended = current;
     current = null;
@@ -47,9 +47,17 @@ export function makeBringing(trouble, after) {
     ended.after();
   }
 
-  if (current) Object.assign(current, { draw, after }); // begun before the screen was left
+  if (current) Object.assign(current, { draw, after, trouble }); // begun before the screen was left
   draw();
   return { node, bring };
+}
+
+/** Says it where the library is seen now, and where it is not, at the foot of the page. */
+function report(error) {
+  const { trouble } = current;
+  tell(trouble, error);
+  const isSeen = trouble.isConnected && trouble.parentElement.offsetParent !== null;
+  if (error && !isSeen) toast([error.what || error.message, error.hint].filter(Boolean).join(" "));
 }
 
 const refusedFiles = (bad) => new Error(bad.map(([name, why]) => `${name}: ${why}`).join(" "));

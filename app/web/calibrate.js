@@ -1,5 +1,5 @@
 // Which strength a LoRA should have: the measured curve, the pictures at 1 and at the suggestion, and the baked file.
-import { el, errorCard, plural, post, tell } from "/web/core.js";
+import { el, errorCard, plural, post, tell, toast } from "/web/core.js";
 import { choice, follow } from "/web/grid.js";
 
 const [WIDTH, HEIGHT, LEFT, BOTTOM] = [640, 260, 44, 34];
@@ -58,8 +58,9 @@ export function makeCalibration({ files }) {
   async function baking(button) {
     button.disabled = true;
     try {
-      const { name, url } = await post(`/calibrations/${current}/bake`);
-      button.replaceWith(el("a", { class: "button", href: url, download: name }, `Save ${name}`));
+      const { name, url, needs } = await post(`/calibrations/${current}/bake`);
+      button.replaceWith(el("a", { class: "button", href: url, download: name }, `Save ${name}`), needs && el("span", { class: "subdued" }, needs));
+      if (needs) toast(needs);
     } catch (error) {
       button.disabled = false;
       tell(trouble, error);

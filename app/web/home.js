@@ -1,5 +1,5 @@
 // Home: every project as a card with its best picture and where it stands, and the way to a new one.
-import { STATES, UNNAMED, about, address, ask, confirmed, el, folderOf, get, go, onShow, patch, poll, post, tell } from "/web/core.js";
+import { STATES, UNNAMED, about, address, ask, confirmed, el, folderOf, get, go, onShow, patch, place, poll, post, tell } from "/web/core.js";
 import { startUpload, takeDrops } from "/web/drop.js";
 import { resumeOrQueue, startOrQueue } from "/web/queue.js";
 
@@ -42,6 +42,7 @@ export function mount(element) {
   async function trySample() {
     const made = await post("/sample");
     const run = await startOrQueue(`/projects/${made.id}`);
+    if (place().screen !== "home") return; // gone elsewhere meanwhile, which also answers the question with no
     go(run ? "train" : "images", made.id, run?.id);
   }
 
@@ -87,7 +88,7 @@ export function mount(element) {
     const actions = [el("a", { class: "button small", href: target }, "Open")];
     if (run && run.can.includes("resume")) {
       const resume = el("button", { type: "button", class: "small", onclick: () => act(resume, async () => {
-        if (await resumeOrQueue(`/runs/${encodeURIComponent(run.id)}`)) go("train", project.id, run.id);
+        if (await resumeOrQueue(`/runs/${encodeURIComponent(run.id)}`) && place().screen === "home") go("train", project.id, run.id);
       }) }, "Resume");
       actions.push(resume);
     }

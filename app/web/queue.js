@@ -5,8 +5,8 @@ import { about, address, ask, confirmed, el, get, plural, poll, post, put, tell,
 export const startOrQueue = (path, body = {}) => nowOrLater(() => post(`${path}/runs`, body), () => post(`${path}/queue`, body));
 
 /** Goes on with the run at `path`, asking the same. Null: neither. */
-export const resumeOrQueue = (path, force = false) =>
-  nowOrLater(() => post(`${path}/${force ? "resume-anyway" : "resume"}`), () => post(`${path}/queue`, { force }));
+export const resumeOrQueue = (path, force = false, posting = () => {}) =>
+  nowOrLater(() => (posting(), post(`${path}/${force ? "resume-anyway" : "resume"}`)), () => (posting(), post(`${path}/queue`, { force })));
 
 async function nowOrLater(begin, wait) {
   const { at_work: other, entries } = await get("/queue");

@@ -131,13 +131,15 @@ function makeScreen(room, facts, project) {
     if (!found.ok) {
       return facing.replaceChildren(el("h2", {}, "Not ready yet"), el("p", {}, loose.length ? "" : "Look at the fields that are marked."), problems);
     }
-    const { rank, alpha } = found.settings.adapter;
+    const { type, rank, alpha } = found.settings.adapter;
+    const hasRank = found.layers > 0 && type !== "full";
+    const where = found.layers ? ` in ${found.layers} layers${hasRank ? ` (${found.ranks})` : ""}` : ", the trigger word’s own";
     const all = found.pictures + found.held_out;
     facing.replaceChildren(
       el("h2", {}, `${found.steps} steps on ${found.base}`),
       el("p", {}, found.arithmetic),
-      el("p", {}, `${found.parameters.toLocaleString("en")} numbers learn in ${found.layers} layers (${found.ranks}); the file has about ${bytes(found.file_bytes)}.`),
-      el("p", { class: "subdued" }, `Rank ${rank}, alpha ${alpha ?? rank}: scale ${Number(found.scale.toFixed(3))}. ${found.held_out} of ${all} pictures are kept aside to see whether it learns more than them.`),
+      el("p", {}, `${found.parameters.toLocaleString("en")} numbers learn${where}; the file has about ${bytes(found.file_bytes)}.`),
+      el("p", { class: "subdued" }, `${hasRank ? `Rank ${rank}, alpha ${alpha ?? rank}: scale ${Number(found.scale.toFixed(3))}. ` : ""}${found.held_out} of ${all} pictures are kept aside to see whether it learns more than them.`),
       problems,
     );
   }

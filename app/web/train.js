@@ -75,6 +75,7 @@ function follow(room, project, id) {
   );
   const told = { since: 0, losses: new Map(), held: new Map(), samples: new Map() };
   let asking = "";
+  let gone = false;
   let drawnButtons = "";
 
   async function look() {
@@ -153,16 +154,17 @@ function follow(room, project, id) {
   }
 
   async function request(what) {
-    asking = what;
+    const posting = () => (asking = what); // not yet while a question is open
     try {
-      if (what.startsWith("resume")) await resumeOrQueue(path, what === "resume-anyway");
-      else await post(`${path}/${what}`);
+      if (what.startsWith("resume")) await resumeOrQueue(path, what === "resume-anyway", posting);
+      else await (posting(), post(`${path}/${what}`));
       if (NEWS[what]) toast(NEWS[what]);
-      await look();
+      asking = "";
+      if (!gone) await look();
     } catch (error) {
+      asking = "";
       tell(trouble, error);
     }
-    asking = "";
   }
 
   async function remove(status) {
@@ -185,6 +187,7 @@ function follow(room, project, id) {
 
   const halt = poll(look, 1);
   return () => {
+    gone = true;
     halt();
     log.close();
     document.title = `${project.name} – Impasto`;

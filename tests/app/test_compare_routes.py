@@ -216,4 +216,9 @@ def test_a_calibration_is_measured_shown_and_baked(client: TestClient, tmp_path:
     assert f"{result['suggested']:.2f}" in baked["name"] and baked["name"] != other.name
     assert client.get(baked["url"]).content == (tmp_path / "loras" / baked["name"]).read_bytes() != original
     assert ok(client.post(f"/api/calibrations/{number}/bake")) == baked and other.read_bytes() == b"another run's"
+    assert baked["needs"] == ""
+    for folder in ("state", "embeddings"):
+        (tmp_path / "runs" / "r1" / folder).mkdir(exist_ok=True)
+    (tmp_path / "runs" / "r1" / "embeddings" / "zwx-00000010.safetensors").write_bytes(b"")
+    assert "needs the embedding zwx of the run r1" in ok(client.post(f"/api/calibrations/{number}/bake"))["needs"]
     assert (tmp_path / "runs" / "r1" / "ink.safetensors").read_bytes() == original

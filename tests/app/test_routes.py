@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,8 @@ import psutil
 import pytest
 from fastapi.testclient import TestClient
 
+from app.projects import add_run, read_project
+from app.queue_file import Entry, QueueFile, QueueState
 from tests.app_client import make_client, make_run, ok, project_with, refused
 from tests.command_line import contents, run_fresh
 from trainers.config import build_config
@@ -251,6 +254,19 @@ def test_a_finished_run_is_asked_in_vain(client: TestClient, home: Path, ask: st
     make_run(home, "r", RECORDED)
     refused(client.post(f"/api/runs/r/{ask}"), 409)
     refused(client.post(f"/api/runs/nothing/{ask}"), 404)
+
+
+def test_a_project_s_latest_run_is_one_that_has_begun_also_while_it_waits_to_go_on(client: TestClient, home: Path) -> None:
+    project = read_project(home, ok(client.post("/api/projects", json={"name": "Two"}))["id"])
+    for at, name in enumerate(("2026-1", "2026-2", "2026-3")):
+        add_run(project, name)
+        project = read_project(home, project.id)
+        run = make_run(home, name, [json.dumps({"type": "stopped", "time": 1.0, "step": 3})] if at < 2 else [])
+        os.utime(run.config, (at, at))
+    entries = (Entry(run="2026-2", project=project.id, resumes=True), Entry(run="2026-3", project=project.id))
+    QueueFile(home).write(QueueState(entries=entries))
+    latest = ok(client.get(f"/api/projects/{project.id}"))["latest"]
+    assert (latest["id"], latest["state"]) == ("2026-2", "waiting")
 
 
 def test_a_full_disk_is_a_plain_sentence(client: TestClient, project: str, monkeypatch: pytest.MonkeyPatch) -> None:

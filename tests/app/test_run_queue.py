@@ -30,7 +30,7 @@ class Desk:
     """A window's queue on a home folder; what it would start is only noted. `again` is the next window."""
 
     def __init__(self, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.home, self.started = home, list[str]()
+        self.home, self.started, self.forced = home, list[str](), set[str]()
         self.fault: OSError | None = None
         monkeypatch.setattr("app.runs.start_process", self._start)
         self.again()
@@ -39,6 +39,7 @@ class Desk:
         if self.fault:
             raise self.fault
         self.started.append(run.path.name)
+        self.forced |= {run.path.name} if force else set()
         run.events.write_text('{"type": "stage", "name": "scan"}\n')
 
     def again(self) -> None:
@@ -58,6 +59,10 @@ class Desk:
         run = RunFolder(self.home / "runs" / name)
         with run.events.open("a") as file:
             file.write(json.dumps({"type": kind, "time": time.time(), "step": 3, "path": "x", "message": "It broke."}) + "\n")
+
+    def goes_on(self, name: str) -> None:
+        with RunFolder(self.home / "runs" / name).events.open("a") as file:
+            file.write("\n".join(BEGUN) + "\n")
 
 
 @pytest.fixture
@@ -109,13 +114,61 @@ def test_a_pause_holds_the_queue_until_it_goes_on_and_ends(desk: Desk, sleeper: 
     for _ in range(3):
         desk.queue.look()
     assert desk.started == [] and desk.queue.state().hold == "paused"
-    with RunFolder(desk.home / "runs" / "busy").events.open("a") as file:
-        file.write("\n".join(BEGUN) + "\n")  # resumed
+    desk.goes_on("busy")
     desk.queue.look()
     assert desk.queue.state().hold == "" and desk.started == []
     desk.end("busy", "finished")
     desk.queue.look()
     assert desk.started == ["one"]
+
+
+def test_a_paused_run_that_is_queued_itself_holds_the_queue_no_more(desk: Desk, sleeper: subprocess.Popen[bytes]) -> None:
+    at_work(desk, "busy", sleeper)
+    desk.wait_with("one")
+    desk.queue.look()
+    desk.end("busy", "paused")
+    desk.queue.look()
+    at_work(desk, "beside", sleeper)  # begun by hand
+    desk.queue.look()
+    assert desk.queue.state().hold == "paused"
+    desk.queue.add(Entry(run="busy", project="p", resumes=True))
+    desk.queue.look()
+    assert desk.queue.state().hold == "" and desk.started == []
+    for name in ("beside", "one"):
+        desk.end(name, "finished")
+        desk.queue.look()
+    assert desk.started == ["one", "busy"]
+
+
+def test_a_paused_run_resumed_after_another_lets_the_queue_go_on(desk: Desk, sleeper: subprocess.Popen[bytes]) -> None:
+    at_work(desk, "busy", sleeper)
+    desk.wait_with("one")
+    desk.queue.look()
+    desk.end("busy", "paused")
+    desk.queue.look()
+    at_work(desk, "beside", sleeper)
+    desk.queue.look()
+    desk.end("beside", "finished")
+    desk.queue.look()
+    assert desk.queue.state().hold == "paused" and desk.started == []
+    desk.goes_on("busy")
+    desk.queue.look()
+    assert desk.queue.state().hold == ""
+
+
+def test_a_queued_run_that_went_on_elsewhere_and_stopped_waits_no_more(desk: Desk) -> None:
+    stopped = make_run(desk.home, "stopped", BEGUN)
+    desk.end("stopped", "stopped")
+    desk.queue.add(Entry(run="stopped", project="p", resumes=True))
+    desk.again()
+    assert desk.order() == ["stopped"] and desk.runs.standing(stopped).state == "waiting"
+    desk.goes_on("stopped")  # on the command line, while the window is closed
+    desk.end("stopped", "stopped")
+    desk.again()
+    desk.queue.look()
+    assert desk.order() == [] and desk.started == [] and desk.runs.standing(stopped).state == "stopped"
+    desk.queue.add(Entry(run="stopped", project="p", resumes=True))
+    assert desk.order() == ["stopped"]
 
 
 def test_a_run_cut_off_while_the_window_was_closed_holds_the_queue(desk: Desk, sleeper: subprocess.Popen[bytes]) -> None:
@@ -237,7 +290,7 @@ def test_a_stopped_run_waits_its_turn_and_goes_on(desk: Desk, sleeper: subproces
     assert desk.started == ["one"] and desk.order() == ["stopped"]
     desk.end("one", "finished")
     desk.queue.look()
-    assert desk.started == ["one", "stopped"] and desk.order() == [] and stopped.config.is_file()
+    assert desk.started == ["one", "stopped"] and desk.forced == {"stopped"} and desk.order() == [] and stopped.config.is_file()
 
 
 def is_held(turn: Any) -> bool:

@@ -6,6 +6,7 @@ cannot be green because it is empty.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -60,11 +61,14 @@ def expect(seen: Any) -> Any:
 
 
 def eventually(page: Any, read: Callable[[], Any], wanted: Any) -> None:
-    """Waits until what is read, of a page or of a file that the page has written, is what is wanted."""
+    """Waits until what is read, of a page or a file that it has written, is what is wanted; what raises is read again."""
     end = time.monotonic() + PATIENCE / 1000
-    while (found := read()) != wanted and time.monotonic() < end:
+    while time.monotonic() < end:
+        with contextlib.suppress(Exception):  # a file that is not there yet, an element that is just drawn anew
+            if read() == wanted:
+                return
         page.wait_for_timeout(50)
-    assert found == wanted
+    assert read() == wanted
 
 
 @dataclass
