@@ -35,7 +35,7 @@ from trainers.config import TrainConfig, read_config
 from trainers.dataset.prepare import render_side
 from trainers.errors import Problem, SettingError, TrainingError
 from trainers.families import BaseModelFacts, recognise_base
-from trainers.library import FOLDER, list_cards, routed_words
+from trainers.library import FOLDER, Card, list_cards, routed_words
 from trainers.presets import resolve
 from trainers.routing_words import route
 from trainers.run_folder import RunFolder
@@ -44,7 +44,7 @@ from trainers.samplers import check_sampler
 
 def get_defaults(place: ThePlace) -> BlendDefaults:
     """What to begin with, from the project's newest run, else its recipe."""
-    config, base = _base(place)
+    config, base = base_of(place)
     samples, side = config.samples, render_side(config, base)
     return BlendDefaults(
         base=base.name,
@@ -64,14 +64,14 @@ def post_draw(body: BlendDraw, place: ThePlace) -> Asked:
         raise refuse_settings([Problem("error", error.what, "scheduler", error.hint)]) from error
     cell = Cell(prompt=body.prompt, seed=body.seed, loras=_uses(place.desk, body.loras))
     shared = body.model_dump(include={"negative", "width", "height", "steps", "guidance", "scheduler"})
-    base = _base(place)[0].base.model_dump()
+    base = base_of(place)[0].base.model_dump()
     return Asked(id=place.desk.studio.ask({**shared, "base": base, "cells": [cell.model_dump()], "replaces": True}))
 
 
 def post_weigh(body: CardNamed, place: ThePlace) -> Asked:
     """Asks where a LoRA's weight lies, block by block, beside the base's own; the answer comes as of a drawing."""
     (use,) = _uses(place.desk, [UseBody(file=body.file, unet=1.0, text=1.0)])
-    return Asked(id=place.desk.studio.ask({"do": "weigh", "base": _base(place)[0].base.model_dump(), "path": use.path}))
+    return Asked(id=place.desk.studio.ask({"do": "weigh", "base": base_of(place)[0].base.model_dump(), "path": use.path}))
 
 
 def post_export(body: ExportBody, place: ThePlace) -> Asked:
@@ -81,7 +81,7 @@ def post_export(body: ExportBody, place: ThePlace) -> Asked:
     if output.exists():
         raise Refusal("The library has a LoRA of this name", output.name, "Choose another name.", status=CONFLICT)
     loras = [use.model_dump() for use in _uses(place.desk, body.loras)]
-    what = {"do": "export", "loras": loras, "output": str(output), "family": _base(place)[1].family.name, "rank": body.rank}
+    what = {"do": "export", "loras": loras, "output": str(output), "family": base_of(place)[1].family.name, "rank": body.rank}
     return Asked(id=place.desk.studio.ask(what))
 
 
@@ -100,7 +100,7 @@ def post_route(body: Routing, place: ThePlace) -> RoutingAnswer:
     """Which LoRAs a prompt brings in by the trigger words that it holds, of those that fit the project's base."""
     cards = list_cards(place.desk.home)
     strengths = {card.key: card.strength for card in cards}
-    found = route(body.prompt, routed_words(cards, _base(place)[1].family.name))
+    found = route(body.prompt, routed_words(cards, base_of(place)[1].family.name))
     return RoutingAnswer(loras=[RoutedAnswer(file=one.key, word=one.word, strength=strengths[one.key]) for one in found])
 
 
@@ -132,7 +132,7 @@ def delete_blend(name: str, desk: TheDesk) -> Response:
     return Response(status_code=204)
 
 
-def _base(place: Place) -> tuple[TrainConfig, BaseModelFacts]:
+def base_of(place: Place) -> tuple[TrainConfig, BaseModelFacts]:
     """The settings of the project's newest run, else of its recipe, and the base that they name."""
     known = {standing.id: standing.run for standing in place.desk.runs.standings()}
     run: RunFolder | None = next((known[name] for name in reversed(place.project.runs) if name in known), None)
@@ -144,17 +144,22 @@ def _base(place: Place) -> tuple[TrainConfig, BaseModelFacts]:
     return config, recognise_base(config.base.model, config.base.options)
 
 
+def card_path(cards: Sequence[Card], key: str, where: str) -> Path:
+    """The file of one of the library's cards. Raises Refusal for one that is not there or cannot be used."""
+    card = next((one for one in cards if one.key == key), None)
+    if card is None or card.problem:
+        what = card.problem if card else "This LoRA is not in the library any more"
+        raise Refusal(what, where, "Take it out.", status=NOT_FOUND)
+    return card.path
+
+
 def _uses(desk: Desk, given: Sequence[UseBody]) -> tuple[LoraUse, ...]:
     """The LoRAs with their paths, looked up in the library. Raises Refusal for one that is not there or stands twice."""
-    known = {card.key: card for card in list_cards(desk.home)}
-    found = []
+    found, cards = [], list_cards(desk.home)
     for number, one in enumerate(given):
-        card = known.get(one.file)
-        if card is None or card.problem:
-            what = card.problem if card else "This LoRA is not in the library any more"
-            raise Refusal(what, f"loras.{number}.file", "Take it out of the blend.", status=NOT_FOUND)
+        path = card_path(cards, one.file, f"loras.{number}.file")
         try:
-            found.append(LoraUse(path=str(card.path), unet=one.unet, text=one.text, blocks=one.blocks))
+            found.append(LoraUse(path=str(path), unet=one.unet, text=one.text, blocks=one.blocks))
         except ValidationError as error:
             raise SettingError(error.errors()[0]["msg"], f"loras.{number}.blocks") from error
     if len({use.path for use in found}) < len(found):

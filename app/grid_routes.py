@@ -11,31 +11,39 @@ from fastapi import Request, Response
 from pydantic import BaseModel, Field
 
 from app.answers import Body
-from app.desk import Desk, TheDesk
+from app.blend_routes import base_of, card_path
+from app.desk import Desk, Place, TheDesk
 from app.grids import AskedGrid, lora_hash
+from app.projects import read_project
 from app.refusals import Refusal
 from app.runs import find_lora, lora_files
 from app.studio_routes import Asked
 from trainers.config import read_config
 from trainers.errors import TrainingError
 from trainers.grid import AxisKind, Grid, GridLora, make_grid, read_grid
+from trainers.library import list_cards
 
 _Text = Annotated[str, Field(max_length=4096)]
 
 
 class LoraChoice(Body):
-    """A LoRA of a run; `step` is null for the finished one."""
+    """A LoRA of a run, where `step` is null for the finished one; or `file`, the key of a card of the library."""
 
-    run: Annotated[str, Field(max_length=200)]
+    run: Annotated[str, Field(max_length=200)] = ""
     step: int | None = None
+    file: _Text = ""
 
 
 class GridBody(Body):
-    """POST /api/grids: `rows` and `columns` are two of prompt, strength, lora, seed; of the others there is one value."""
+    """POST /api/grids: `rows` and `columns` are two of prompt, strength, lora, seed; of the others there is one value.
+
+    All is drawn on the base of the LoRAs' runs; where all are of the library, on that of the `project`.
+    """
 
     rows: AxisKind
     columns: AxisKind
     loras: Annotated[list[LoraChoice], Field(min_length=1, max_length=100)]
+    project: Annotated[str, Field(max_length=200)] = ""
     prompts: Annotated[list[_Text], Field(max_length=400)]
     strengths: Annotated[list[float], Field(max_length=400)]
     seeds: Annotated[list[int], Field(max_length=400)]
@@ -67,16 +75,17 @@ class GridAnswer(BaseModel):
 
 
 class ReadLora(BaseModel):
-    """A LoRA that a saved grid names; run and step where a file with the same bytes is here, else the run is empty."""
+    """A LoRA that a saved grid names; where a file with the same bytes is here, its run and step, or its key in the library."""
 
     name: str
     hash: str
     run: str
     step: int | None
+    file: str
 
 
 class ReadAnswer(BaseModel):
-    """POST /api/grids/read: the settings of a saved grid, its LoRAs looked up among the runs."""
+    """POST /api/grids/read: the settings of a saved grid, its LoRAs looked up among the runs and in the library."""
 
     grid: dict[str, Any]
     loras: list[ReadLora]
@@ -103,24 +112,39 @@ class DifferenceAnswer(BaseModel):
 
 def post_grid(body: GridBody, desk: TheDesk) -> Asked:
     """Begins a grid, which ends any other drawing; 422 with the field in `where`. Returns at once."""
-    files, bases = [], []
-    for choice in body.loras:
-        run = desk.runs.find(choice.run)
-        files.append(find_lora(run, choice.step))
-        bases.append(read_config(run.config).base.model_dump())
-    if any(base != bases[0] for base in bases):
-        raise Refusal("These LoRAs were trained on different bases", "loras", "Compare those of one base.")
-    loras = [{"name": path.name, "hash": lora_hash(path), "label": _label(body.loras, at)} for at, path in enumerate(files)]
-    values = body.model_dump(exclude={"loras"}) | {"loras": loras, "base": base_name(bases[0]["model"])}
+    files, base = _files(body, desk)
+    labels = [_label(body.loras, files, at) for at in range(len(files))]
+    loras = [{"name": path.name, "hash": lora_hash(path), "label": label} for path, label in zip(files, labels, strict=True)]
+    values = body.model_dump(exclude={"loras", "project"}) | {"loras": loras, "base": base_name(base["model"])}
     try:
         grid = make_grid(values)
     except TrainingError as error:
         raise Refusal(error.what, error.where, error.hint) from error
-    return Asked(id=desk.grids.ask(AskedGrid(grid, tuple(files), bases[0])))
+    return Asked(id=desk.grids.ask(AskedGrid(grid, tuple(files), base)))
 
 
-def _label(choices: list[LoraChoice], at: int) -> str:
-    """What a LoRA is called beside the others: its step within one run, else with the run."""
+def _files(body: GridBody, desk: Desk) -> tuple[list[Path], dict[str, Any]]:
+    """The LoRAs' files and the base that they are drawn on. Raises Refusal."""
+    files, bases = [], []
+    cards = list_cards(desk.home) if any(choice.file for choice in body.loras) else []
+    for at, choice in enumerate(body.loras):
+        if choice.file:
+            files.append(card_path(cards, choice.file, f"loras.{at}.file"))
+            continue
+        run = desk.runs.find(choice.run)
+        files.append(find_lora(run, choice.step))
+        bases.append(read_config(run.config).base.model_dump())
+    if not bases:
+        bases.append(base_of(Place(read_project(desk.home, body.project), desk))[0].base.model_dump())
+    if any(base != bases[0] for base in bases):
+        raise Refusal("These LoRAs were trained on different bases", "loras", "Compare those of one base.")
+    return files, bases[0]
+
+
+def _label(choices: list[LoraChoice], files: list[Path], at: int) -> str:
+    """What a LoRA is called beside the others: its step within one run, else with the run; one of the library by its file."""
+    if choices[at].file:
+        return files[at].stem
     step = "finished" if choices[at].step is None else f"step {choices[at].step}"
     return step if len({choice.run for choice in choices}) == 1 else f"{choices[at].run}, {step}"
 
@@ -181,10 +205,11 @@ def _look_up(grid: Grid, desk: Desk) -> list[ReadLora]:
         for step, path in lora_files(standing.run):
             if path.name in names and path.is_file():  # a hash reads the whole file
                 known.setdefault(lora_hash(path), (standing.id, step))
+    cards = {lora_hash(card.path): card.key for card in list_cards(desk.home) if card.path.name in names and not card.problem}
 
     def answer(lora: GridLora) -> ReadLora:
         run, step = known.get(lora.hash, ("", None))
-        return ReadLora(name=lora.name, hash=lora.hash, run=run, step=step)
+        return ReadLora(name=lora.name, hash=lora.hash, run=run, step=step, file=cards.get(lora.hash, ""))
 
     return [answer(lora) for lora in grid.loras]
 

@@ -111,6 +111,7 @@ function makeScreen(room, project, defaults) {
     for (const use of loras) addRow(use, library.card(use.file), "", true);
     arranged();
     drawSoon(0);
+    routeSoon(0);
   }
 
   function drawSoon(pause = PAUSE) {

@@ -1,5 +1,5 @@
 // One change of many captions: what it would do is shown before it is done.
-import { el, errorCard, plural, post } from "/web/core.js";
+import { el, errorCard, plural, post, toast } from "/web/core.js";
 
 const KINDS = [
   ["add", "Add tags", ["text", "front"]],
@@ -34,6 +34,7 @@ export function makeBulk(base, kit) {
   const node = el("form", { class: "card bulk-edit", "aria-label": "Edit captions", onsubmit: (event) => { event.preventDefault(); if (!apply.disabled) act(); } },
     el("div", { class: "row" }, kind, ...Object.values(fields), scope, apply), told, list);
   let asked = 0;
+  let count = 0; // captions that the previewed change would change
   let timer = 0;
   let ready = null; // the body that was previewed, with its key
 
@@ -89,6 +90,7 @@ export function makeBulk(base, kit) {
   }
 
   function draw(found) {
+    count = found?.count || 0;
     apply.disabled = !found?.count;
     apply.textContent = found?.count ? `Change ${plural(found.count, "caption")}` : "Apply";
     told.textContent = !found ? "" : found.count ? `${found.count} of ${plural(found.total, "caption")} would change${found.count > found.changes.length ? `; the first ${found.changes.length}:` : ":"}` : "No caption would change.";
@@ -96,11 +98,13 @@ export function makeBulk(base, kit) {
   }
 
   async function act() {
-    const given = ready;
+    const [given, changed] = [ready, count];
     if (!given) return;
     apply.disabled = true;
     try {
       kit.take(await post(`${base}/bulk`, given));
+      toast(`${plural(changed, "caption")} changed.`);
+      if (["prepend", "append"].includes(given.kind)) text.value = ""; // pressed again it would stand there twice
     } catch (error) {
       if (error.status === 409) later();
       else told.replaceChildren(errorCard(error));

@@ -25,26 +25,29 @@ export function mount(element) {
   });
 }
 
-/** The project, its runs with a LoRA, and the settings that the newest of these begins with. */
+/** The project, its runs with a LoRA, the library's other LoRAs for its base, and the settings to begin with. */
 async function begin(id) {
-  const project = await get(`/projects/${encodeURIComponent(id)}`);
-  const runs = (await get("/runs")).runs.filter((one) => project.runs.includes(one.id) && one.files.length);
-  return { project, runs, defaults: runs.length ? await get(`/runs/${encodeURIComponent(runs[0].id)}/studio`) : null };
+  const at = `/projects/${encodeURIComponent(id)}`;
+  const [project, all, usual, library] = await Promise.all([get(at), get("/runs"), get(`${at}/blend`), get("/library")]);
+  const runs = all.runs.filter((one) => project.runs.includes(one.id) && one.files.length);
+  const cards = library.cards.filter((card) => !card.problem && card.family === usual.family && !project.runs.includes(card.run));
+  return { project, runs, cards, defaults: runs.length ? await get(`/runs/${encodeURIComponent(runs[0].id)}/studio`) : usual };
 }
 
-function makeScreen(room, { project, runs, defaults }) {
-  if (!runs.length) {
-    room.replaceChildren(el("div", { class: "card" }, el("h1", {}, "No LoRA to compare yet"), el("p", {}, "Stop and keep writes one at any moment of a training."), el("a", { class: "button primary", href: address("train", project.id) }, "Go to Train")));
+function makeScreen(room, { project, runs, cards, defaults }) {
+  if (!runs.length && !cards.length) {
+    room.replaceChildren(el("div", { class: "card" }, el("h1", {}, "No LoRA to compare yet"), el("p", {}, "Train one, or bring a file in: Blend, Library. Stop and keep writes one at any moment of a training."), el("a", { class: "button primary", href: address("train", project.id) }, "Go to Train")));
     return () => {};
   }
-  // Every LoRA of the project: [value of a choice, what it is called, {run, step}].
+  // Every LoRA of the project's runs: [value of a choice, what it is called, {run, step}].
   const files = runs.flatMap((run) => run.files.map((file) => {
-    const step = file.step === null ? "finished" : `step ${file.step}`;
-    return [`${run.id}|${file.step}`, runs.length > 1 ? `${run.id}, ${step}` : step, { run: run.id, step: file.step }];
+    const step = file.step === null ? "the finished LoRA" : `step ${file.step}`;
+    return [`${run.id}|${file.step}`, runs.length + cards.length > 1 ? `${run.id}, ${step}` : step, { run: run.id, step: file.step }];
   }));
+  const others = cards.map((card) => [`file|${card.key}`, `${card.title} (library)`, { file: card.key }]);
   const blind = makeTournaments();
-  const grid = makeGrid({ project, files, defaults, start: (id, over) => blind.start(id, over).then((begun) => begun && show("blind")) });
-  const strength = makeCalibration({ project, files, defaults });
+  const grid = makeGrid({ project, files: [...files, ...others], defaults, start: (id, over) => blind.start(id, over).then((begun) => begun && show("blind")) });
+  const strength = files.length ? makeCalibration({ files }) : { node: el("p", { class: "card" }, "Best strength is measured for a LoRA that this project trained, as it needs the pictures.") };
   const parts = { grid, blind, strength };
   const tabs = PARTS.map(([name, label]) => el("button", { type: "button", role: "tab", id: `tab-${name}`, "aria-controls": `part-${name}`, onclick: () => show(name) }, label));
   const panels = PARTS.map(([name]) => el("div", { role: "tabpanel", id: `part-${name}`, "aria-labelledby": `tab-${name}` }, parts[name].node));

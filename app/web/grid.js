@@ -96,6 +96,7 @@ export function makeGrid({ project, files, defaults, start }) {
     strengths: some("strength", list(fields.strength.control.value)),
     seeds: some("seed", list(fields.seed.control.value)),
     loras: some("lora", files.filter((_, at) => boxes[at].firstChild.checked).map((one) => one[2])),
+    project: project.id,
     ...Object.fromEntries(["negative", "scheduler"].map((name) => [name, fields[name].control.value])),
     ...Object.fromEntries(["width", "height", "guidance", "steps"].map((name) => [name, Number(fields[name].control.value)])),
   });
@@ -199,9 +200,10 @@ export function makeGrid({ project, files, defaults, start }) {
     fields.strength.control.value = grid.strengths.join(", ");
     fields.seed.control.value = grid.seeds.join(", ");
     for (const name of ["negative", "width", "height", "guidance", "steps", "scheduler"]) fields[name].control.value = grid[name];
-    const here = named.map((one) => `${one.run}|${one.step}`);
-    boxes.forEach((box, at) => (box.firstChild.checked = here.includes(files[at][0])));
-    const missing = named.filter((one) => !files.some(([value]) => value === `${one.run}|${one.step}`)).map((one) => one.name);
+    const values = (one) => [`${one.run}|${one.step}`, `file|${one.file}`];
+    const chosenFiles = named.map((one) => files.find(([value]) => values(one).includes(value)));
+    boxes.forEach((box, at) => (box.firstChild.checked = chosenFiles.includes(files[at])));
+    const missing = named.filter((_, at) => !chosenFiles[at]).map((one) => one.name);
     words.textContent = missing.length ? `The settings are back, but not in this project: ${missing.join(", ")}.` : "The settings of the saved grid are back: press Draw grid.";
     if (missing.length) toast("A LoRA of the saved grid is not here.");
   }

@@ -6,7 +6,7 @@ import { chosenFiles, takeDrops } from "/web/drop.js";
 
 const FAMILIES = { sd1: "SD 1.x", sd2: "SD 2.x", sdxl: "SDXL", flux: "Flux", sd3: "SD 3", unknown: "family unknown" };
 
-const wordsOf = (card) => (card.words.length ? card.words.join(", ") : "no trigger word");
+const wordsOf = (card) => (card.words.length ? card.words.join(", ") : "no trigger word (Details sets one)");
 
 /** The panel. `add(card)` is called for a LoRA of the base's `family`; `has(key)` says whether it is in use. */
 export function makeLibrary({ family, add, has }) {

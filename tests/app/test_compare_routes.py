@@ -222,3 +222,20 @@ def test_a_calibration_is_measured_shown_and_baked(client: TestClient, tmp_path:
     (tmp_path / "runs" / "r1" / "embeddings" / "zwx-00000010.safetensors").write_bytes(b"")
     assert "needs the embedding zwx of the run r1" in ok(client.post(f"/api/calibrations/{number}/bake"))["needs"]
     assert (tmp_path / "runs" / "r1" / "ink.safetensors").read_bytes() == original
+
+
+def test_loras_of_the_library_stand_in_a_grid_and_come_back(client: TestClient, tmp_path: Path) -> None:
+    (tmp_path / "loras").mkdir()
+    save_lora(tmp_path / "loras" / "brought.safetensors", UNET, seed=5)
+    (card,) = [one for one in ok(client.get("/api/library"))["cards"] if one["name"] == "brought.safetensors"]
+    wish = {**WISH, "rows": "lora", "columns": "seed", "prompts": ["a cat"], "strengths": [1]}
+    number = drawn_grid(client, **{**wish, "loras": [{"run": "r1"}, {"file": card["key"]}]})
+    assert ok(client.get(f"/api/grids/{number}"))["rows"] == ["r1, finished", "brought"]
+    back = ok(client.post("/api/grids/read", content=client.get(f"/api/grids/{number}/page").content))["loras"]
+    assert back[0]["run"] == "r1" and (back[1]["run"], back[1]["file"]) == ("", card["key"])
+    project = ok(client.post("/api/projects", json={"name": "no run yet"}))["id"]
+    alone = {**wish, "loras": [{"file": card["key"]}]}
+    assert ok(client.post("/api/grids", json={**alone, "project": project}))["id"] > number
+    refused(client.post("/api/grids", json=alone), 404)
+    gone = refused(client.post("/api/grids", json={**wish, "loras": [{"file": "gone.safetensors"}]}), 404)
+    assert "not in the library" in gone["what"] and gone["where"] == "loras.0.file"

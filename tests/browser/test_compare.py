@@ -118,3 +118,25 @@ def test_a_blind_tournament_ranks_and_a_strength_is_suggested(compare: Callable[
     page.get_by_text("Suggested strength").wait_for()
     page.locator(".side-by-side figure").nth(3).wait_for()
     shot(page, "compare-strength")
+
+
+def test_loras_of_the_library_are_compared_before_anything_is_trained(window: Any, page: Any, tiny_base: Path) -> None:
+    folder = window.home / "loras"
+    folder.mkdir(exist_ok=True)
+    save_lora(folder / "brought.safetensors", UNET, UNET_OUT, TEXT, seed=3)
+    page.goto(window.url)
+    recipe = {"base": {"model": str(tiny_base)}, "dataset": {"resolution": 32}, "samples": {"steps": 2}}
+    script = """recipe => import('/web/core.js').then(async ({ post, patch }) => {
+      const { id } = await post('/projects', { name: 'brought in' });
+      await patch(`/projects/${id}`, { recipe });
+      return id;
+    })"""
+    project = str(page.evaluate(script, recipe))
+    page.goto(f"{window.url}#/{project}/compare")
+    expect(page.get_by_label("brought (library)")).to_be_checked()
+    page.get_by_label("Prompts, one a line").fill("a cat")
+    page.get_by_label("Strengths", exact=True).fill("0, 1")
+    page.get_by_role("button", name="Draw grid").click()
+    page.get_by_text("Drawn: 2 of 2 pictures.").wait_for()
+    page.get_by_role("tab", name="Best strength").click()
+    page.get_by_text("as it needs the pictures").wait_for()
