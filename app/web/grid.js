@@ -4,6 +4,7 @@ import { ask, el, errorCard, get, poll, post, tell, toast } from "/web/core.js";
 const KINDS = [["prompt", "Prompt"], ["strength", "Strength"], ["lora", "Checkpoint or LoRA"], ["seed", "Seed"]];
 const READY = [["prompt", "strength", "Prompts × strengths"], ["lora", "strength", "Checkpoints × strengths"], ["lora", "seed", "LoRA × seed"]];
 const ENDED = ["done", "failed", "cancelled"];
+const remembered = new Map(); // project -> the form as it was left, and the number of its grid
 
 /** A labelled control. */
 export function field(label, control) {
@@ -114,11 +115,26 @@ export function makeGrid({ project, files, defaults, start }) {
     } catch (error) {
       return tell(trouble, error);
     }
+    showGrid();
+  }
+
+  function showGrid() {
     cells = [];
     bar.hidden = cancel.hidden = false;
     bar.removeAttribute("value");
     words.textContent = "Waking the renderer…";
     halt = follow(`/grids/${current}`, take, (error) => (ended(), tell(trouble, error)));
+  }
+
+  const remember = () => {
+    const values = Object.fromEntries(Object.entries(fields).map(([name, { control }]) => [name, control.value]));
+    remembered.set(project.id, { values, ticked: files.filter((_, at) => boxes[at].firstChild.checked).map(([value]) => value), current });
+  };
+  function recall({ values, ticked, current: number }) {
+    for (const [name, value] of Object.entries(values)) fields[name].control.value = value;
+    if (files.some(([value]) => ticked.includes(value))) boxes.forEach((box, at) => (box.firstChild.checked = ticked.includes(files[at][0])));
+    current = number;
+    if (number) showGrid();
   }
 
   const ended = () => (bar.hidden = cancel.hidden = true);
@@ -210,6 +226,7 @@ export function makeGrid({ project, files, defaults, start }) {
 
   fields.rows.control.addEventListener("change", showAxes);
   fields.columns.control.addEventListener("change", showAxes);
+  if (remembered.has(project.id)) recall(remembered.get(project.id));
   showAxes();
-  return { node: el("div", { class: "two" }, form, view), leave: () => (halt(), stopLooking()) };
+  return { node: el("div", { class: "two" }, form, view), leave: () => (remember(), halt(), stopLooking()) };
 }
