@@ -30,7 +30,7 @@ async function begin(id) {
   const at = `/projects/${encodeURIComponent(id)}`;
   const [project, all, usual, library] = await Promise.all([get(at), get("/runs"), get(`${at}/blend`), get("/library")]);
   const runs = all.runs.filter((one) => project.runs.includes(one.id) && one.files.length);
-  const cards = library.cards.filter((card) => !card.problem && card.family === usual.family && !project.runs.includes(card.run));
+  const cards = library.cards.filter((card) => !card.problem && ["", "unknown", usual.family].includes(card.family) && !project.runs.includes(card.run));
   return { project, runs, cards, defaults: runs.length ? await get(`/runs/${encodeURIComponent(runs[0].id)}/studio`) : usual };
 }
 
