@@ -24,7 +24,9 @@ TYPES = {
     "restart": ("adapter.type=restart", "adapter.every=2", "adapter.warmup=1"),
     "symmetric": ("adapter.init=symmetric",),
     "pissa": ("adapter.init=pissa",),
-}  # olora goes on as pissa does; of a growing LoRA see test_grow_run.py
+    "olora": ("adapter.init=olora",),
+    "grow": ("adapter.rank_schedule=grow", "adapter.grow_from=1", "adapter.grow_every=1"),
+}
 every_type = pytest.mark.parametrize("settings", TYPES.values(), ids=TYPES.keys())
 
 

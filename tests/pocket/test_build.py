@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +16,6 @@ from tests.registry import skip_without_registry
 from trainers.errors import TrainingError
 
 
-@pytest.mark.skipif(not os.environ.get("WHOLE_BUILD"), reason="the whole build takes most of a minute: WHOLE_BUILD=1 runs it")
 def test_the_whole_build_from_fetch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     skip_without_registry()
     # Every picture on the sheets is drawn, in two steps each: twenty only make it prettier.
