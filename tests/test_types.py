@@ -57,6 +57,7 @@ def test_a_stopped_run_goes_on_to_the_bytes_and_the_proof_of_an_unbroken_one(
     assert tensor_bytes(broken) == tensor_bytes(whole)
     proof = json.loads(RunFolder(tmp_path / "whole").proof.read_text(encoding="utf-8"))
     assert proof["ok"] and proof["read_by_diffusers"] == proof["modules"] > 20 and not any(proof["zero"].values())
+    assert proof["picture_error"] < 1e-3  # of the LoRA's effect: the two programs draw the same
     with safe_open(whole, "pt") as file:
         keys = list(file.keys())
         assert all(key.endswith(("lora_down.weight", "lora_up.weight", "alpha")) for key in keys)

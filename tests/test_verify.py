@@ -48,7 +48,7 @@ def test_a_run_ends_with_the_proof_of_its_file(run: RunFolder) -> None:
     proof = json.loads(run.proof.read_text(encoding="utf-8"))
     assert proof["ok"] and proof["modules"] == proof["read_by_diffusers"] == proof["read_here"] == sum(proof["parts"].values())
     assert set(proof["parts"]) == {"unet", "text_encoder"} and proof["against"] == "what was trained"
-    assert 0 < proof["worst_error"] < 1e-3 and proof["pixel_difference"] == 0
+    assert 0 < proof["worst_error"] < 1e-3 and proof["pixel_difference"] == 0 and proof["picture_error"] < 1e-3
 
 
 def test_inspect_proves_a_file_by_the_run_it_lies_in(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:

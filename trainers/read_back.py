@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -22,6 +22,7 @@ from trainers.quantised import stand_in
 SIDE = 256
 """Largest side in pixels of the picture that is drawn both ways."""
 STEPS = 4
+Drawn = TypeVar("Drawn")
 
 
 def read_by_diffusers(
@@ -68,14 +69,21 @@ def _peft_modules(model: DiffusionModel) -> dict[str, ModuleWeights]:
     return modules
 
 
-def drawn_here(model: DiffusionModel, path: Path, prompt: str) -> torch.Tensor | None:
-    """Our own picture with the file at strength 1, (3, H, W) in [-1, 1]; None where the memory does not hold it."""
+def drawn_here(model: DiffusionModel, path: Path, prompt: str) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Our own pictures (the base's, with the file at strength 1), each (3, H, W) in [-1, 1].
 
-    def draw() -> torch.Tensor:
+    None where the memory does not hold them.
+    """
+
+    def draw() -> tuple[torch.Tensor, torch.Tensor]:
         (name,) = attach_files(model, [path])
         side = _side(model)
         settings = RenderSettings(side, side, STEPS, guidance=1.0, scheduler="ddim")
-        return model.decode_latents(render_latents(model, [Picture(prompt, 0, {name: 1.0})], settings))[0]
+        base, changed = (
+            model.decode_latents(render_latents(model, [Picture(prompt, 0, {name: strength})], settings))[0]
+            for strength in (0.0, 1.0)
+        )
+        return base, changed
 
     try:
         return _unless_too_large(draw)
@@ -83,7 +91,7 @@ def drawn_here(model: DiffusionModel, path: Path, prompt: str) -> torch.Tensor |
         restore_layers(model.parts())
 
 
-def _unless_too_large(draw: Callable[[], torch.Tensor]) -> torch.Tensor | None:
+def _unless_too_large(draw: Callable[[], Drawn]) -> Drawn | None:
     """What `draw` gives; None where the memory does not hold it, which says nothing about the file."""
     try:
         with _whole_numbers_of_float32():

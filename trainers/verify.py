@@ -60,6 +60,8 @@ class Proof:
     worst_module: str
     pixel_difference: int | None
     """Of 255; None where no picture was drawn."""
+    picture_error: float | None
+    """The same difference as a share of the LoRA's effect, the picture's distance from the base's (2-norms of all pixels)."""
     zero: Mapping[str, int]
     """Modules of each part that change nothing."""
     problems: tuple[str, ...]
@@ -83,7 +85,10 @@ def describe(proof: Proof) -> list[str]:
     """The proof as lines for a terminal."""
     parts = ", ".join(f"{count} {part}" for part, count in proof.parts.items())
     error = "not known" if proof.worst_error is None else f"{proof.worst_error:.1e} ({proof.worst_module})"
-    pixels = "no picture was drawn" if proof.pixel_difference is None else f"{proof.pixel_difference} of 255"
+    pixels = "no picture was drawn"
+    if proof.pixel_difference is not None:
+        share = "" if proof.picture_error is None else f"; all together {proof.picture_error:.1e} of the LoRA's effect"
+        pixels = f"{proof.pixel_difference} of 255{share}"
     zero = ", ".join(f"{count} of {part}" for part, count in proof.zero.items() if count)
     lines = [
         f"loaded      {proof.read_by_diffusers} of {proof.modules} modules in diffusers ({parts or 'none'}),"
@@ -123,7 +128,7 @@ def verify(model: DiffusionModel, path: Path, trained: Mapping[str, ModuleWeight
     if unmatched:
         problems.append(f"{len(unmatched)} of the file's modules are not in the base ({name_list(list(unmatched))})")
     expected = ours if trained is None else trained
-    own_picture = drawn_here(model, path, prompt) if ours else None
+    drawn = drawn_here(model, path, prompt) if ours else None
     # What was written in a form of its own on request is not held against diffusers, which has no such form, or, of a DoRA,
     # leaves out the magnitudes (0.42).
     alone = trained is not None and any(module.kind != "lora" for module in trained.values())
@@ -140,7 +145,7 @@ def verify(model: DiffusionModel, path: Path, trained: Mapping[str, ModuleWeight
         problems.append(
             f"{worst_name} changes its layer otherwise than it was trained (relative error {worst:.1e}, at most {limit:g})"
         )
-    pixels = _pixels_apart(own_picture, their_picture)
+    pixels = _pixels_apart(drawn[1], their_picture) if drawn else None
     if pixels is not None and pixels > PIXELS and _computes_in_float32(model):
         problems.append(f"diffusers draws another picture than this program: a pixel differs by {pixels} of 255")
     parts = dict(Counter(name.partition(".")[0] for name in theirs))
@@ -157,6 +162,7 @@ def verify(model: DiffusionModel, path: Path, trained: Mapping[str, ModuleWeight
         worst if expected and (ours or theirs) and math.isfinite(worst) else None,
         worst_name,
         pixels,
+        _share_of_the_effect(*drawn, their_picture) if drawn else None,
         zero,
         tuple(problems),
     )
@@ -237,10 +243,15 @@ def _worst_error(
     return worst, worst_name, its_limit
 
 
-def _pixels_apart(one: torch.Tensor | None, other: torch.Tensor | None) -> int | None:
-    if one is None or other is None:
+def _pixels_apart(one: torch.Tensor, other: torch.Tensor | None) -> int | None:
+    if other is None:
         return None
     return max(abs(a - b) for a, b in zip(image_of(one).tobytes(), image_of(other).tobytes(), strict=True))
+
+
+def _share_of_the_effect(base: torch.Tensor, ours: torch.Tensor, theirs: torch.Tensor | None) -> float | None:
+    effect = float((ours - base).norm())
+    return float((ours - theirs).norm()) / effect if theirs is not None and effect else None
 
 
 def _computes_in_float32(model: DiffusionModel) -> bool:
