@@ -126,7 +126,9 @@ def train(family: str, work: Path, steps: int) -> dict[str, Any]:
         "steps": [round(e["seconds_per_step"], 2) for e in events if e["type"] == "step"],
         "losses": [round(e["loss"], 4) for e in events if e["type"] == "step"],
         "MB": round(result_of(run).stat().st_size / 1e6, 2),
-        "proof": {name: proof[name] for name in ("read_by_diffusers", "parts", "worst_error", "pixel_difference", "picture_error")},
+        "proof": {
+            name: proof[name] for name in ("read_by_diffusers", "parts", "worst_error", "pixel_difference", "picture_error")
+        },
     }
 
 

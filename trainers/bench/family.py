@@ -2,7 +2,8 @@
 
 Every entry is trained on pocket at three learning rates, each run in a process of its own, and draws two sets of prompts:
 concepts of which TRUTH holds true pictures in the same style that were never trained on, and plain ones without the trigger.
-What is done lies in OUT and is not done again, so that hours of it may be cut off; `--table` prints what there is.
+What is done lies in OUT and is not done again, so that hours of it may be cut off; `--table` prints what there is, and
+`--sheet` shows it.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -30,6 +31,7 @@ from trainers.families import recognise_base
 from trainers.families.facts import BaseOptions
 from trainers.families.settings import BaseSettings
 from trainers.measures.likeness import describe_all, drift_of, set_distance, spread_of
+from trainers.page import label_grid
 from trainers.presets import resolve
 from trainers.warm import Warm
 
@@ -41,6 +43,7 @@ _PLAIN = (
     "a cactus, fluent flat style", "a mushroom, fluent flat style", "a rocket, fluent 3d style", "a pear, fluent 3d style",
 )  # fmt: skip
 _CONCEPTS = 24
+_SHOWN = 6
 _PACE_STEPS = 30
 SEED = 7
 
@@ -106,12 +109,16 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--only", nargs="*", default=[], help="names of entries")
     parser.add_argument("--pace", action="store_true", help="only a short run of each entry, for the time and memory of a step")
     parser.add_argument("--table", action="store_true", help="print the table of what is done")
+    parser.add_argument("--sheet", type=Path, help="write a picture of what the adapters draw to this file")
     options = parser.parse_args(arguments)
     if options.table:
         print(table(read_results(options.out)))
         return 0
     options.out.mkdir(parents=True, exist_ok=True)
     chosen = [entry for entry in ENTRIES if entry.name in (options.only or [entry.name])]
+    if options.sheet:
+        sheet({entry.name for entry in chosen}, options).save(options.sheet)
+        return 0
     if options.pace:
         for entry in chosen:
             _measure_pace(entry, options)
@@ -124,10 +131,10 @@ def main(arguments: Sequence[str]) -> int:
 
 def _measure(entry: Entry, rate: float, options: Any) -> None:
     """One run, its pictures and their figures, unless they are there."""
-    result = options.out / f"{_file_name(entry.name)}-{rate:g}.json"
+    run = _run_of(entry.name, rate, options)
+    result = options.out / f"{run.name}.json"
     if result.exists():
         return
-    run = options.out / "runs" / result.stem
     settings = (*entry.settings, f"optimizer.learning_rate={rate}", f"prior.folder={_prior(options)}")
     ran = _train(run, options.steps, settings, options)
     steps = [event for event in ran.events if event["type"] == "step"]
@@ -222,6 +229,11 @@ def _prompts(images: Path, concepts: Sequence[tuple[str, Path]]) -> list[str]:
     return [f"{'an' if label[0] in 'aeiou' else 'a'} {label}, {trigger}" for label, _ in concepts]
 
 
+def _run_of(name: str, rate: float, options: Any) -> Path:
+    folder: Path = options.out / "runs" / f"{_file_name(name)}-{rate:g}"
+    return folder
+
+
 def _file_name(name: str) -> str:
     return name.replace(", ", "-").replace(" ", "-")
 
@@ -237,25 +249,42 @@ def read_results(folder: Path) -> list[Measured]:
     return sorted(found, key=lambda one: (order.index(one.name), one.rate))
 
 
-def table(results: Sequence[Measured]) -> str:
-    """Each entry at the rate with the lowest held-out loss, as Markdown."""
+def best_of(results: Sequence[Measured]) -> dict[str, Measured]:
+    """Each entry at the rate with the lowest held-out loss, by its name."""
     best: dict[str, Measured] = {}
+    for one in results:
+        if one.name not in best or one.held_out_loss < best[one.name].held_out_loss:
+            best[one.name] = one
+    return best
+
+
+def table(results: Sequence[Measured]) -> str:
+    """Each entry at its best rate, as Markdown."""
     tried: dict[str, list[float]] = {}
     for one in results:
         tried.setdefault(one.name, []).append(one.rate)
-        if one.name not in best or one.held_out_loss < best[one.name].held_out_loss:
-            best[one.name] = one
     lines = [
         "| adapter | rate (of those tried) | held-out loss | similarity | drift | s/step | peak MB | file MB |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for name, one in best.items():
+    for name, one in best_of(results).items():
         rates = ", ".join(f"{rate:g}" for rate in tried[name])
         lines.append(
             f"| {name} | {one.rate:g} ({rates}) | {one.held_out_loss:.4f} | {one.similarity:.3f} | {one.drift:.3f} |"
             f" {one.seconds_per_step:.3f} | {one.peak_bytes / 1e6:.0f} | {one.file_bytes / 1e6:.2f} |"
         )
     return "\n".join(lines)
+
+
+def sheet(names: Collection[str], options: Any) -> Image.Image:
+    """What the base and each of these entries, at its best rate, draws of some concepts and of a plain prompt; one row each."""
+    concepts = _concepts(options.truth)
+    shown = [*(round(at) for at in np.linspace(0, len(concepts) - 1, _SHOWN)), len(concepts)]
+    best = [one for one in best_of(read_results(options.out)).values() if one.name in names]
+    files = [next(_run_of(one.name, one.rate, options).glob("*.safetensors")) for one in best]
+    rows = [[drawn[number] for number in shown] for drawn in (_draw(file, options) for file in (None, *files))]
+    labels = ["the base", *(f"{one.name}, learning rate {one.rate:g}" for one in best)]
+    return label_grid(rows, labels, [*(concepts[number][0] for number in shown[:-1]), _PLAIN[0]])
 
 
 if __name__ == "__main__":
