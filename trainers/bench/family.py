@@ -150,6 +150,7 @@ def _measure(entry: Entry, rate: float, options: Any) -> None:
 
 def _train(run: Path, steps: int, settings: Sequence[str], options: Any) -> Ran:
     words = ["-m", "trainers", "train", str(options.images), "-o", str(run), "--preset", "pocket", "--steps", str(steps)]
+    words += ["--force"]  # rank 64 is not small against pocket's narrowest layers
     words += [word for setting in (*_QUIET, *settings) for word in ("--set", setting)]
     return run_to_end([*words, "--json"], options.out / "home")
 
