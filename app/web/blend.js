@@ -1,5 +1,5 @@
 // Blend: several LoRAs on one base, each with its strengths, drawn as the sliders move; and the library they come from.
-import { el, get, onShow, poll, post, tell } from "/web/core.js";
+import { el, get, newest, onShow, poll, post, tell } from "/web/core.js";
 import { makeLibrary } from "/web/library.js";
 import { makeRow } from "/web/blend_row.js";
 import { makeCardPicture } from "/web/card_picture.js";
@@ -73,6 +73,7 @@ function makeScreen(room, project, defaults) {
   let drawTimer = 0;
   let routeTimer = 0;
   let gone = false;
+  const routed = newest();
   const dismissed = new Set(); // brought in by a word, and taken out again by the person
 
   const readForm = () => ({
@@ -106,6 +107,7 @@ function makeScreen(room, project, defaults) {
 
   async function loadBlend(loras) {
     await library.ready;
+    if (gone) return;
     for (const row of rows) row.node.remove();
     rows = [];
     for (const use of loras) addRow(use, library.card(use.file), "", true);
@@ -128,9 +130,10 @@ function makeScreen(room, project, defaults) {
   async function routeNow() {
     try {
       const prompt = fields.prompt.control.value;
-      const found = routing.checked ? (await post(`${address}/route`, { prompt })).loras : [];
+      const answer = await routed(routing.checked ? post(`${address}/route`, { prompt }) : { loras: [] });
       await library.ready;
-      if (gone || prompt !== fields.prompt.control.value) return;
+      if (!answer || gone || prompt !== fields.prompt.control.value) return;
+      const found = answer.loras;
       const named = new Set(found.map((one) => one.file));
       for (const file of [...dismissed]) if (!named.has(file)) dismissed.delete(file);
       const old = rows.filter((row) => row.word && !named.has(row.file));
@@ -164,7 +167,8 @@ function makeScreen(room, project, defaults) {
         const found = await get(`/blend/${id}`).catch((error) => ({ state: "failed", picture: "", error }));
         if (stopped) return;
         if (found.total) bar.value = found.done / found.total;
-        if (found.picture) await show(found.picture, `${asked.prompt}, ${spelled}`, asked.loras.map((one) => one.file));
+        if (found.picture) await show(found.picture, `${asked.prompt}, ${spelled}`, asked.loras.map((one) => one.file), () => stopped);
+        if (stopped) return;
         words.textContent = { waiting: "Waiting…", loading: "Loading…", drawing: "Drawing…", done: spelled, cancelled: "Given up for another one.", failed: "" }[found.state];
         if (!["done", "failed", "cancelled"].includes(found.state)) return;
         ended();
@@ -177,11 +181,12 @@ function makeScreen(room, project, defaults) {
     }
   }
 
-  async function show(url, alt, files) {
+  async function show(url, alt, files, isOver) {
     if (image.getAttribute("src") === url) return;
     const decoded = new Image();
     decoded.src = url;
     await decoded.decode(); // so that the one before stays until this one can be seen
+    if (isOver()) return;
     image.src = save.href = url;
     image.alt = alt;
     image.hidden = save.hidden = false;

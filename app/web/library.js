@@ -1,5 +1,5 @@
 // The library: every LoRA there is as a card, searched, described, brought in and taken out.
-import { bytes, confirmed, el, get, plural, post, put, tell, toast } from "/web/core.js";
+import { bytes, confirmed, el, get, inTurn, newest, plural, post, put, tell, toast } from "/web/core.js";
 import { makeBringing } from "/web/bring.js";
 import { choosePicture } from "/web/card_picture.js";
 import { chosenFiles, takeDrops } from "/web/drop.js";
@@ -14,7 +14,7 @@ export function makeLibrary({ family, add, has }) {
   let shown = new Map(); // key -> { card, node } of what the grid holds
   let all = new Map();
   let timer = 0;
-  let asked = 0;
+  const listed = newest();
   const trouble = el("div");
   const search = el("input", { type: "search", "aria-label": "Search the library", placeholder: "Search: name, trigger word, family, metadata", oninput: () => { clearTimeout(timer); timer = setTimeout(look, 200); } });
   const file = el("input", { type: "file", multiple: true, accept: ".safetensors,.png,.zip", hidden: true, "aria-label": "LoRA files", onchange: () => (bringing.bring(chosenFiles(file), []), (file.value = "")) });
@@ -27,9 +27,8 @@ export function makeLibrary({ family, add, has }) {
   const endDrops = takeDrops(bringing.bring);
 
   async function look() {
-    const turn = ++asked;
-    const found = await get(`/library?q=${encodeURIComponent(search.value)}`).catch((error) => (tell(trouble, error), null));
-    if (!found || turn !== asked) return; // an answer that a later one has overtaken
+    const found = await listed(get(`/library?q=${encodeURIComponent(search.value)}`)).catch((error) => (tell(trouble, error), null));
+    if (!found) return;
     // A card that says what it said keeps its place in the page: somebody may be typing in its details.
     const before = shown;
     shown = new Map(found.cards.map((card) => {
@@ -64,7 +63,8 @@ export function makeLibrary({ family, add, has }) {
   /** What is inside a file, and what routing does with it. */
   async function describe(card, room) {
     if (room.childElementCount) return;
-    const change = (said) => put("/library/card", { file: card.key, ...said }).then((now) => {
+    const save = inTurn();
+    const change = (said) => save(() => put("/library/card", { file: card.key, ...said })).then((now) => {
       Object.assign(card, now);
       const words = room.closest(".lora-card").querySelector(".words");
       if (words) words.textContent = wordsOf(card);

@@ -1,5 +1,5 @@
 // The queue: what Start does while something trains, and the list of runs that wait, on the Train screen.
-import { about, address, ask, confirmed, el, get, plural, poll, post, put, tell, toast } from "/web/core.js";
+import { about, address, ask, confirmed, el, get, newest, plural, poll, post, put, tell, toast } from "/web/core.js";
 
 /** Starts a run of the project at `path`; while another one trains, asks whether it is to wait its turn. Null: neither. */
 export const startOrQueue = (path, body = {}) => nowOrLater(() => post(`${path}/runs`, body), () => post(`${path}/queue`, body));
@@ -28,6 +28,7 @@ export function makeQueue() {
   const trouble = el("div");
   const buttons = el("div", { class: "row" });
   const node = el("section", { class: "card queue", "aria-label": "Queue", hidden: true }, el("h2", {}, "Queue"), bad, list, facts, buttons, trouble);
+  const latest = newest();
   let drawn = "";
   let dragged = "";
   let order = [];
@@ -95,7 +96,7 @@ export function makeQueue() {
   }
 
   async function look() {
-    const found = await get("/queue").catch(() => null); // what the window does not answer is told on the screen
+    const found = await latest(get("/queue")).catch(() => null); // what the window does not answer is told on the screen
     const now = JSON.stringify(found && { ...found, at_work: found.at_work?.id, entries: found.entries.map((entry) => ({ ...entry, starts_in: about(entry.starts_in) })) });
     if (!found || now === drawn || dragged) return;
     drawn = now;

@@ -1,5 +1,5 @@
 // Studio: one prompt and one seed at many strengths, and a slider that walks through them.
-import { address, el, errorCard, get, go, onShow, poll, post, tell, toast } from "/web/core.js";
+import { address, el, errorCard, get, go, newest, onShow, poll, post, tell, toast } from "/web/core.js";
 import { Ladder } from "/web/ladder.js";
 
 const STRENGTHS = [-0.5, -0.25, 0, 0.25, 0.5, 0.75, 1, 1.25, 1.5];
@@ -86,6 +86,7 @@ function makeScreen(room, { project, runs, defaults }) {
   let ladder = new Ladder();
   let asked = null;
   let current = 0;
+  const started = newest();
   let halt = () => {};
   let isWhole = true; // no ladder is being drawn
   let wanted = null; // the strength that the slider was let go at meanwhile
@@ -128,7 +129,9 @@ function makeScreen(room, { project, runs, defaults }) {
     words.textContent = "Waking the renderer…";
     const mine = ladder;
     try {
-      current = (await post("/studio", { ...asked, strengths })).id;
+      const begun = await started(post("/studio", { ...asked, strengths }));
+      if (!begun) return; // another ladder was asked for meanwhile
+      current = begun.id;
     } catch (error) {
       ended();
       return tell(trouble, error);
@@ -209,5 +212,5 @@ function makeScreen(room, { project, runs, defaults }) {
   for (const [name, value] of Object.entries(remembered.get(defaults.run) || {})) if (fields[name]) fields[name].control.value = value;
   slider.addEventListener("input", show);
   slider.addEventListener("change", () => exactly(Number(slider.value)));
-  return () => halt();
+  return () => (started(), halt());
 }

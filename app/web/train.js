@@ -1,5 +1,5 @@
 // Train: where it stands, what it costs, what it draws, and the ways to stop it. All of it is read from the run folder.
-import { STATES, about, address, ask, bytes, confirmed, copyButton, el, get, go, onShow, plural, poll, post, tell, toast } from "/web/core.js";
+import { STATES, about, address, ask, bytes, confirmed, copyButton, el, get, go, newest, onShow, plural, poll, post, tell, toast } from "/web/core.js";
 import { makeChart } from "/web/chart.js";
 import { makeQueue, resumeOrQueue } from "/web/queue.js";
 import { makeSamples } from "/web/samples.js";
@@ -74,6 +74,7 @@ function follow(room, project, id) {
     log.node,
   );
   const told = { since: 0, losses: new Map(), held: new Map(), samples: new Map() };
+  const latest = newest();
   let asking = "";
   let gone = false;
   let drawnButtons = "";
@@ -83,7 +84,8 @@ function follow(room, project, id) {
       let status;
       let news = 0;
       do {
-        status = await get(`${path}/status?since=${told.since}`);
+        status = await latest(get(`${path}/status?since=${told.since}`));
+        if (!status) return; // asked again meanwhile, or the screen was left
         told.since = status.next;
         status.events.forEach(takeIn);
         news += status.events.length;
@@ -188,6 +190,7 @@ function follow(room, project, id) {
   const halt = poll(look, 1);
   return () => {
     gone = true;
+    latest();
     halt();
     log.close();
     document.title = `${project.name} – Impasto`;
@@ -197,10 +200,11 @@ function follow(room, project, id) {
 /** The process's own words, folded; asked for only while they are seen. */
 function makeLog(path) {
   const text = el("pre", { tabIndex: 0, "aria-label": "Log" });
+  const latest = newest();
   let halt = null;
   const node = el("details", { class: "log" }, el("summary", {}, "Log"), text);
   const look = async () => {
-    const found = await get(`${path}/log`).catch(() => null);
+    const found = await latest(get(`${path}/log`)).catch(() => null);
     if (!found) return;
     const atEnd = text.scrollTop + text.clientHeight >= text.scrollHeight - 8;
     text.textContent = found.lines.join("\n") || "Nothing was said yet.";
