@@ -156,13 +156,15 @@ export function makeGrid({ project, files, defaults, start }) {
 
   function layOut(rows, columns) {
     cells = rows.flatMap((row) => columns.map((column) => el("button", { type: "button", class: "cell", disabled: true, "aria-label": `${row}, ${column}`, "aria-pressed": "false" })));
+    table.style.setProperty("--columns", columns.length);
     cells.forEach((one, at) => one.addEventListener("click", () => choose(at)));
     table.replaceChildren(el("table", {}, el("thead", {}, el("tr", {}, el("td"), columns.map((label) => el("th", { scope: "col" }, label)))),
       el("tbody", {}, rows.map((label, row) => el("tr", {}, el("th", { scope: "row" }, label), columns.map((_, column) => el("td", {}, cells[row * columns.length + column])))))));
   }
 
   function fill(cell, url) {
-    cell.append(el("img", { src: url, alt: "" }));
+    const image = el("img", { src: url, alt: "", onload: () => table.style.setProperty("--own", `${Math.max(image.naturalWidth, image.naturalHeight)}px`) });
+    cell.append(image);
     cell.disabled = false;
   }
 

@@ -20,8 +20,8 @@ async function nowOrLater(begin, wait) {
   return run;
 }
 
-/** The card of the queue; seen while something waits. Returns its node and what ends it. */
-export function makeQueue() {
+/** The card of the queue; seen while something waits. `changed()` is called when others wait. Returns its node and what ends it. */
+export function makeQueue(changed) {
   const list = el("ol", { class: "waiting" });
   const facts = el("p", { class: "subdued", role: "status" });
   const bad = el("div");
@@ -31,7 +31,7 @@ export function makeQueue() {
   const latest = newest();
   let drawn = "";
   let dragged = "";
-  let order = [];
+  let order = null; // not known yet
 
   async function act(what) {
     try {
@@ -61,6 +61,7 @@ export function makeQueue() {
       disabled: to < 0 || to >= all.length, onclick: () => move(entry.run, to), data: { key: `${entry.run} ${label}` },
     }, mark);
     const takes = entry.seconds === null ? "" : ` · ${about(entry.seconds)}`;
+    const added = entry.added ? ` · added ${new Date(entry.added * 1000).toLocaleString([], { dateStyle: "medium", timeStyle: "short" })}` : "";
     const begins = entry.starts_in ? ` · begins in ${about(entry.starts_in)}` : "";
     return el("li", {
       draggable: true, data: { run: entry.run },
@@ -69,7 +70,7 @@ export function makeQueue() {
       ondrop: (event) => (event.preventDefault(), event.stopPropagation(), dragged && move(dragged, index), (dragged = "")),
       ondragend: () => (dragged = ""),
     }, el("div", { class: "row" },
-      el("span", { class: "what" }, el("a", { href: address("train", entry.project, entry.run) }, entry.project_name), el("span", { class: "subdued" }, ` ${entry.title}${takes}${begins}`)),
+      el("span", { class: "what" }, el("a", { href: address("train", entry.project, entry.run) }, entry.project_name), el("span", { class: "subdued" }, ` ${entry.title}${added}${takes}${begins}`)),
       step("Earlier", "↑", index - 1), step("Later", "↓", index + 1),
       el("button", { type: "button", class: "quiet small", "aria-label": `Take out: ${entry.project_name}, number ${index + 1}`, onclick: () => cancel(entry) }, "Take out")));
   }
@@ -85,7 +86,9 @@ export function makeQueue() {
 
   function draw(found) {
     node.hidden = !found.entries.length;
+    const before = order;
     order = found.entries.map((entry) => entry.run);
+    if (before && [...before].sort().join() !== [...order].sort().join()) changed();
     const focused = node.contains(document.activeElement) ? document.activeElement.dataset.key : "";
     list.replaceChildren(...found.entries.map(line));
     bad.replaceChildren(...words(found));
