@@ -10,7 +10,7 @@ const wordsOf = (card) => (card.words.length ? card.words.join(", ") : "no trigg
 
 /** Where a LoRA comes from and since when: by this two of one name are told apart. */
 function originOf(card) {
-  const from = card.project ? `trained in ${card.project}` : card.run ? "own run" : card.name;
+  const from = card.project ? `trained in ${card.project}` : card.run ? "own run" : card.name === `${card.title}.safetensors` ? "" : card.name;
   return [from, card.steps && `${card.steps} steps`, new Date(card.changed * 1000).toLocaleString([], { dateStyle: "medium", timeStyle: "short" })].filter(Boolean).join(" · ");
 }
 
