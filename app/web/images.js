@@ -212,7 +212,9 @@ function makeScreen(room, project) {
     health.draw(answer.health);
     drawChips();
     tools.changed();
+    const was = next.hidden;
     next.hidden = !answer.health.count;
+    if (was !== next.hidden) foresee(); // by a step back, too
   }
 
   async function exclude(values) {
