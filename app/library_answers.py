@@ -21,6 +21,12 @@ class CardAnswer(BaseModel):
     name: str
     title: str
     run: str
+    project: str
+    """Name of the project that the run belongs to; empty without one."""
+    steps: str
+    """So many steps were trained, as the file says; empty where it does not."""
+    changed: float
+    """When the file was written: seconds since 1970."""
     family: str
     kinds: list[str]
     ranks: list[int]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 from urllib.parse import quote
 
@@ -21,6 +21,7 @@ from app.library_answers import (
     Removed,
     Restore,
 )
+from app.projects import list_projects
 from app.refusals import NOT_FOUND, Refusal
 from trainers.card_pictures import choose_picture
 from trainers.errors import AdapterFileError
@@ -44,7 +45,8 @@ Key = Annotated[str, Query(max_length=1024)]
 def get_library(desk: TheDesk, q: Annotated[str, Query(max_length=200)] = "") -> LibraryAnswer:
     """All LoRAs that hold every word of `q`, the newest first."""
     cards = list_cards(desk.home)
-    return LibraryAnswer(cards=[answer_card(card) for card in search(cards, q)], total=len(cards))
+    projects = _projects(desk)
+    return LibraryAnswer(cards=[answer_card(card, projects) for card in search(cards, q)], total=len(cards))
 
 
 def get_card(file: Key, desk: TheDesk) -> CardDetails:
@@ -59,7 +61,7 @@ def put_card(body: CardChange, desk: TheDesk) -> CardAnswer:
     """Changes the strength or words by which routing brings a LoRA in, or switches that off for it."""
     said = body.model_dump(exclude={"file"}, exclude_none=True)
     _find(desk, body.file)
-    return answer_card(change_card(desk.home, body.file, **said))
+    return answer_card(change_card(desk.home, body.file, **said), _projects(desk))
 
 
 def get_picture(file: Key, desk: TheDesk) -> FileResponse:
@@ -73,7 +75,7 @@ def get_picture(file: Key, desk: TheDesk) -> FileResponse:
 def put_picture(body: PictureChoice, desk: TheDesk) -> CardAnswer:
     """Shows a LoRA with a picture that was drawn, of which a copy is kept; the picture beside its file stays."""
     _find(desk, body.file)
-    return answer_card(choose_picture(desk.home, body.file, body.picture, desk.studio.folder))
+    return answer_card(choose_picture(desk.home, body.file, body.picture, desk.studio.folder), _projects(desk))
 
 
 async def post_loras(request: Request, desk: TheDesk) -> uploads.Received:
@@ -93,8 +95,13 @@ def post_restore(body: Restore, desk: TheDesk) -> LibraryAnswer:
     return get_library(desk)
 
 
-def answer_card(card: Card) -> CardAnswer:
-    """A card as it is sent."""
+def _projects(desk: TheDesk) -> dict[str, str]:
+    """Run -> the name of its project."""
+    return {run: project.name for project in list_projects(desk.home) for run in project.runs}
+
+
+def answer_card(card: Card, projects: Mapping[str, str]) -> CardAnswer:
+    """A card as it is sent; `projects` are the names of the runs' projects."""
     facts = card.facts
     chosen = card.chosen.name if card.chosen and card.chosen.is_file() else ""
     version = f"&v={card.mark[1]}{chosen.removesuffix('.png')}"
@@ -103,6 +110,9 @@ def answer_card(card: Card) -> CardAnswer:
         name=card.path.name,
         title=facts.title if facts else card.path.stem,
         run=card.run,
+        project=projects.get(card.run, ""),
+        steps=facts.metadata.get("ss_steps", "") if facts else "",
+        changed=card.mark[1] / 1e9,
         family=facts.family if facts else "",
         kinds=list(facts.kinds) if facts else [],
         ranks=list(facts.ranks) if facts else [],

@@ -29,6 +29,8 @@ class Entry(BaseModel):
     project: str
     title: str = ""
     """In words, as it was when it was added: 400 steps on pocket."""
+    added: float = 0.0
+    """Seconds since 1970; 0 where it was not noted."""
     steps: int = 0
     seconds: float | None = None
     """How long it will take by two real steps, or by the steps that it has done, where they had been measured."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,8 @@ class EntryAnswer(BaseModel):
     project: str
     project_name: str
     title: str
+    added: float
+    """When it was added: seconds since 1970, 0 where that was not noted."""
     steps: int
     resumes: bool
     """Whether it was begun before, and goes on."""
@@ -92,9 +95,11 @@ def post_to_queue(body: RunStart, place: ThePlace) -> RunAnswer:
         try:
             measured = desk.preflight.known(plan, (run.path / "edits.json").read_bytes())
             seconds = time_to_finish(plan.config, plan.data.steps, measured) if measured else None
-            title = f"{plan.data.steps} steps on {plan.base.name}, preset {plan.preset}"
+            adapter = plan.config.adapter
+            rank = "" if adapter.type == "full" else f", rank {adapter.rank}"
+            title = f"{plan.data.steps} steps on {plan.base.name}, preset {plan.preset}{rank}"
             entry = Entry(run=run.path.name, project=place.project.id, title=title, steps=plan.data.steps, seconds=seconds)
-            desk.queue.add(entry)
+            desk.queue.add(entry.model_copy(update={"added": time.time()}))
         except Exception:
             desk.runs.drop_prepared(place.project, run)
             raise
@@ -114,6 +119,7 @@ def post_run_to_queue(body: ResumeLater, run: TheRun, desk: TheDesk) -> RunAnswe
             Entry(
                 run=standing.id,
                 project=standing.project,
+                added=time.time(),
                 title=f"goes on from step {standing.saved_step} of {steps}" if steps else "begins again",
                 steps=left,
                 seconds=speed and speed * left,

@@ -1,13 +1,12 @@
 // Blend: several LoRAs on one base, each with its strengths, drawn as the sliders move; and the library they come from.
-import { el, get, onShow, poll, post, tell } from "/web/core.js";
+import { el, get, newest, onShow, poll, post, tell, toast } from "/web/core.js";
+import { keep, kept } from "/web/kept.js";
 import { makeLibrary } from "/web/library.js";
 import { makeRow } from "/web/blend_row.js";
 import { makeCardPicture } from "/web/card_picture.js";
 import { makeSaved } from "/web/blend_saved.js";
 
 const PAUSE = 120; // milliseconds without a change, after which the picture is drawn
-
-const remembered = new Map(); // project -> what stood on the screen, for as long as the page is open
 
 export function mount(element) {
   const room = el("div");
@@ -33,7 +32,7 @@ function makeField(label, given, options) {
 
 function makeScreen(room, project, defaults) {
   const address = `/projects/${encodeURIComponent(project)}`;
-  const before = remembered.get(project) || { values: {}, loras: [], routing: true };
+  const before = kept("blend", project, { values: {}, loras: [], dismissed: [], routing: true });
   const size = { type: "number", min: 32, max: 2048, step: 8 };
   const fields = {
     prompt: makeField("Prompt", { rows: 3, value: defaults.prompt }),
@@ -45,7 +44,7 @@ function makeScreen(room, project, defaults) {
     steps: makeField("Sampling steps", { type: "number", min: 1, max: 200, step: 1, value: defaults.steps }),
     scheduler: makeField("Sampler", { value: defaults.scheduler }, defaults.schedulers),
   };
-  for (const [name, value] of Object.entries(before.values)) fields[name].control.value = value;
+  for (const [name, value] of Object.entries(before.values)) if (fields[name]) fields[name].control.value = value;
   const trouble = el("div");
   const rowsRoom = el("div", { class: "rows" });
   const empty = el("p", { class: "subdued" }, "No LoRA yet: add some from the library below, or write a trigger word into the prompt.");
@@ -73,7 +72,9 @@ function makeScreen(room, project, defaults) {
   let drawTimer = 0;
   let routeTimer = 0;
   let gone = false;
-  const dismissed = new Set(); // brought in by a word, and taken out again by the person
+  const routed = newest();
+  let isBack = false; // what was kept stands in the rows again
+  const dismissed = new Set(before.dismissed); // brought in by a word, and taken out again by the person
 
   const readForm = () => ({
     ...Object.fromEntries(["prompt", "negative", "scheduler"].map((name) => [name, fields[name].control.value])),
@@ -106,6 +107,7 @@ function makeScreen(room, project, defaults) {
 
   async function loadBlend(loras) {
     await library.ready;
+    if (gone) return;
     for (const row of rows) row.node.remove();
     rows = [];
     for (const use of loras) addRow(use, library.card(use.file), "", true);
@@ -128,9 +130,10 @@ function makeScreen(room, project, defaults) {
   async function routeNow() {
     try {
       const prompt = fields.prompt.control.value;
-      const found = routing.checked ? (await post(`${address}/route`, { prompt })).loras : [];
+      const answer = await routed(routing.checked ? post(`${address}/route`, { prompt }) : { loras: [] });
       await library.ready;
-      if (gone || prompt !== fields.prompt.control.value) return;
+      if (!answer || gone || prompt !== fields.prompt.control.value) return;
+      const found = answer.loras;
       const named = new Set(found.map((one) => one.file));
       for (const file of [...dismissed]) if (!named.has(file)) dismissed.delete(file);
       const old = rows.filter((row) => row.word && !named.has(row.file));
@@ -164,7 +167,8 @@ function makeScreen(room, project, defaults) {
         const found = await get(`/blend/${id}`).catch((error) => ({ state: "failed", picture: "", error }));
         if (stopped) return;
         if (found.total) bar.value = found.done / found.total;
-        if (found.picture) await show(found.picture, `${asked.prompt}, ${spelled}`, asked.loras.map((one) => one.file));
+        if (found.picture) await show(found.picture, `${asked.prompt}, ${spelled}`, asked.loras.map((one) => one.file), () => stopped);
+        if (stopped) return;
         words.textContent = { waiting: "Waiting…", loading: "Loading…", drawing: "Drawing…", done: spelled, cancelled: "Given up for another one.", failed: "" }[found.state];
         if (!["done", "failed", "cancelled"].includes(found.state)) return;
         ended();
@@ -177,11 +181,12 @@ function makeScreen(room, project, defaults) {
     }
   }
 
-  async function show(url, alt, files) {
+  async function show(url, alt, files, isOver) {
     if (image.getAttribute("src") === url) return;
     const decoded = new Image();
     decoded.src = url;
     await decoded.decode(); // so that the one before stays until this one can be seen
+    if (isOver()) return;
     image.src = save.href = url;
     image.alt = alt;
     image.hidden = save.hidden = false;
@@ -205,20 +210,29 @@ function makeScreen(room, project, defaults) {
 
   fields.prompt.control.addEventListener("input", () => routeSoon());
   for (const { control } of Object.values(fields)) control.addEventListener("change", () => rows.length && drawSoon());
-  library.ready.then(() => {
-    if (gone) return;
+  library.ready.then((isKnown) => {
+    if (gone || !isKnown) return;
+    const missing = before.loras.filter(({ use }) => !library.card(use.file)).map(({ use }) => use.file.split("/").pop());
     for (const { use, word } of before.loras) if (library.card(use.file)) addRow(use, library.card(use.file), word, true);
+    isBack = true;
+    if (missing.length) toast(`Not in the library any more: ${missing.join(", ")}`);
     arranged();
     if (rows.length) drawSoon(0);
     routeSoon(0);
   });
+  const put = () => {
+    const values = Object.fromEntries(Object.entries(fields).map(([name, { control }]) => [name, control.value]));
+    const loras = isBack ? rows.map((row) => ({ use: row.use(), word: row.word })) : before.loras;
+    keep("blend", project, { values, routing: routing.checked, dismissed: [...dismissed], loras });
+  };
+  window.addEventListener("pagehide", put);
   return () => {
     gone = true;
     halt();
     clearTimeout(drawTimer);
     clearTimeout(routeTimer);
     library.leave();
-    const values = Object.fromEntries(Object.entries(fields).map(([name, { control }]) => [name, control.value]));
-    remembered.set(project, { values, routing: routing.checked, loras: rows.map((row) => ({ use: row.use(), word: row.word })) });
+    window.removeEventListener("pagehide", put);
+    put();
   };
 }

@@ -1,5 +1,6 @@
 // One LoRA of a blend: its strengths on the denoiser, on the text encoders and by block, and where its weight lies.
 import { el, plural, tell } from "/web/core.js";
+import { fillFromZero } from "/web/signed.js";
 
 const REACH = 2; // the sliders' ends; numbers up to 4 can be typed
 
@@ -10,15 +11,17 @@ const nameOf = (block) => NAMES[block] || block.replace("_", " ");
 function makeStrength(label, value, changed, least = -REACH) {
   const slider = el("input", { type: "range", min: least, max: REACH, step: 0.01, value, "aria-label": `${label}, slider` });
   const box = el("input", { type: "number", min: -4, max: 4, step: 0.05, value, "aria-label": label, class: "number" });
+  const fill = fillFromZero(slider);
   const take = (from, to) => () => {
     const number = Number(from.value);
     if (from.value === "" || !(Math.abs(number) <= 4)) return;
     to.value = number;
+    fill();
     changed(number);
   };
   slider.addEventListener("input", take(slider, box));
   box.addEventListener("input", take(box, slider));
-  return { node: el("div", { class: "strength" }, slider, box), set: (number) => ((slider.value = number), (box.value = number)) };
+  return { node: el("div", { class: "strength" }, slider, box), set: (number) => ((slider.value = number), (box.value = number), fill()) };
 }
 
 /** A row; `use()` gives what the API takes, `spelled()` the same for people. */

@@ -54,9 +54,10 @@ export function makeSaved(address, defaults, { loras, load, exported, trouble })
     exported();
   });
   const open = button("Load", async () => {
+    const chosen = list.value;
     const found = await get(path());
     if (found.missing.length) toast(`Not in the library any more: ${found.missing.join(", ")}`);
-    name.value = list.value;
+    name.value = chosen;
     await load(found.loras);
   });
   const remove = button("Delete", async () => {

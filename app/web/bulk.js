@@ -1,5 +1,5 @@
 // One change of many captions: what it would do is shown before it is done.
-import { el, errorCard, plural, post, toast } from "/web/core.js";
+import { el, errorCard, newest, plural, post, toast } from "/web/core.js";
 
 const KINDS = [
   ["add", "Add tags", ["text", "front"]],
@@ -33,7 +33,7 @@ export function makeBulk(base, kit) {
   const list = el("table", { class: "changes" });
   const node = el("form", { class: "card bulk-edit", "aria-label": "Edit captions", onsubmit: (event) => { event.preventDefault(); if (!apply.disabled) act(); } },
     el("div", { class: "row" }, kind, ...Object.values(fields), scope, apply), told, list);
-  let asked = 0;
+  const latest = newest();
   let count = 0; // captions that the previewed change would change
   let timer = 0;
   let ready = null; // the body that was previewed, with its key
@@ -71,21 +71,22 @@ export function makeBulk(base, kit) {
     clearTimeout(timer);
     apply.disabled = true;
     ready = null;
+    latest(); // what is on its way was asked before this change
     timer = setTimeout(preview, 250);
   }
 
   async function preview() {
-    const mine = ++asked;
     const needs = KINDS.find(([key]) => key === kind.value)[2].includes("text");
     if (needs && !(kind.value === "replace" ? text.value : text.value.trim())) return draw(null);
     try {
       const given = body();
-      const found = await post(`${base}/bulk/preview`, given);
-      if (mine !== asked) return;
+      const found = await latest(post(`${base}/bulk/preview`, given));
+      if (!found) return;
       ready = { ...given, key: found.key };
       draw(found);
     } catch (error) {
-      if (mine === asked) (draw(null), told.replaceChildren(errorCard(error)));
+      draw(null);
+      told.replaceChildren(errorCard(error));
     }
   }
 

@@ -1,5 +1,5 @@
 // Which strength a LoRA should have: the measured curve, the pictures at 1 and at the suggestion, and the baked file.
-import { el, errorCard, plural, post, tell, toast } from "/web/core.js";
+import { el, errorCard, newest, plural, post, tell, toast } from "/web/core.js";
 import { choice, follow } from "/web/grid.js";
 
 const [WIDTH, HEIGHT, LEFT, BOTTOM] = [640, 260, 44, 34];
@@ -12,6 +12,7 @@ export function makeCalibration({ files }) {
   const cancel = el("button", { type: "button", hidden: true, onclick: () => post(`/calibrations/${current}/cancel`).catch(() => {}) }, "Cancel");
   const form = el("form", { class: "card settings", onsubmit: (event) => (event.preventDefault(), measure()) }, file.node, el("div", { class: "row" }, el("button", { type: "submit", class: "primary" }, "Measure"), cancel), bar, words, trouble);
   const view = el("section", { class: "card view", "aria-label": "Response curve", hidden: true });
+  const begun = newest();
   let current = 0;
   let halt = () => {};
 
@@ -20,7 +21,9 @@ export function makeCalibration({ files }) {
     tell(trouble, null);
     view.hidden = true;
     try {
-      current = (await post("/calibrations", files.find(([value]) => value === file.control.value)[2])).id;
+      const found = await begun(post("/calibrations", files.find(([value]) => value === file.control.value)[2]));
+      if (!found) return; // another one was asked for meanwhile
+      current = found.id;
     } catch (error) {
       return tell(trouble, error);
     }
@@ -50,10 +53,10 @@ export function makeCalibration({ files }) {
     view.replaceChildren(el("h2", {}, result.words), chart(result), el("p", { class: "subdued" }, "Solid: similarity. Dashed: drift. Dots are measured, lines fitted; the suggestion is the highest point of similarity less a tenth of drift."),
       el("div", { class: "side-by-side" }, pictures), el("div", { class: "row" }, result.suggested > 0 && bake));
     // The pictures at the suggested strength come a little later.
-    if (result.best.length < result.whole.length || !result.whole.length) setTimeout(() => current && again(), 700);
+    if (result.best.length < result.whole.length || !result.whole.length) setTimeout(again, 700, current);
   }
 
-  const again = () => (halt = follow(`/calibrations/${current}`, take, (error) => tell(trouble, error)));
+  const again = (id) => id && id === current && (halt = follow(`/calibrations/${current}`, take, (error) => tell(trouble, error)));
 
   async function baking(button) {
     button.disabled = true;
@@ -82,5 +85,5 @@ export function makeCalibration({ files }) {
       el("svg:line", { class: "here", x1: x(suggested), x2: x(suggested), y1: 10, y2: HEIGHT - BOTTOM }), line("near", "similarity"), line("far", "drift"), dots("near", "similarity"), dots("far", "drift"));
   }
 
-  return { node: el("div", { class: "two" }, form, view), leave: () => (halt(), (current = 0)) };
+  return { node: el("div", { class: "two" }, form, view), leave: () => (begun(), halt(), (current = 0)) };
 }

@@ -44,7 +44,7 @@ function makeScreen(room, { project, runs, cards, defaults }) {
     const step = file.step === null ? "the finished LoRA" : `step ${file.step}`;
     return [`${run.id}|${file.step}`, runs.length + cards.length > 1 ? `${run.id}, ${step}` : step, { run: run.id, step: file.step }];
   }));
-  const others = cards.map((card) => [`file|${card.key}`, `${card.title} (library)`, { file: card.key }]);
+  const others = cards.map((card) => [`file|${card.key}`, `${card.title} (${card.project ? `trained in ${card.project}` : "library"})`, { file: card.key }]);
   const blind = makeTournaments();
   const grid = makeGrid({ project, files: [...files, ...others], defaults, start: (id, over) => blind.start(id, over).then((begun) => begun && show("blind")) });
   const strength = files.length ? makeCalibration({ files }) : { node: el("p", { class: "card" }, "Best strength is measured for a LoRA that this project trained, as it needs the pictures.") };

@@ -42,6 +42,34 @@ export const post = (path, body = {}, more) => ask("POST", path, body, more);
 export const put = (path, body, more) => ask("PUT", path, body, more);
 export const patch = (path, body, more) => ask("PATCH", path, body, more);
 
+/**
+ * For what can be asked again before it is answered: gives `fresh(asking)`, which waits for the asking and gives null, also
+ * in place of its error, when a newer one has begun meanwhile. `fresh()` alone only overtakes those before.
+ */
+export function newest() {
+  let turn = 0;
+  return async (asking) => {
+    const mine = ++turn;
+    try {
+      const answer = await asking;
+      return mine === turn ? answer : null;
+    } catch (error) {
+      if (mine === turn) throw error;
+      return null;
+    }
+  };
+}
+
+/** For what is written: gives `inTurn(work)`, which begins each work when those before have ended, well or not. */
+export function inTurn() {
+  let last = Promise.resolve();
+  return (work) => {
+    const mine = last.then(work);
+    last = mine.catch(() => {});
+    return mine;
+  };
+}
+
 /** An element. `on...` are listeners, `data`/`style` objects, `class` and ARIA names attributes; children are nodes or text. */
 export function el(tag, given = {}, ...children) {
   const [name, space] = tag.startsWith("svg:") ? [tag.slice(4), "http://www.w3.org/2000/svg"] : [tag, null];

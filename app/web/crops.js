@@ -1,12 +1,14 @@
 // What training sees of each picture: drawn on it, dragged with the mouse, a finger or the arrow keys.
-import { el, get, put } from "/web/core.js";
+import { el, get, newest, put } from "/web/core.js";
 
 const SEEN = 0.004; // a crop that cuts off less than this share of a side is not drawn
 const clamp = (value) => Math.max(0, Math.min(1, value));
 const place = (node, corner, size) => Object.assign(node.style, Object.fromEntries([["left", corner[0]], ["top", corner[1]], ["width", size[0]], ["height", size[1]]].map(([side, share]) => [side, `${100 * share}%`])));
 
 export function makeCrops(base, kit, changed) {
+  const listed = newest();
   let crops = {};
+  let moves = 0; // crops that were saved
   const drawn = new Map(); // name -> its overlay in the grid
   const figure = el("div", { class: "figure" });
   const title = el("h2");
@@ -20,7 +22,11 @@ export function makeCrops(base, kit, changed) {
   let large = null;
 
   async function load() {
-    crops = await get(`${base}/crops`).catch(() => ({}));
+    const before = moves;
+    const found = await listed(get(`${base}/crops`)).catch(() => ({}));
+    if (!found) return;
+    if (before !== moves) return load(); // it may be older than what was saved meanwhile
+    crops = found;
     for (const overlay of drawn.values()) overlay.draw();
     large?.draw();
     tellFacts();
@@ -28,7 +34,8 @@ export function makeCrops(base, kit, changed) {
 
   async function save(image, at) {
     try {
-      Object.assign(crops, await put(`${base}/crops`, { [image.rel]: at }));
+      Object.assign(crops, await kit.save(() => put(`${base}/crops`, { [image.rel]: at })));
+      moves += 1;
       changed();
     } catch (error) {
       kit.tell(error);

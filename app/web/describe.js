@@ -1,5 +1,5 @@
 // Captions by a model that the person names: written in the background, looked at and corrected, then taken as one step.
-import { about, ask, el, errorCard, get, plural, poll, post } from "/web/core.js";
+import { about, ask, el, errorCard, get, newest, plural, poll, post } from "/web/core.js";
 
 const MODEL = "impasto:captioner"; // what was named last
 
@@ -19,6 +19,7 @@ export function makeDescribe(base, kit) {
   const node = el("form", { class: "card describe", "aria-label": "Write captions", onsubmit: (event) => { event.preventDefault(); begin(); } },
     el("p", { class: "help" }, "A model from pictures to text, as transformers reads it (BLIP, for example). A folder needs no network; an id on the hub is fetched first. Nothing is saved before you take it."),
     el("div", { class: "row" }, model, prompt, scope, start, cancel), told, bar, fault, taking, list);
+  const latest = newest();
   let stop = null;
   let rows = new Map(); // name -> the field with what was written
   let used = "";
@@ -37,7 +38,9 @@ export function makeDescribe(base, kit) {
     fault.replaceChildren();
     localStorage.setItem(MODEL, model.value);
     try {
-      draw(await post(`${base}/captioning`, { model: model.value, prompt: prompt.value, names: names() }));
+      const found = await post(`${base}/captioning`, { model: model.value, prompt: prompt.value, names: names() });
+      latest(); // what was asked before it began
+      draw(found);
       watch();
     } catch (error) {
       fault.replaceChildren(errorCard(error));
@@ -45,14 +48,16 @@ export function makeDescribe(base, kit) {
   }
 
   async function end() {
-    draw(await ask("DELETE", `${base}/captioning`).catch(() => ({ state: "none" })));
+    const found = await ask("DELETE", `${base}/captioning`).catch(() => ({ state: "none" }));
+    latest();
+    draw(found);
   }
 
   function watch() {
     stop?.();
     stop = poll(async () => {
       if (!node.isConnected) return stop?.();
-      const found = await get(`${base}/captioning`).catch(() => null);
+      const found = await latest(get(`${base}/captioning`)).catch(() => null);
       if (!found) return;
       draw(found);
       if (!["loading", "writing"].includes(found.state)) stop?.();

@@ -1,5 +1,5 @@
 // A grid: its form, the table that fills in picture by picture, the difference of two of its pictures, and its PNG.
-import { ask, el, errorCard, get, poll, post, tell, toast } from "/web/core.js";
+import { ask, el, errorCard, get, newest, poll, post, tell, toast } from "/web/core.js";
 
 const KINDS = [["prompt", "Prompt"], ["strength", "Strength"], ["lora", "Checkpoint or LoRA"], ["seed", "Seed"]];
 const READY = [["prompt", "strength", "Prompts × strengths"], ["lora", "strength", "Checkpoints × strengths"], ["lora", "seed", "LoRA × seed"]];
@@ -68,6 +68,7 @@ export function makeGrid({ project, files, defaults, start }) {
   const looked = el("div", { class: "look", "aria-live": "polite" });
   const view = el("section", { class: "card view", "aria-label": "Pictures" }, el("p", { class: "subdued" }, "Two pictures that you choose are compared, one alone with the base."), table, tools, looked);
 
+  const [begun, read] = [newest(), newest()];
   let current = 0;
   let halt = () => {};
   let stopLooking = () => {};
@@ -111,7 +112,9 @@ export function makeGrid({ project, files, defaults, start }) {
     table.replaceChildren();
     chosen = [];
     try {
-      current = (await post("/grids", readForm())).id;
+      const found = await begun(post("/grids", readForm()));
+      if (!found) return; // another one was asked for meanwhile
+      current = found.id;
     } catch (error) {
       return tell(trouble, error);
     }
@@ -153,13 +156,15 @@ export function makeGrid({ project, files, defaults, start }) {
 
   function layOut(rows, columns) {
     cells = rows.flatMap((row) => columns.map((column) => el("button", { type: "button", class: "cell", disabled: true, "aria-label": `${row}, ${column}`, "aria-pressed": "false" })));
+    table.style.setProperty("--columns", columns.length);
     cells.forEach((one, at) => one.addEventListener("click", () => choose(at)));
     table.replaceChildren(el("table", {}, el("thead", {}, el("tr", {}, el("td"), columns.map((label) => el("th", { scope: "col" }, label)))),
       el("tbody", {}, rows.map((label, row) => el("tr", {}, el("th", { scope: "row" }, label), columns.map((_, column) => el("td", {}, cells[row * columns.length + column])))))));
   }
 
   function fill(cell, url) {
-    cell.append(el("img", { src: url, alt: "" }));
+    const image = el("img", { src: url, alt: "", onload: () => table.style.setProperty("--own", `${Math.max(image.naturalWidth, image.naturalHeight)}px`) });
+    cell.append(image);
     cell.disabled = false;
   }
 
@@ -182,7 +187,7 @@ export function makeGrid({ project, files, defaults, start }) {
       const { id } = await post(`/grids/${current}/differences`, { first, second });
       if (mine === chosen) stopLooking = follow(`/differences/${id}`, (found) => showDifference(found, first, second), (error) => tell(trouble, error));
     } catch (error) {
-      tell(trouble, error);
+      if (mine === chosen) tell(trouble, error);
     }
   }
 
@@ -203,8 +208,8 @@ export function makeGrid({ project, files, defaults, start }) {
     tell(trouble, null);
     try {
       // The settings stand in front of the pixels.
-      const found = await ask("POST", "/grids/read", await file.slice(0, 1 << 20).arrayBuffer(), { text: true });
-      setForm(found);
+      const found = await read(file.slice(0, 1 << 20).arrayBuffer().then((bytes) => ask("POST", "/grids/read", bytes, { text: true })));
+      if (found) setForm(found);
     } catch (error) {
       tell(trouble, error);
     }
@@ -228,5 +233,5 @@ export function makeGrid({ project, files, defaults, start }) {
   fields.columns.control.addEventListener("change", showAxes);
   if (remembered.has(project.id)) recall(remembered.get(project.id));
   showAxes();
-  return { node: el("div", { class: "two" }, form, view), leave: () => (remember(), halt(), stopLooking()) };
+  return { node: el("div", { class: "two" }, form, view), leave: () => (remember(), begun(), halt(), stopLooking()) };
 }

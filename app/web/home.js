@@ -1,5 +1,5 @@
 // Home: every project as a card with its best picture and where it stands, and the way to a new one.
-import { STATES, UNNAMED, about, address, ask, confirmed, el, folderOf, get, go, onShow, patch, place, poll, post, tell } from "/web/core.js";
+import { STATES, UNNAMED, about, address, ask, confirmed, el, folderOf, get, go, newest, onShow, patch, place, poll, post, tell } from "/web/core.js";
 import { startUpload, takeDrops } from "/web/drop.js";
 import { resumeOrQueue, startOrQueue } from "/web/queue.js";
 
@@ -113,10 +113,13 @@ export function mount(element) {
     return lines;
   }
 
+  const latest = newest();
   let drawn = "";
   async function look() {
     try {
-      const { projects } = await get("/projects");
+      const found = await latest(get("/projects"));
+      if (!found) return;
+      const { projects } = found;
       const now = JSON.stringify(projects);
       if (now === drawn) return;
       tell(trouble, null);

@@ -1,6 +1,7 @@
 // Images: drop a folder, look over the captions, leave out what does not fit.
-import { UNNAMED, address, copyButton, el, errorCard, get, go, onShow, patch, plural, post, put, tell, toast } from "/web/core.js";
-import { chosenFiles, startUpload, takeDrops, watchUpload } from "/web/drop.js";
+import { UNNAMED, address, copyButton, el, errorCard, get, go, inTurn, newest, onShow, patch, plural, post, put, tell, toast } from "/web/core.js";
+import { startUpload, takeDrops, watchUpload } from "/web/drop.js";
+import { makeHealth } from "/web/health.js";
 import { makeMasks } from "/web/masks.js";
 import { startOrQueue } from "/web/queue.js";
 import { makeTools } from "/web/tools.js";
@@ -28,9 +29,11 @@ export function mount(element) {
 
 function makeScreen(room, project) {
   const base = `/projects/${encodeURIComponent(project)}`;
+  const save = inTurn(); // two changes of one picture must arrive as they were made; Start waits for them
+  const [listed, foreseen] = [newest(), newest()];
   const trouble = el("div");
   const news = el("div", { role: "status", "aria-live": "polite" });
-  const health = el("section", { class: "card health", "aria-label": "Health of the folder" });
+  const health = makeHealth();
   const grid = el("div", { class: "grid" });
   const nothing = el("p", { class: "subdued", hidden: true }, "No picture is like this.");
   const find = el("input", { type: "search", placeholder: "Search names and captions", "aria-label": "Search names and captions", oninput: () => filter() });
@@ -39,16 +42,15 @@ function makeScreen(room, project) {
   const would = el("span", { class: "subdued" });
   const next = el("div", { class: "row" }, would, el("a", { class: "button", href: address("recipe", project) }, "Next: Recipe"), start);
   const bulk = el("div", { class: "row bulk", role: "group", "aria-label": "Selected pictures" });
-  const tools = makeTools(base, { images: () => images, picked: () => picked(), seen: () => images.filter((image) => !image.excluded && cards.get(image.rel)?.node.hidden !== true), take: (answer) => take(answer), filter: () => filter(), exclude: (changes) => exclude(changes), tell: (error) => tell(trouble, error) });
-  const work = el("div", { class: "work" }, triggerField(), health, tools.node, el("div", { class: "row tools" }, chips, find), bulk, nothing, grid);
+  const tools = makeTools(base, { images: () => images, picked: () => picked(), seen: () => images.filter((image) => !image.excluded && cards.get(image.rel)?.node.hidden !== true), take: (answer) => take(answer), filter: () => filter(), exclude: (values) => exclude(values), save, tell: (error) => tell(trouble, error) });
+  const work = el("div", { class: "work" }, triggerField(), health.node, tools.node, el("div", { class: "row tools" }, chips, find), bulk, nothing, grid);
   const zone = makeZone(base, (files) => receive(files), () => load(), (error) => tell(trouble, error));
   const cards = new Map();
   let images = [];
   let shown = "all";
   let gone = false;
-  let told = "";
   let picks = new Set(); // what was selected before the pictures were read again
-  let saving = Promise.resolve(); // captions that are being saved: Start waits for them
+  let changes = 0; // answers about some pictures that were taken in
 
   room.replaceChildren(el("div", { class: "row head" }, el("h1", {}, "Images"), next), trouble, zone, news, work);
   work.insertBefore(el("div", { class: "row about-set" }, makeMasks(base, grid, load), makeVersions(base, load)), bulk);
@@ -73,8 +75,12 @@ function makeScreen(room, project) {
   }
 
   async function load() {
+    const before = changes;
     try {
-      draw(await get(`${base}/images`));
+      const answer = await listed(get(`${base}/images`));
+      if (!answer || gone) return;
+      if (before !== changes) return load(); // it may be older than what was changed meanwhile
+      draw(answer);
       tell(trouble, null);
     } catch (error) {
       if (!gone) tell(trouble, error);
@@ -82,7 +88,6 @@ function makeScreen(room, project) {
   }
 
   function draw(answer) {
-    if (gone) return;
     images = answer.images;
     const empty = !images.length;
     zone.classList.toggle("large", empty);
@@ -91,7 +96,7 @@ function makeScreen(room, project) {
     zone.querySelector(".add").hidden = answer.source !== "own";
     work.hidden = empty && answer.source === "own" && !answer.health.problems.length && !answer.health.unreadable.length;
     next.hidden = !images.some((image) => !image.excluded);
-    drawHealth(answer.health);
+    health.draw(answer.health);
     chips.replaceChildren(...FILTERS.map(([key]) => el("button", { type: "button", class: "small", onclick: () => { shown = key; drawChips(); filter(); } })));
     drawChips();
     foresee();
@@ -112,14 +117,14 @@ function makeScreen(room, project) {
 
   /** What Start would do, in a few words beside it. */
   async function foresee() {
-    const found = next.hidden ? null : await post(`${base}/check`, { force: true }).catch(() => null);
-    would.textContent = found?.ok ? `${found.steps} steps on ${found.base}, preset ${found.preset}` : "";
+    const found = await foreseen(next.hidden ? {} : post(`${base}/check`, { force: true }).catch(() => ({})));
+    if (found) would.textContent = found.ok ? `${found.steps} steps on ${found.base}, preset ${found.preset}` : "";
   }
 
   /** Straight from the pictures, with the recipe as it is; where that cannot be, the Recipe says why. */
   async function begin() {
     start.disabled = true;
-    await saving;
+    await save(() => {});
     try {
       const run = await startOrQueue(base);
       if (run) go("train", project, run.id);
@@ -169,8 +174,8 @@ function makeScreen(room, project) {
       el("div", { class: "row name" }, el("span", { title: image.rel }, image.rel.split("/").pop()), mark),
       text, cut, el("div", { class: "row under" }, count, out), badges, fault);
     text.addEventListener("input", () => (mark.textContent = "unsaved"));
-    text.addEventListener("change", () => (saving = Promise.all([saving, save()])));
-    async function save() {
+    text.addEventListener("change", () => save(keep));
+    async function keep() {
       mark.textContent = "saving";
       try {
         take(await put(`${base}/captions`, { [image.rel]: text.value }));
@@ -197,26 +202,29 @@ function makeScreen(room, project) {
 
   /** Takes in what the server answers about some pictures; the cards stay, so that nobody loses the focus. */
   function take(answer) {
+    changes += 1;
     for (const now of answer.images) {
       const image = images.find((one) => one.rel === now.rel);
       if (!image) continue;
       Object.assign(image, now);
       cards.get(now.rel)?.refresh();
     }
-    drawHealth(answer.health);
+    health.draw(answer.health);
     drawChips();
     tools.changed();
+    const was = next.hidden;
     next.hidden = !answer.health.count;
+    if (was !== next.hidden) foresee(); // by a step back, too
   }
 
-  async function exclude(changes) {
-    if (!Object.keys(changes).length) return;
+  async function exclude(values) {
+    if (!Object.keys(values).length) return;
     try {
-      take(await put(`${base}/excluded`, changes));
+      take(await save(() => put(`${base}/excluded`, values)));
       foresee();
-      const names = Object.keys(changes);
-      const back = Object.fromEntries(names.map((name) => [name, !changes[name]]));
-      toast(`${plural(names.length, "picture")} ${changes[names[0]] ? "left out" : "taken in again"}.`, () => exclude(back));
+      const names = Object.keys(values);
+      const back = Object.fromEntries(names.map((name) => [name, !values[name]]));
+      toast(`${plural(names.length, "picture")} ${values[names[0]] ? "left out" : "taken in again"}.`, () => exclude(back));
     } catch (error) {
       tell(trouble, error);
     }
@@ -241,33 +249,16 @@ function makeScreen(room, project) {
     );
   }
 
-  function drawHealth(found) {
-    const key = JSON.stringify(found);
-    if (key === told) return; // a thousand cards would be laid out anew for nothing
-    told = key;
-    const facts = [plural(found.count, "picture") + " to train on"];
-    if (found.excluded) facts.push(`${found.excluded} excluded`);
-    if (found.count) facts.push(`smallest side ${found.smallest_side} px (${found.smallest})`);
-    facts.push(found.no_caption.length ? `${found.no_caption.length} without a caption` : "all have captions");
-    if (found.too_long.length) facts.push(`${found.too_long.length} with a caption that is too long`);
-    const said = (problem) => el("li", {}, [problem.where, problem.what, problem.hint].filter(Boolean).join(": "));
-    health.replaceChildren(
-      el("p", {}, facts.join(" · ")),
-      ...(found.unreadable.length ? [el("details", { open: found.unreadable.length < 6 }, el("summary", {}, `${plural(found.unreadable.length, "file")} left out`), el("ul", {}, found.unreadable.map(said)))] : []),
-      ...(found.problems.length ? [el("ul", { class: "problems" }, found.problems.map(said))] : []),
-    );
-  }
-
   function triggerField() {
     const field = el("input", { id: "trigger", maxLength: 80, placeholder: "for example: zorbo style", onchange: async () => {
       try {
-        await patch(base, { trigger: field.value });
+        await save(() => patch(base, { trigger: field.value }));
         await load();
       } catch (error) {
         tell(trouble, error);
       }
     } });
-    get(base).then((found) => (field.value = found.trigger)).catch(() => {});
+    get(base).then((found) => (field.value ||= found.trigger)).catch(() => {});
     return el("div", { class: "field trigger" }, el("label", { for: "trigger" }, "Trigger word (optional)"), field,
       el("span", { class: "help" }, "A made-up word put in front of every caption. Write it in a prompt to call your LoRA."));
   }

@@ -1,5 +1,5 @@
 // What may be wrong with pictures: those that are alike side by side, each with a button that leaves it out.
-import { el, get, plural, poll } from "/web/core.js";
+import { el, get, newest, plural, poll } from "/web/core.js";
 
 const KINDS = { same: "The same file", alike: "Nearly the same", small: "Too small", shape: "Odd shape", dark: "Very dark", bright: "Very bright", blurred: "May be blurred" };
 const MOST = 60;
@@ -9,6 +9,7 @@ export function makeInspect(base, kit, view) {
   const bar = el("progress", { max: 1, "aria-label": "Pictures looked at", hidden: true });
   const list = el("div", { class: "flaws" });
   const node = el("div", { class: "card inspect" }, told, bar, list);
+  const latest = newest();
   let stop = null;
   let last = "";
 
@@ -16,8 +17,8 @@ export function makeInspect(base, kit, view) {
     stop?.();
     stop = poll(async () => {
       if (!node.isConnected) return stop();
-      const found = await get(`${base}/inspection`).catch((error) => (kit.tell(error), null));
-      if (!found) return stop();
+      const found = await latest(get(`${base}/inspection`)).catch((error) => (kit.tell(error), stop(), null));
+      if (!found) return;
       draw(found);
       if (found.done >= found.total) stop();
     }, 1.5);

@@ -1,5 +1,5 @@
 // The library: every LoRA there is as a card, searched, described, brought in and taken out.
-import { bytes, confirmed, el, get, plural, post, put, tell, toast } from "/web/core.js";
+import { bytes, confirmed, el, get, inTurn, newest, plural, post, put, tell, toast } from "/web/core.js";
 import { makeBringing } from "/web/bring.js";
 import { choosePicture } from "/web/card_picture.js";
 import { chosenFiles, takeDrops } from "/web/drop.js";
@@ -8,13 +8,21 @@ const FAMILIES = { sd1: "SD 1.x", sd2: "SD 2.x", sdxl: "SDXL", flux: "Flux", sd3
 
 const wordsOf = (card) => (card.words.length ? card.words.join(", ") : "no trigger word (Details sets one)");
 
+/** Where a LoRA comes from and since when: by this two of one name are told apart. */
+function originOf(card) {
+  const from = card.project ? `trained in ${card.project}` : card.run ? "own run" : card.name === `${card.title}.safetensors` ? "" : card.name;
+  return [from, card.steps && `${card.steps} steps`, new Date(card.changed * 1000).toLocaleString([], { dateStyle: "medium", timeStyle: "short" })].filter(Boolean).join(" · ");
+}
+
 /** The panel. `add(card)` is called for a LoRA of the base's `family`; `has(key)` says whether it is in use. */
 export function makeLibrary({ family, add, has }) {
   let cards = [];
   let shown = new Map(); // key -> { card, node } of what the grid holds
   let all = new Map();
   let timer = 0;
-  let asked = 0;
+  const listed = newest();
+  let drawn;
+  const ready = new Promise((done) => (drawn = done)); // whether the cards came, once that is known
   const trouble = el("div");
   const search = el("input", { type: "search", "aria-label": "Search the library", placeholder: "Search: name, trigger word, family, metadata", oninput: () => { clearTimeout(timer); timer = setTimeout(look, 200); } });
   const file = el("input", { type: "file", multiple: true, accept: ".safetensors,.png,.zip", hidden: true, "aria-label": "LoRA files", onchange: () => (bringing.bring(chosenFiles(file), []), (file.value = "")) });
@@ -27,9 +35,8 @@ export function makeLibrary({ family, add, has }) {
   const endDrops = takeDrops(bringing.bring);
 
   async function look() {
-    const turn = ++asked;
-    const found = await get(`/library?q=${encodeURIComponent(search.value)}`).catch((error) => (tell(trouble, error), null));
-    if (!found || turn !== asked) return; // an answer that a later one has overtaken
+    const found = await listed(get(`/library?q=${encodeURIComponent(search.value)}`)).catch((error) => (tell(trouble, error), drawn(false), null));
+    if (!found) return;
     // A card that says what it said keeps its place in the page: somebody may be typing in its details.
     const before = shown;
     shown = new Map(found.cards.map((card) => {
@@ -45,6 +52,7 @@ export function makeLibrary({ family, add, has }) {
     for (const old of [...grid.children]) if (!nodes.includes(old)) old.remove();
     nodes.forEach((one, at) => grid.children[at] !== one && grid.insertBefore(one, grid.children[at] || null));
     mark();
+    drawn(true);
   }
 
   function makeCard(card) {
@@ -57,14 +65,16 @@ export function makeLibrary({ family, add, has }) {
     return el("article", { class: "card lora-card" },
       card.picture ? el("img", { src: card.picture, alt: "", loading: "lazy" }) : el("div", { class: "no-picture", "aria-hidden": "true" }),
       el("b", { class: "title", title: card.key }, card.title), el("p", { class: "subdued" }, facts),
+      el("p", { class: "subdued" }, originOf(card)),
       card.problem ? el("p", { class: "bad" }, card.problem) : el("p", { class: "words" }, wordsOf(card)),
-      el("div", { class: "row" }, button, isOther && el("span", { class: "subdued" }, "another family"), card.run && el("span", { class: "subdued" }, "own run")), details);
+      el("div", { class: "row" }, button, isOther && el("span", { class: "subdued" }, "another family")), details);
   }
 
   /** What is inside a file, and what routing does with it. */
   async function describe(card, room) {
     if (room.childElementCount) return;
-    const change = (said) => put("/library/card", { file: card.key, ...said }).then((now) => {
+    const save = inTurn();
+    const change = (said) => save(() => put("/library/card", { file: card.key, ...said })).then((now) => {
       Object.assign(card, now);
       const words = room.closest(".lora-card").querySelector(".words");
       if (words) words.textContent = wordsOf(card);
@@ -112,6 +122,6 @@ export function makeLibrary({ family, add, has }) {
     }
   }
 
-  const ready = look();
+  look();
   return { node, ready, look, mark, card: (key) => all.get(key), leave: () => (endDrops(), clearTimeout(timer)) };
 }

@@ -1,19 +1,18 @@
 // Masks: whether pictures are learnt whole, and what is left out of them as a veil over each picture.
-import { el, get, patch, plural, toast } from "/web/core.js";
+import { el, get, inTurn, newest, patch, plural, toast } from "/web/core.js";
 
 /** The switch for masks of the project at `base`; veils the pictures in `grid` that have one. `reload` draws them anew. Returns its node. */
 export function makeMasks(base, grid, reload) {
-  const box = el("input", { type: "checkbox", id: "use-masks", onchange: () => use(box.checked ? "auto" : "off") });
+  const box = el("input", { type: "checkbox", id: "use-masks", onchange: () => { const wanted = box.checked ? "auto" : "off"; set(() => use(wanted)); } });
   const said = el("span", { class: "subdued", role: "status" });
   const node = el("section", { class: "masks", "aria-label": "Masks" }, el("div", { class: "row" }, box, el("label", { for: "use-masks" }, "Learn only what masks show"), said),
     el("span", { class: "help" }, "A mask is cat-masklabel.png, cat.mask.png or masks/cat.png for cat.jpg, white where it is learnt; else a picture's own transparency."));
+  const [listed, set] = [newest(), inTurn()];
   let masks = {};
-  let asked = 0;
 
   async function look() {
-    const mine = (asked += 1);
-    const found = await get(`${base}/masks`).catch(() => null); // the screen itself tells what is wrong
-    if (!found || mine !== asked) return;
+    const found = await listed(get(`${base}/masks`)).catch(() => null); // the screen itself tells what is wrong
+    if (!found) return;
     masks = found.masks;
     box.checked = found.setting !== "off";
     const count = Object.keys(masks).length;

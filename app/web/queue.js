@@ -1,5 +1,5 @@
 // The queue: what Start does while something trains, and the list of runs that wait, on the Train screen.
-import { about, address, ask, confirmed, el, get, plural, poll, post, put, tell, toast } from "/web/core.js";
+import { about, address, ask, confirmed, el, get, newest, plural, poll, post, put, tell, toast } from "/web/core.js";
 
 /** Starts a run of the project at `path`; while another one trains, asks whether it is to wait its turn. Null: neither. */
 export const startOrQueue = (path, body = {}) => nowOrLater(() => post(`${path}/runs`, body), () => post(`${path}/queue`, body));
@@ -20,17 +20,18 @@ async function nowOrLater(begin, wait) {
   return run;
 }
 
-/** The card of the queue; seen while something waits. Returns its node and what ends it. */
-export function makeQueue() {
+/** The card of the queue; seen while something waits. `changed()` is called when others wait. Returns its node and what ends it. */
+export function makeQueue(changed) {
   const list = el("ol", { class: "waiting" });
   const facts = el("p", { class: "subdued", role: "status" });
   const bad = el("div");
   const trouble = el("div");
   const buttons = el("div", { class: "row" });
   const node = el("section", { class: "card queue", "aria-label": "Queue", hidden: true }, el("h2", {}, "Queue"), bad, list, facts, buttons, trouble);
+  const latest = newest();
   let drawn = "";
   let dragged = "";
-  let order = [];
+  let order = null; // not known yet
 
   async function act(what) {
     try {
@@ -60,6 +61,7 @@ export function makeQueue() {
       disabled: to < 0 || to >= all.length, onclick: () => move(entry.run, to), data: { key: `${entry.run} ${label}` },
     }, mark);
     const takes = entry.seconds === null ? "" : ` · ${about(entry.seconds)}`;
+    const added = entry.added ? ` · added ${new Date(entry.added * 1000).toLocaleString([], { dateStyle: "medium", timeStyle: "short" })}` : "";
     const begins = entry.starts_in ? ` · begins in ${about(entry.starts_in)}` : "";
     return el("li", {
       draggable: true, data: { run: entry.run },
@@ -68,7 +70,7 @@ export function makeQueue() {
       ondrop: (event) => (event.preventDefault(), event.stopPropagation(), dragged && move(dragged, index), (dragged = "")),
       ondragend: () => (dragged = ""),
     }, el("div", { class: "row" },
-      el("span", { class: "what" }, el("a", { href: address("train", entry.project, entry.run) }, entry.project_name), el("span", { class: "subdued" }, ` ${entry.title}${takes}${begins}`)),
+      el("span", { class: "what" }, el("a", { href: address("train", entry.project, entry.run) }, entry.project_name), el("span", { class: "subdued" }, ` ${entry.title}${added}${takes}${begins}`)),
       step("Earlier", "↑", index - 1), step("Later", "↓", index + 1),
       el("button", { type: "button", class: "quiet small", "aria-label": `Take out: ${entry.project_name}, number ${index + 1}`, onclick: () => cancel(entry) }, "Take out")));
   }
@@ -84,7 +86,9 @@ export function makeQueue() {
 
   function draw(found) {
     node.hidden = !found.entries.length;
+    const before = order;
     order = found.entries.map((entry) => entry.run);
+    if (before && [...before].sort().join() !== [...order].sort().join()) changed();
     const focused = node.contains(document.activeElement) ? document.activeElement.dataset.key : "";
     list.replaceChildren(...found.entries.map(line));
     bad.replaceChildren(...words(found));
@@ -95,7 +99,7 @@ export function makeQueue() {
   }
 
   async function look() {
-    const found = await get("/queue").catch(() => null); // what the window does not answer is told on the screen
+    const found = await latest(get("/queue")).catch(() => null); // what the window does not answer is told on the screen
     const now = JSON.stringify(found && { ...found, at_work: found.at_work?.id, entries: found.entries.map((entry) => ({ ...entry, starts_in: about(entry.starts_in) })) });
     if (!found || now === drawn || dragged) return;
     drawn = now;

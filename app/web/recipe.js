@@ -1,5 +1,5 @@
 // Recipe: the base, a preset, five settings with sliders, what it comes to, and Start. Everything else is folded away.
-import { about, bytes, el, get, go, onShow, patch, post, put, tell, toast } from "/web/core.js";
+import { about, bytes, el, get, go, newest, onShow, patch, post, put, tell, toast } from "/web/core.js";
 import { makeField, makeSlider } from "/web/fields.js";
 import { startOrQueue } from "/web/queue.js";
 
@@ -242,10 +242,10 @@ function makeScreen(room, facts, project) {
   function asFile() {
     let isTyped = false; // what a person has begun to type stays
     const text = el("textarea", { rows: 8, "aria-label": "Recipe as TOML", spellcheck: false, oninput: () => (isTyped = true) });
-    const fault = el("div");
+    const [latest, fault] = [newest(), el("div")];
     const read = async () => {
-      const now = await get(`${path}/recipe`);
-      if (!isTyped) text.value = now;
+      const now = await latest(get(`${path}/recipe`));
+      if (now !== null && !isTyped) text.value = now;
     };
     const write = () => queue(async () => {
       try {

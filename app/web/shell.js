@@ -1,5 +1,5 @@
 // The head of the page: the name, the steps of a project, light or dark.
-import { address, change, el, get, place } from "/web/core.js";
+import { address, change, el, get, newest, place } from "/web/core.js";
 
 const STEPS = [
   ["images", "Images"],
@@ -58,6 +58,7 @@ export function mount(element) {
       themeButton(),
     ),
   );
+  const latest = newest();
   let known = "";
   const draw = async () => {
     const now = place();
@@ -76,8 +77,8 @@ export function mount(element) {
     known = now.project;
     project.textContent = "";
     try {
-      const found = await get(`/projects/${encodeURIComponent(now.project)}`);
-      if (known === found.id) {
+      const found = await latest(get(`/projects/${encodeURIComponent(now.project)}`));
+      if (known === found?.id) {
         project.textContent = found.name;
         document.title = `${found.name} – Impasto`;
       }

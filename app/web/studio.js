@@ -1,6 +1,7 @@
 // Studio: one prompt and one seed at many strengths, and a slider that walks through them.
-import { address, el, errorCard, get, go, onShow, poll, post, tell, toast } from "/web/core.js";
+import { address, el, errorCard, get, go, newest, onShow, poll, post, tell, toast } from "/web/core.js";
 import { Ladder } from "/web/ladder.js";
+import { fillFromZero } from "/web/signed.js";
 
 const STRENGTHS = [-0.5, -0.25, 0, 0.25, 0.5, 0.75, 1, 1.25, 1.5];
 
@@ -75,6 +76,7 @@ function makeScreen(room, { project, runs, defaults }) {
   const divider = el("input", { type: "range", class: "divider", min: 0, max: 100, value: 50, hidden: true, "aria-label": "Divider between the base and the LoRA", oninput: () => split() });
   const stage = el("div", { class: "stage", hidden: true }, under, over, base, divider);
   const slider = el("input", { type: "range", min: -0.5, max: 1.5, step: 0.01, value: 1, id: "strength", disabled: true });
+  const fill = fillFromZero(slider);
   const mark = el("output", { for: "strength", class: "mark-kind" });
   const strip = el("div", { class: "rungs" });
   const compare = el("input", { type: "checkbox", id: "compare", onchange: () => split() });
@@ -86,6 +88,7 @@ function makeScreen(room, { project, runs, defaults }) {
   let ladder = new Ladder();
   let asked = null;
   let current = 0;
+  const started = newest();
   let halt = () => {};
   let isWhole = true; // no ladder is being drawn
   let wanted = null; // the strength that the slider was let go at meanwhile
@@ -128,7 +131,9 @@ function makeScreen(room, { project, runs, defaults }) {
     words.textContent = "Waking the renderer…";
     const mine = ladder;
     try {
-      current = (await post("/studio", { ...asked, strengths })).id;
+      const begun = await started(post("/studio", { ...asked, strengths }));
+      if (!begun) return; // another ladder was asked for meanwhile
+      current = begun.id;
     } catch (error) {
       ended();
       return tell(trouble, error);
@@ -187,6 +192,7 @@ function makeScreen(room, { project, runs, defaults }) {
   function show() {
     const strength = Number(slider.value);
     const found = ladder.at(strength);
+    fill();
     if (!found) return;
     if (under.getAttribute("src") !== found.below[1]) under.src = found.below[1];
     if (over.getAttribute("src") !== found.above[1]) over.src = found.above[1];
@@ -209,5 +215,5 @@ function makeScreen(room, { project, runs, defaults }) {
   for (const [name, value] of Object.entries(remembered.get(defaults.run) || {})) if (fields[name]) fields[name].control.value = value;
   slider.addEventListener("input", show);
   slider.addEventListener("change", () => exactly(Number(slider.value)));
-  return () => halt();
+  return () => (started(), halt());
 }

@@ -1,11 +1,12 @@
 // Take it home: the file, what is in it, and where it goes.
-import { address, bytes, copyButton, el, get, tell } from "/web/core.js";
+import { address, bytes, copyButton, el, get, newest, tell } from "/web/core.js";
 
 /** A card that `draw(run, project)` fills once the run has a file. */
 export function makeTake() {
   const trouble = el("div");
   const body = el("div");
   const node = el("section", { class: "card take", hidden: true, "aria-label": "Take it home" }, el("h2", {}, "Take it home"), trouble, body);
+  const latest = newest();
   let drawn = "";
 
   function draw(run, project) {
@@ -24,7 +25,7 @@ export function makeTake() {
       link.download = chosen.name;
       link.textContent = `Download (${bytes(chosen.size)})`;
       facts.replaceChildren(el("p", { class: "file-name" }, chosen.name));
-      describe(run, chosen, facts, uses, trouble);
+      describe(run, chosen, facts, uses, trouble, latest);
     };
     const select = el("select", { "aria-label": "Which checkpoint", onchange: () => { chosen = run.files[select.selectedIndex]; show(); } }, run.files.map((file) => el("option", {}, label(file))));
     body.replaceChildren(el("div", {},
@@ -48,9 +49,10 @@ function embedding(file) {
 }
 
 /** What is inside the file, its trigger word among it: that of the training, whatever the project's is by now. */
-async function describe(run, file, room, uses, trouble) {
+async function describe(run, file, room, uses, trouble, latest) {
   try {
-    const found = await get(`/runs/${encodeURIComponent(run.id)}/metadata${file.step === null ? "" : `?step=${file.step}`}`);
+    const found = await latest(get(`/runs/${encodeURIComponent(run.id)}/metadata${file.step === null ? "" : `?step=${file.step}`}`));
+    if (!found) return; // another checkpoint was chosen meanwhile
     const fields = Object.entries(found.metadata);
     const trigger = found.metadata["modelspec.trigger_phrase"] || "";
     uses.replaceChildren(...howTo(found.name, trigger, "lora_adapter_metadata" in found.metadata));

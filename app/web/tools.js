@@ -1,13 +1,13 @@
 // What tidies a folder: captions changed at once or written by a model, tags, crops, what looks odd, and every step taken
 // back. One panel is open at a time.
-import { el, get, post, toast, plural } from "/web/core.js";
+import { el, get, newest, post, toast, plural } from "/web/core.js";
 import { makeBulk } from "/web/bulk.js";
 import { makeCrops } from "/web/crops.js";
 import { makeDescribe } from "/web/describe.js";
 import { makeInspect } from "/web/inspect.js";
 import { makeTags } from "/web/tags.js";
 
-/** `kit` is what the images screen lends: images(), picked(), take(answer), filter(), exclude(changes), tell(error). */
+/** `kit` is what the images screen lends: images(), picked(), take(answer), filter(), exclude(values), save(work), tell(error). */
 export function makeTools(base, kit) {
   const crops = makeCrops(base, kit, () => history());
   const bulk = makeBulk(base, kit);
@@ -26,6 +26,7 @@ export function makeTools(base, kit) {
   const room = el("div", { class: "panel", hidden: true });
   const node = el("section", { class: "tidy", "aria-label": "Tidy up" }, el("div", { class: "row" }, ...doors, cut, el("span", { class: "gap" }), back, forth), room, crops.viewer);
   const door = (key) => doors.find((one) => one.dataset.key === key);
+  const standing = newest();
   let shown = "";
   let busy = false;
 
@@ -38,7 +39,7 @@ export function makeTools(base, kit) {
   }
 
   async function history() {
-    const found = await get(`${base}/history`).catch(() => null);
+    const found = await standing(get(`${base}/history`)).catch(() => null);
     if (!found) return;
     for (const [button, label] of [[back, found.undo], [forth, found.redo]]) {
       button.disabled = !label;
@@ -50,7 +51,7 @@ export function makeTools(base, kit) {
     if (busy) return;
     busy = true;
     try {
-      const answer = await post(`${base}/${which}`);
+      const answer = await kit.save(() => post(`${base}/${which}`)); // after a caption that is just being left
       kit.take(answer);
       crops.load();
       toast(`${which === "undo" ? "Undone" : "Done again"}: ${answer.label}${answer.left.length ? ` (${plural(answer.left.length, "picture")} had been changed since and stayed)` : ""}`);

@@ -1,5 +1,5 @@
 // A blind tournament: two pictures without labels, by mouse or keys, and the ranking once it is asked for.
-import { ask, confirmed, el, get, plural, post, tell } from "/web/core.js";
+import { ask, confirmed, el, get, newest, plural, post, tell } from "/web/core.js";
 
 const KEYS = { ArrowLeft: "left", ArrowRight: "right", ArrowDown: "same" };
 
@@ -25,9 +25,13 @@ export function makeTournaments() {
   let current = null; // {id, pair}
   let busy = false;
   let open = false;
+  const [listed, ranked, paired] = [newest(), newest(), newest()];
 
+  /** Gives the tournaments; null where a newer list is on its way. */
   async function showList() {
-    const { tournaments } = await get("/tournaments");
+    const found = await listed(get("/tournaments"));
+    if (!found) return null;
+    const { tournaments } = found;
     none.hidden = tournaments.length > 0;
     list.replaceChildren(...tournaments.map((one) => el("span", { class: "row" },
       el("button", { type: "button", class: "small", "aria-pressed": String(one.id === current?.id), onclick: () => choose(one.id) },
@@ -57,7 +61,9 @@ export function makeTournaments() {
 
   const choose = (id) => attempt(async () => {
     open = false;
-    show(id, await get(`/tournaments/${id}`));
+    const found = await paired(get(`/tournaments/${id}`));
+    if (!found) return; // another one was chosen meanwhile
+    show(id, found);
     await showList();
   });
 
@@ -75,7 +81,7 @@ export function makeTournaments() {
     const { id } = current;
     const found = await attempt(() => work(id));
     busy = false;
-    if (found) show(id, found);
+    if (found && id === current?.id) show(id, found); // else another one was chosen meanwhile
   }
 
   const judge = (better) => change((id) => post(`/tournaments/${id}/judgements`, { pair: current.pair, better }));
@@ -84,7 +90,7 @@ export function makeTournaments() {
     reveal.textContent = open ? "Hide ranking" : "Show ranking";
     reveal.setAttribute("aria-expanded", String(open));
     if (!open) return ranking.replaceChildren();
-    const found = await attempt(() => get(`/tournaments/${current.id}/ranking`));
+    const found = await attempt(() => ranked(get(`/tournaments/${current.id}/ranking`)));
     if (!found || !open) return;
     const most = Math.max(1, ...found.places.map((one) => Math.abs(one.worth) + one.margin));
     const x = (value) => 100 + (value / most) * 96;
@@ -111,7 +117,7 @@ export function makeTournaments() {
 
   const shown = () => attempt(async () => {
     const found = await showList();
-    if (!current && found.length) await choose(found[0].id);
+    if (!current && found?.length) await choose(found[0].id);
   });
   return { node, start, shown, leave: () => document.removeEventListener("keydown", onKey) };
 }

@@ -1,5 +1,5 @@
 // Train: where it stands, what it costs, what it draws, and the ways to stop it. All of it is read from the run folder.
-import { STATES, about, address, ask, bytes, confirmed, copyButton, el, get, go, onShow, plural, poll, post, tell, toast } from "/web/core.js";
+import { STATES, about, address, ask, bytes, confirmed, copyButton, el, get, go, newest, onShow, plural, poll, post, tell, toast } from "/web/core.js";
 import { makeChart } from "/web/chart.js";
 import { makeQueue, resumeOrQueue } from "/web/queue.js";
 import { makeSamples } from "/web/samples.js";
@@ -24,9 +24,10 @@ export function mount(element) {
 
 function show(room, place) {
   let gone = false;
-  let stop = () => {};
+  let run = { id: "", leave: () => {}, list: () => {} };
   const trouble = el("div");
-  const queue = makeQueue();
+  const latest = newest();
+  const queue = makeQueue(() => refresh());
   const inner = el("div", { class: "run" }, trouble);
   room.replaceChildren(queue.node, inner);
   const begin = async () => {
@@ -38,20 +39,30 @@ function show(room, place) {
         inner.replaceChildren(el("div", { class: "card none" }, el("h1", {}, "Nothing has been trained yet"), el("p", {}, "Look over the settings and press Start."), el("a", { class: "button primary", href: address("recipe", place.project) }, "Go to Recipe")));
         return;
       }
-      stop = follow(inner, project, id);
+      run = follow(inner, project, id);
     } catch (error) {
       if (!gone) tell(trouble, error);
     }
   };
+  /** A run that is taken out of the queue before it began is gone. */
+  async function refresh() {
+    const project = await latest(get(`/projects/${encodeURIComponent(place.project)}`)).catch(() => null);
+    if (!project || gone || !run.id) return;
+    if (project.runs.includes(run.id)) return run.list(project.runs);
+    run.leave();
+    if (place.run) go("train", place.project);
+    else begin();
+  }
+
   begin();
   return () => {
     gone = true;
     queue.close();
-    stop();
+    run.leave();
   };
 }
 
-/** Builds the screen of one run and keeps it up to date. Returns what ends that. */
+/** Builds the screen of one run and keeps it up to date. Returns its id, `list(runs)` for the menu, and what ends it. */
 function follow(room, project, id) {
   const path = `/runs/${encodeURIComponent(id)}`;
   const trouble = el("div");
@@ -65,8 +76,12 @@ function follow(room, project, id) {
   const samples = makeSamples();
   const take = makeTake();
   const log = makeLog(path);
-  const runs = el("select", { "aria-label": "Run", hidden: project.runs.length < 2, onchange: () => go("train", project.id, runs.value) },
-    [...project.runs].reverse().map((one) => el("option", { value: one, selected: one === id }, one)));
+  const runs = el("select", { "aria-label": "Run", onchange: () => go("train", project.id, runs.value) });
+  const list = (all) => {
+    runs.hidden = all.length < 2;
+    runs.replaceChildren(...[...all].reverse().map((one) => el("option", { value: one, selected: one === id }, one)));
+  };
+  list(project.runs);
   room.replaceChildren(
     el("section", { class: "card standing", "aria-label": "Where it stands" }, el("div", { class: "row top" }, phase, runs), bar, facts, sentence, warnings, buttons, trouble),
     take.node,
@@ -74,6 +89,7 @@ function follow(room, project, id) {
     log.node,
   );
   const told = { since: 0, losses: new Map(), held: new Map(), samples: new Map() };
+  const latest = newest();
   let asking = "";
   let gone = false;
   let drawnButtons = "";
@@ -83,7 +99,8 @@ function follow(room, project, id) {
       let status;
       let news = 0;
       do {
-        status = await get(`${path}/status?since=${told.since}`);
+        status = await latest(get(`${path}/status?since=${told.since}`));
+        if (!status) return; // asked again meanwhile, or the screen was left
         told.since = status.next;
         status.events.forEach(takeIn);
         news += status.events.length;
@@ -186,21 +203,24 @@ function follow(room, project, id) {
   }
 
   const halt = poll(look, 1);
-  return () => {
+  const leave = () => {
     gone = true;
+    latest();
     halt();
     log.close();
     document.title = `${project.name} – Impasto`;
   };
+  return { id, list, leave };
 }
 
 /** The process's own words, folded; asked for only while they are seen. */
 function makeLog(path) {
   const text = el("pre", { tabIndex: 0, "aria-label": "Log" });
+  const latest = newest();
   let halt = null;
   const node = el("details", { class: "log" }, el("summary", {}, "Log"), text);
   const look = async () => {
-    const found = await get(`${path}/log`).catch(() => null);
+    const found = await latest(get(`${path}/log`)).catch(() => null);
     if (!found) return;
     const atEnd = text.scrollTop + text.clientHeight >= text.scrollHeight - 8;
     text.textContent = found.lines.join("\n") || "Nothing was said yet.";

@@ -252,13 +252,15 @@ def test_two_wait_are_reordered_and_begin_one_after_the_other(
     monkeypatch.setattr("app.runs.start_process", trained)
     recipe = {"base": {"model": str(tiny_base)}, "adapter": {"rank": 2}, "train": {"steps": 2, "batch_size": 2},
               "prior": {"prompts": []}, "samples": {"every": 0}, "output": {"verify": False}}  # fmt: skip
+    begun = time.time()
     before = make_client(home)  # nobody looks after the queue of this one yet
     project = project_with(before, pictures, preset="pocket", recipe=recipe)
     first, second, third = (queued(before, project, train={"steps": steps}) for steps in (2, 3, 4))
     assert ok(before.get(f"/api/runs/{first}/status"))["state"] == "waiting"
     told = ok(before.put("/api/queue", json={"order": [second, third, first]}))
     assert [entry["run"] for entry in told["entries"]] == [second, third, first]
-    assert told["entries"][0]["title"] == "3 steps on tiny, preset pocket" and told["entries"][0]["seconds"] is None
+    assert told["entries"][0]["title"] == "3 steps on tiny, preset pocket, rank 2" and told["entries"][0]["seconds"] is None
+    assert all(begun <= entry["added"] <= time.time() for entry in told["entries"])
     assert "changed" in refused(before.put("/api/queue", json={"order": [second, first]}), 409)["what"]
     assert before.delete(f"/api/queue/{third}").status_code == 204 and not (home / "runs" / third).exists()
     assert read_project(home, project).runs == (first, second)

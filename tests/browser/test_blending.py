@@ -63,7 +63,13 @@ def test_two_loras_are_blended_kept_loaded_and_exported(window: Any, page: Any) 
         ("second.safetensors", 0.25, 0.25),
     ]
     assert kept.loras[0].blocks == {"down_0": 0.0}
+    (loras / "second.safetensors").rename(loras / "second.away")
+    page.reload()  # what stood there is kept, but for what is gone
+    page.get_by_text("Not in the library any more: second.safetensors").wait_for()
+    expect(page.get_by_label("first, strength", exact=True)).to_have_value("-0.5")
+    (loras / "second.away").rename(loras / "second.safetensors")
     page.reload()
+    page.get_by_label("Saved blends").select_option("My two")
     page.get_by_role("button", name="Load", exact=True).click()
     page.get_by_role("button", name="Take second out").wait_for()
     expect(page.locator("#screen-blend .stage img")).to_have_attribute("src", blocked)
@@ -73,6 +79,7 @@ def test_two_loras_are_blended_kept_loaded_and_exported(window: Any, page: Any) 
     page.get_by_text("brought in by the word Word2").wait_for()
     page.get_by_label("Prompt", exact=True).fill("a cat")
     page.get_by_text("brought in by the word Word2").wait_for(state="detached")
+    page.get_by_label("Saved blends").select_option("My two")
     page.get_by_role("button", name="Load", exact=True).click()
     page.get_by_role("button", name="Take second out").wait_for()
     page.get_by_label("Name of the blend").fill("sum")

@@ -52,8 +52,15 @@ def shot(page: Any, name: str) -> None:
         page.screenshot(path=str(Path(SHOTS) / f"{name}.png"), full_page=True)
 
 
-def test_a_grid_fills_in_is_cancelled_and_comes_back(compare: Callable[[str], None], page: Any, tmp_path: Path) -> None:
+def test_a_grid_fills_in_is_cancelled_and_comes_back(
+    window: Any, compare: Callable[[str], None], page: Any, tmp_path: Path
+) -> None:
+    # Whatever else the window holds by now: one LoRA more in the library, so that a choice tells its run.
+    (window.home / "loras").mkdir(exist_ok=True)
+    save_lora(window.home / "loras" / "beside.safetensors", UNET, seed=9)
     compare("grids")
+    expect(page.get_by_label("grids, the finished LoRA", exact=True)).to_be_checked()
+    expect(page.locator("#part-grid .choices input:checked")).to_have_count(1)
     page.get_by_label("Prompts, one a line").fill("a cat\na dog")
     page.get_by_label("Strengths", exact=True).fill("0, 0.5, 1")
     page.get_by_role("button", name="Draw grid").click()
@@ -69,11 +76,13 @@ def test_a_grid_fills_in_is_cancelled_and_comes_back(compare: Callable[[str], No
         page.get_by_role("link", name="Save grid").click()
     saved = tmp_path / "grid.png"
     kept.value.save_as(saved)
-    assert read_grid(saved.read_bytes()).prompts == ("a cat", "a dog") and Image.open(saved).width > 480
+    grid = read_grid(saved.read_bytes())
+    assert grid.prompts == ("a cat", "a dog") and Image.open(saved).width > 480
+    assert [lora.name for lora in grid.loras] == ["ink.safetensors"]
 
     # 400 pictures of many steps, cancelled after the first.
     page.get_by_role("button", name="LoRA × seed").click()
-    page.get_by_label("step 10", exact=True).check()
+    page.get_by_label("grids, step 10", exact=True).check()
     page.get_by_label("Seeds", exact=True).fill(", ".join(str(seed) for seed in range(200)))
     page.get_by_text("More", exact=True).click()
     page.get_by_label("Sampling steps").fill("50")
@@ -87,6 +96,8 @@ def test_a_grid_fills_in_is_cancelled_and_comes_back(compare: Callable[[str], No
     page.get_by_text("The settings of the saved grid are back").wait_for()
     expect(page.get_by_label("Prompts, one a line")).to_have_value("a cat\na dog")
     expect(page.get_by_label("Sampling steps")).to_have_value("2")
+    expect(page.get_by_label("grids, step 10", exact=True)).not_to_be_checked()
+    expect(page.get_by_label("grids, the finished LoRA", exact=True)).to_be_checked()
 
 
 def test_a_blind_tournament_ranks_and_a_strength_is_suggested(compare: Callable[[str], None], page: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -160,6 +161,45 @@ def test_a_folder_dropped_on_home_is_a_project_of_its_name(
     page.get_by_text("3 pictures and 3 captions added.").wait_for()
     expect(page.locator(".topbar .project-name")).to_have_text("my paintings")
     expect(page.locator(".picture")).to_have_count(3)
+
+
+def test_answers_that_come_late_do_not_hide_what_is_newer(
+    window: Any, page: Any, drop: Callable[..., None], tmp_path: Path
+) -> None:
+    """The first answer of the pictures and of the check are held back until newer ones were drawn."""
+    late: dict[str, list[Any]] = {}
+
+    def hold(route: Any) -> None:
+        what = route.request.url.rsplit("/", 1)[-1]
+        if what in late or route.request.method != {"images": "GET", "check": "POST"}[what]:
+            route.continue_()
+        else:
+            late[what] = [route]
+            late[what].append(route.fetch())
+
+    def let_go(what: str) -> None:
+        route, answer = late[what]
+        with page.expect_request_finished(lambda request: request == route.request):
+            route.fulfill(response=answer)
+        page.evaluate("() => new Promise(done => setTimeout(done, 100))")  # what it would draw is drawn
+
+    page.route(re.compile("/api/projects/[^/]+/(images|check)$"), hold)
+    new_project(page, window.url)
+    eventually(page, lambda: late["images"][1].json()["images"], [])
+    drop(page, fill(tmp_path / "held back", 3))
+    page.get_by_text("3 pictures and 3 captions added.").wait_for()
+    expect(page.locator(".picture")).to_have_count(3)
+    let_go("images")
+    expect(page.locator(".picture")).to_have_count(3)
+    eventually(page, lambda: late["check"][1].json()["steps"], 400)
+    page.evaluate(
+        """() => import('/web/core.js').then(({ patch, place }) =>
+          patch(`/projects/${place().project}`, { recipe: { train: { steps: 77 } } }))"""
+    )
+    page.get_by_role("button", name="Exclude held back/0000.png").click()
+    page.get_by_text("77 steps on pocket").wait_for()
+    let_go("check")
+    expect(page.get_by_text("77 steps on pocket")).to_be_visible()
 
 
 def test_two_thousand_dropped_pictures_leave_the_window_small(

@@ -78,6 +78,38 @@ def test_home_shows_projects_and_renames_and_deletes_them(window: Any, page: Any
     eventually(page, folder.exists, False)
 
 
+def test_of_askings_that_overlap_only_the_newest_counts_and_writes_keep_their_order(window: Any, page: Any) -> None:
+    page.goto(window.url)
+    script = """async () => {
+      const { inTurn, newest } = await import('/web/core.js');
+      const said = [], open = {};
+      const asking = name => new Promise((yes, no) => (open[name] = { yes: () => yes(name), no: () => no(new Error(name)) }));
+      const fresh = newest();
+      const told = name => fresh(asking(name)).then(found => said.push(found), error => said.push(error.message));
+      const all = ['old', 'fails', 'new'].map(told);
+      open.new.yes(), open.fails.no(), open.old.yes();
+      await Promise.all(all);
+      const last = [told('left'), told('refused')];
+      open.refused.no(), open.left.yes();
+      await Promise.all(last);
+      const left = told('over');
+      fresh();
+      open.over.yes();
+      await left;
+      const write = inTurn(), order = [];
+      const slow = write(() => asking('slow').then(found => order.push(found)));
+      const bad = write(() => { order.push('bad'); throw new Error('bad'); }).catch(() => order.push('refused'));
+      const quick = write(() => order.push('quick'));
+      await new Promise(done => setTimeout(done, 20));
+      order.push('then'), open.slow.yes();
+      await Promise.all([slow, bad, quick]);
+      return { said: said.map(String).sort(), order };
+    }"""
+    found = page.evaluate(script)
+    assert found["said"] == ["new", "null", "null", "null", "null", "refused"]
+    assert found["order"][:3] == ["then", "slow", "bad"] and sorted(found["order"][3:]) == ["quick", "refused"]
+
+
 def test_a_new_lora_is_one_key_away_and_the_steps_are_links(window: Any, page: Any) -> None:
     page.goto(window.url)
     page.get_by_role("button", name="New LoRA", exact=True).press("Enter")
