@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from trainers.adapters.lora import LORA
-from trainers.adapters.plan import LayerPlan, canonical_name, last_fitting
+from trainers.adapters.plan import LayerPlan, canonical_name, fitting, length_of
 from trainers.adapters.settings import LowRankSettings
 from trainers.config import TrainConfig
 from trainers.errors import Problem
@@ -56,9 +56,9 @@ def plan_layers(config: TrainConfig, parts: Sequence[str], find: Callable[[str, 
 
 def _plan(adapter: LowRankSettings, name: str, rank: int, alpha: float | None, group: str) -> LayerPlan:
     """One layer, with the rank and alpha of the patterns where they say otherwise; an unset alpha is the layer's rank."""
-    own_rank, own_alpha = (last_fitting(given, name) for given in (adapter.rank_pattern, adapter.alpha_pattern))
-    rank = rank if own_rank is None else adapter.rank_pattern[own_rank]
-    alpha = alpha if own_alpha is None else adapter.alpha_pattern[own_alpha]
+    own_rank, own_alpha = (fitting(given, name) for given in (adapter.rank_pattern, adapter.alpha_pattern))
+    rank = adapter.rank_pattern[own_rank[0]] if own_rank else rank
+    alpha = adapter.alpha_pattern[own_alpha[0]] if own_alpha else alpha
     return LayerPlan(name, rank, adapter.scale_of(float(rank) if alpha is None else alpha, rank), group)
 
 
@@ -69,7 +69,10 @@ def ranks_in_words(plans: Sequence[LayerPlan]) -> str:
 
 
 def check_patterns(config: TrainConfig, base: BaseModelFacts) -> list[Problem]:
-    """Patterns of rank and alpha that no layer goes by, and ranks that a layer cannot use. Raises BaseModelError."""
+    """Patterns of rank and alpha that no layer goes by, or of which none goes first, and ranks that a layer cannot use.
+
+    Raises BaseModelError.
+    """
     adapter = config.adapter
     given: dict[str, Mapping[str, float]] = {"rank_pattern": adapter.rank_pattern, "alpha_pattern": adapter.alpha_pattern}
     if not any(given.values()):
@@ -78,10 +81,12 @@ def check_patterns(config: TrainConfig, base: BaseModelFacts) -> list[Problem]:
     names = [plan.name for plan in plans]
     pieces = {piece for name in names for piece in name.split(".") if not piece.isdecimal()}
     for setting, patterns in given.items():
-        used = {last_fitting(patterns, name) for name in names}
-        for pattern in [one for one in patterns if one not in used]:
-            if any(last_fitting([pattern], name) for name in names):
-                what, hint = "is never used: later patterns fit all its layers", "Take it out, or put it behind them."
+        found = [fitting(patterns, name) for name in names]
+        problems += _ties(f"adapter.{setting}", patterns, found)
+        used = {own[0] for own in found if own}
+        for pattern in sorted(patterns.keys() - used):
+            if any(pattern in own for own in found):
+                what, hint = "is never used: longer ones fit all its layers", "Take it out, or name more of the layers' names."
             else:
                 what = f"fits none of the {len(names)} layers that learn"
                 hint = _near(pattern, pieces, names)
@@ -89,6 +94,26 @@ def check_patterns(config: TrainConfig, base: BaseModelFacts) -> list[Problem]:
     if adapter.rank_pattern and not problems:
         problems += _ranks_over_width(plans, layer_shapes(base))
     return problems
+
+
+def _ties(setting: str, patterns: Mapping[str, float], found: Sequence[list[str]]) -> list[Problem]:
+    """The patterns of the same length that say different things of a layer and of which one would have to count."""
+    pairs = {
+        (first, other)
+        for first, *others in filter(None, found)
+        for other in others
+        if length_of(other) == length_of(first) and patterns[other] != patterns[first]
+    }
+    hint = "Name more of the layers' names in one of them: the longer one counts."
+    return [
+        Problem(
+            "error",
+            f"The patterns {printable(first)!r} and {printable(other)!r} are of the same length and fit the same layers",
+            setting,
+            hint,
+        )
+        for first, other in sorted(pairs)
+    ]
 
 
 def _near(pattern: str, pieces: Iterable[str], names: Sequence[str]) -> str:
