@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from trainers.adapters.dora import MAGNITUDE
 from trainers.adapters.lora import LORA
 from trainers.adapters.plan import LayerPlan, canonical_name, fitting, length_of
 from trainers.adapters.settings import LowRankSettings
@@ -31,6 +32,8 @@ class AdapterSize:
     layers: int
     parameters: int
     file_bytes: int
+    weight_bytes: int
+    """Of these those of its numbers: exact but where the singular values or the run itself tell the rank, and then the most."""
     ranks: str
     """How many layers learn at which rank, in words."""
 
@@ -144,17 +147,29 @@ def adapter_size(config: TrainConfig, base: BaseModelFacts) -> AdapterSize:
     widths = [base.configs[part]["hidden_size"] for part in base.family.text_encoders]
     parameters += config.adapter.trigger_vectors * sum(widths)
     native = config.output.kind == "native"
-    # A plain LoRA where the delta has a low rank, else one of the most that is written.
-    ranks = [kind.file_rank(plan.rank) or config.output.most_rank for plan in plans]
     own = getattr(kind, "native_shapes", kind.factor_shapes)
     factors = [
-        own(named[plan.name], plan.rank) if native else LORA.factor_shapes(named[plan.name], rank)
-        for plan, rank in zip(plans, ranks, strict=True)
+        own(named[plan.name], plan.rank) if native else _plain_shapes(config, named[plan.name], plan.rank) for plan in plans
     ]
-    alphas = [0 if "diff" in shapes else 1 for shapes in factors]  # a full difference alone has none
-    header = (sum(map(len, factors)) + sum(alphas)) * _ENTRY + _METADATA
-    weights = _numbers(factors) * _BYTES[config.output.dtype] if plans else parameters * _BYTES["fp32"]  # an embedding alone
-    return AdapterSize(len(plans), parameters, weights + header, ranks_in_words(plans))
+    # A full difference alone has no alpha, and in peft form no module has a tensor for it.
+    alphas = sum("diff" not in shapes for shapes in factors) if config.output.form == "kohya" else 0
+    header = (sum(map(len, factors)) + alphas) * _ENTRY + _METADATA
+    weights = parameters * _BYTES["fp32"]  # an embedding alone
+    if plans:
+        weights = _bytes(factors, _BYTES[config.output.dtype]) + alphas * _BYTES["fp32"]
+    return AdapterSize(len(plans), parameters, weights + header, weights, ranks_in_words(plans))
+
+
+def _plain_shapes(config: TrainConfig, weight: tuple[int, ...], rank: int) -> dict[str, tuple[int, ...]]:
+    """Of a plain LoRA: as it was trained, or the nearest to what was trained, which is cut to what the weight can have."""
+    made = config.adapter.trained.file_rank(rank) or config.output.most_rank
+    return LORA.factor_shapes(weight, rank if made == rank else min(made, weight[0], math.prod(weight[1:])))
+
+
+def _bytes(layers: Iterable[Mapping[str, tuple[int, ...]]], each: int) -> int:
+    """Of factors in a file's number format, `each` bytes a number; a DoRA's magnitudes are float32 in every file."""
+    found = (item for shapes in layers for item in shapes.items())
+    return sum(math.prod(shape) * (_BYTES["fp32"] if name == MAGNITUDE else each) for name, shape in found)
 
 
 def _numbers(layers: Iterable[Mapping[str, tuple[int, ...]]]) -> int:
