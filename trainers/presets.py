@@ -73,7 +73,8 @@ def default_preset(base: BaseModelFacts) -> str:
 def resolve(preset: str, given: dict[str, Any], overrides: Sequence[str] = ()) -> TrainConfig:
     """Defaults, then the preset, then `given` (nested values), then `--set` overrides; validated.
 
-    Raises SettingError naming the setting, also one that is given and of which nothing would be heard. When the optimizer's type changes, rates meant for the other one are dropped.
+    Raises SettingError naming the setting, also one that is given and of which nothing would be heard. When the optimizer's
+    type changes, rates meant for the other one are dropped.
     """
     layers = [read_preset(preset), given]
     own: dict[str, Any] = {}

@@ -66,7 +66,7 @@ def test_the_longest_pattern_that_fits_counts_and_alpha_follows_the_rank_unless_
 
 
 def test_the_order_of_patterns_says_nothing_as_no_file_keeps_it(tiny_base: Path, tmp_path: Path) -> None:
-    """TOML reads `attn2.to_q`, `to_q`, `attn2.to_k` as the two of attn2 and then the other, and a preset's own stay in front."""
+    """TOML reads `attn2.to_q`, `to_q`, `attn2.to_k` as the two of attn2 and then the other, and a preset's stay in front."""
     lines = ["attn2.to_q = 2", "to_q = 6", "attn2.to_k = 3", "'attn*.to_k' = 5"]
     facts, seen = recognise_base(str(tiny_base)), []
     for written in itertools.permutations(lines):
