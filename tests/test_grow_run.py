@@ -18,10 +18,10 @@ from trainers import train as loop
 from trainers.adapters.grow import rank_in_use
 from trainers.checks import check_pictures
 from trainers.console import in_words
+from trainers.eight_bit import Blocks, blocks_of, keep_zeros
 from trainers.export import export_adapter
 from trainers.formats import read_adapter
 from trainers.optimizers.adamw8bit import AdamW8bitSettings
-from trainers.optimizers.eight_bit import Blocks, blocks_of, keep_zeros
 from trainers.recovery import StateKeeper, go_back, remember
 from trainers.run_folder import RunFolder
 from trainers.setup import Training

@@ -9,7 +9,7 @@ leaves the optimizer alone.
 
 The optimizer's running means are carried over in one place, `_carried`: a type says what becomes of those of a factor, an
 optimizer by which names it has them (`moments`). Those in 8 bits are changed only where they become others, and there as
-nearly as their blocks allow: see optimizers/eight_bit.py. One whose state has another form begins with an empty one.
+nearly as their blocks allow: see eight_bit.py. One whose state has another form begins with an empty one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from trainers.adapters.base import Carry, Turn
 from trainers.objective import generator_for
 
 if TYPE_CHECKING:
-    from trainers.optimizers.eight_bit import Blocks
+    from trainers.eight_bit import Blocks
     from trainers.setup import Training
 
 

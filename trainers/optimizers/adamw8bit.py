@@ -13,7 +13,7 @@ from trainers.optimizers.base import OptimizerSettings
 if TYPE_CHECKING:
     import torch
 
-    from trainers.optimizers.eight_bit import Blocks
+    from trainers.eight_bit import Blocks
 
 
 class AdamW8bitSettings(OptimizerSettings):
@@ -38,7 +38,7 @@ class AdamW8bitSettings(OptimizerSettings):
                 "optimizer.type = adamw8bit needs the package bitsandbytes",
                 hint="Run `pip install bitsandbytes` in the program's environment, or use optimizer.type=adamw.",
             ) from error
-        from trainers.optimizers.eight_bit import keep_zeros
+        from trainers.eight_bit import keep_zeros
 
         optimizer: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(groups, weight_decay=self.weight_decay)
         keep_zeros(optimizer)
@@ -46,6 +46,6 @@ class AdamW8bitSettings(OptimizerSettings):
 
     def blocks(self, state: dict[str, Any], name: str) -> Blocks | None:
         """See OptimizerSettings.blocks."""
-        from trainers.optimizers.eight_bit import blocks_of
+        from trainers.eight_bit import blocks_of
 
         return blocks_of(state, name)

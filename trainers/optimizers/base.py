@@ -12,7 +12,7 @@ from trainers.settings import Settings
 if TYPE_CHECKING:
     import torch
 
-    from trainers.optimizers.eight_bit import Blocks
+    from trainers.eight_bit import Blocks
 
 
 class OptimizerSettings(Settings):
