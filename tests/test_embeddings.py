@@ -33,7 +33,8 @@ PROMPT = "a photo of zwx, a red apple"
 
 
 def words_of(pictures: Path, base: Path, *more: Any, steps: int = 3) -> list[Any]:
-    return ["train", pictures, "--base", base, *TINY, "--steps", steps, *more]
+    own = TINY[2:] if "adapter.lora=false" in more else TINY  # a rank says nothing where no LoRA is trained
+    return ["train", pictures, "--base", base, *own, "--steps", steps, *more]
 
 
 @pytest.fixture(scope="module", params=["tiny_base", "tiny_sdxl_base"])
@@ -190,6 +191,22 @@ def test_the_studio_draws_a_run_s_lora_with_its_embedding_and_other_pictures_wit
     assert len({with_it, without, earlier, bare}) == 4 and off == bare
     apart = max(abs(one - other) for one, other in zip(cat, cat_without, strict=True))
     assert apart <= 1 and paths[5] != paths[6]
+
+
+def test_merging_says_which_embedding_the_file_needs(
+    trained: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lora, base = result_of(trained.path), read_config(trained.config).base.model
+    checkpoint = max(trained.checkpoints.glob("*.safetensors"))
+    moved = tmp_path / "moved.safetensors"
+    moved.write_bytes(lora.read_bytes())
+    wanted = {lora: "zwx.safetensors", checkpoint: "zwx-00000003.safetensors", moved: "zwx.safetensors"}
+    for number, (file, name) in enumerate(wanted.items()):
+        for more in ((), ("--base", base)):
+            output = tmp_path / f"{number}{len(more)}.safetensors"
+            assert impasto("merge", file, *more, "-o", output) == 0
+            (told,) = [line for line in capsys.readouterr().err.splitlines() if "needs the embedding" in line]
+            assert told.count(file.name) == 1 and name in told and "zwx is an ordinary word" in told
 
 
 def test_samples_are_drawn_with_the_vectors_and_their_rate_is_told(pictures: Path, tiny_base: Path, tmp_path: Path) -> None:

@@ -169,7 +169,20 @@ def test_a_steps_memory_is_told_by_a_small_part_of_a_picture(start: Any, size: i
     training = start(f"dataset.resolution={size}", "text_encoder.learning_rate=0")
     (batch,) = training.batches.step(0)
     whole = fitting._kept_bytes(training, lambda: loss_of(training, batch))
-    assert 0.6 < bytes_of_a_picture(training, lambda part: loss_of(training, part)) / whole < 1.6
+    assert 0.6 < bytes_of_a_picture(training, lambda part: loss_of(training, part))[0] / whole < 1.6
+
+
+@pytest.mark.parametrize("kind", ["full", "restart"])
+def test_a_copy_of_what_learns_is_no_part_of_a_picture(start: Any, kind: str) -> None:
+    def counted(*settings: str) -> tuple[int, int]:
+        training = start("dataset.resolution=64", "train.precision=bf16", "text_encoder.learning_rate=0", *settings)
+        return bytes_of_a_picture(training, lambda part: loss_of(training, part))
+
+    (plain, few), (picture, copies) = counted("adapter.type=lora"), counted(f"adapter.type={kind}")
+    weights = start("adapter.type=full", "text_encoder.learning_rate=0").flat.weights.numel()
+    assert 0.9 < picture / plain < 1.1
+    assert 0.7 < copies / (2 * weights) < 1.3, "each adapted weight once, in 16 bits, if its input has a gradient"
+    assert few < copies / 2
 
 
 def test_nothing_is_counted_where_all_fits_by_far(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,7 +206,8 @@ def _by_far(training: Training, free: int, monkeypatch: pytest.MonkeyPatch) -> b
 def test_on_a_cpu_it_is_made_to_fit_before_the_first_step(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def fitted(free: float) -> tuple[Training, list[str]]:
         training, told = start("train.batch_size=4"), []
-        kept = bytes_of_a_picture(training, lambda part: loss_of(training, part))
+        kept, copies = bytes_of_a_picture(training, lambda part: loss_of(training, part))
+        assert copies < kept / 20, "in fp32 what learns is computed with as it is"
         monkeypatch.setattr(fitting, "memory_free", lambda: int(free * 1.3 / 0.9 * kept))
         fit_before_first_step(training, told.append, lambda part: loss_of(training, part))
         return training, told

@@ -18,8 +18,10 @@ from trainers import train as loop
 from trainers.adapters.grow import rank_in_use
 from trainers.checks import check_pictures
 from trainers.console import in_words
+from trainers.eight_bit import Blocks, blocks_of, keep_zeros
 from trainers.export import export_adapter
 from trainers.formats import read_adapter
+from trainers.optimizers.adamw8bit import AdamW8bitSettings
 from trainers.recovery import StateKeeper, go_back, remember
 from trainers.run_folder import RunFolder
 from trainers.setup import Training
@@ -91,6 +93,80 @@ def test_a_look_after_which_no_layer_grows_leaves_the_optimizer_alone(
         assert all(
             torch.equal(torch.as_tensor(after["state"][number][key]), torch.as_tensor(own)) for key, own in state.items()
         )
+
+
+def packed(mean: torch.Tensor, levels: torch.Tensor) -> Blocks:
+    zero = torch.full(mean.shape, int((levels == 0).nonzero()[0]), dtype=torch.uint8)
+    blocks = Blocks(zero, levels, torch.zeros(-(-len(mean) // 256)))
+    for place, new in blocks.pairs(mean):
+        place.copy_(new)
+    return blocks
+
+
+def test_means_in_eight_bits_are_kept_to_the_byte_but_for_the_new_ranks(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same look with the running means of AdamW in float32, and packed as bitsandbytes has them."""
+    levels = {"1": torch.arange(-127, 128) / 127, "2": (torch.arange(256) / 255) ** 3}
+    small, plain = start(*GROW), start(*GROW)
+    for training in (small, plain):
+        for _ in range(3):
+            update(training)
+    before = {}
+    for (number, own), wide in zip(small.optimizer.state_dict()["state"].items(), plain.optimizer.state.values(), strict=True):
+        parameter = small.optimizer.param_groups[number]["params"][0]
+        state: dict[str, Any] = {"step": own["step"]}
+        for which, name in (("1", "exp_avg"), ("2", "exp_avg_sq")):
+            blocks = packed(own[name], levels[which])
+            assert (blocks.mean() - own[name]).abs().max() <= 0.012 * own[name].abs().max()
+            state |= {f"state{which}": blocks.codes, f"qmap{which}": blocks.levels, f"absmax{which}": blocks.largest}
+            wide[name].copy_(blocks.mean())
+            before[number, which] = blocks.codes.clone(), blocks.mean()
+        small.optimizer.state[parameter] = state
+    turn_if_due(plain)
+    for name in ("moments", "blocks"):
+        monkeypatch.setattr(type(small.config.optimizer), name, getattr(AdamW8bitSettings, name))
+    turn_if_due(small)
+    assert torch.equal(small.flat.weights, plain.flat.weights) and max(ranks(small).values()) == 4
+    grown = 0
+    for number, wide in enumerate(plain.optimizer.state.values()):
+        state = small.optimizer.state[small.optimizer.param_groups[number]["params"][0]]
+        for which, name in (("1", "exp_avg"), ("2", "exp_avg_sq")):
+            (codes, old), found = before[number, which], blocks_of(state, f"state{which}")
+            assert found is not None
+            same = wide[name] == old
+            assert torch.equal(found.codes[same], codes[same]) and torch.equal(found.mean()[same], old[same])
+            most = found.largest.repeat_interleave(256)[: len(old)]
+            wanted = torch.minimum(wide[name], most)[~same]
+            assert bool(((found.mean()[~same] - wanted).abs() <= 0.007 * most[~same]).all())
+            grown += int((~same).sum())
+    assert grown > 1000
+
+
+def test_a_weight_of_zero_without_a_gradient_stays_zero_where_the_optimizer_would_move_it() -> None:
+    weights = [torch.nn.Parameter(torch.tensor([0.0, 0.0, 1.0])) for _ in range(2)]
+    for weight, careful in zip(weights, (False, True), strict=True):
+        optimizer = torch.optim.AdamW([weight], lr=0.1)
+        if careful:
+            keep_zeros(optimizer)
+        for gradient in ([0.0, 1.0, 0.0], [0.0, 0.0, 1.0]):
+            weight.grad = torch.tensor(gradient)
+            optimizer.step()
+            optimizer.state[weight]["exp_avg"][0] = 1e-3  # as a zero is rounded in 8 bits
+    (plain, kept) = (weight.detach() for weight in weights)
+    assert plain[0] != 0 and kept[0] == 0 and torch.equal(plain[1:], kept[1:])
+
+
+def test_it_grows_with_means_in_eight_bits(start: Any) -> None:
+    pytest.importorskip("bitsandbytes")
+    words = (*GROW, "optimizer.type=adamw8bit", 'adapter.targets=["attention", "convolutions"]')
+    grows, stays = start(*words), start(*words, "adapter.grow_every=1000")
+    for _ in range(4):
+        assert update(grows)[0] == update(stays)[0]
+    assert max(ranks(grows).values()) == 4
+    assert any("absmax2" in state for state in grows.optimizer.state.values())
+    assert {int(state["step"]) for state in grows.optimizer.state.values()} == {4}, "it goes on"
+    for _ in range(4):
+        update(grows)
+    assert max(ranks(grows).values()) == 6 and in_use(grows)
 
 
 def test_a_run_that_ends_before_the_first_look_is_told(start: Any) -> None:

@@ -13,12 +13,13 @@ from tests.tiny_runs import exported, shake, tiny_config, tiny_training, update_
 from trainers.adapters.pivotal import LENGTH, VECTORS, lengths_of, start_vectors, vectors_of
 from trainers.adapters.vectors import VectorTable
 from trainers.checks import check_settings
-from trainers.config import build_config
+from trainers.config import build_config, write_config
 from trainers.embeddings import plan_vectors, trained_vectors
 from trainers.engine import make_plain
 from trainers.errors import SettingError
 from trainers.families import recognise_base
 from trainers.generate import Picture, RenderSettings, render_latents
+from trainers.presets import resolve
 from trainers.setup import Training
 
 PIVOTAL = ("adapter.type=pivotal", "dataset.trigger=zwx")
@@ -226,6 +227,27 @@ def test_the_strength_is_the_lora_s_alone(start: Any) -> None:
 def test_the_lora_of_it_is_a_plain_one_and_alone_there_is_none(start: Any) -> None:
     assert {module.kind for module in exported(start(*PIVOTAL)).modules.values()} == {"lora"}
     assert exported(start(*ALONE, "text_encoder.learning_rate=0.01")).modules == {}
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("adapter.rank=16", "adapter.rank can say nothing"),  # also the usual one: it is not heard
+        ('adapter.targets=["feed_forward"]', "adapter.targets"),
+        ("adapter.rank_pattern={to_q=4}", "adapter.rank_pattern"),
+        ("text_encoder.learning_rate=1e-4", "text_encoder.learning_rate"),
+    ],
+)
+def test_what_is_said_of_a_lora_is_refused_where_none_is_trained(setting: str, said: str, tmp_path: Path) -> None:
+    alone = ["adapter.type=pivotal", "adapter.lora=false", "text_encoder.learning_rate=0"]
+    with pytest.raises(SettingError, match=said):
+        resolve("character", {}, [*alone, setting])
+    assert not resolve("character", {}, alone).adapter.changes_layers
+    assert resolve("character", {}, [alone[0], setting]).adapter.changes_layers
+    own = tmp_path / "own.toml"
+    own.write_text(write_config(resolve("character", {}, [alone[0], "adapter.alpha=3", setting])), encoding="utf-8")
+    passed = resolve(str(own), {}, alone[1:2])
+    assert not passed.adapter.changes_layers and passed.adapter.alpha == 3, "a preset's own settings pass"
 
 
 def test_what_makes_no_sense_is_refused_in_words(tiny_base: Path, pictures: Path) -> None:

@@ -15,7 +15,6 @@ from trainers.cells import ExportRequest, WeighRequest
 from trainers.families import recognise_base
 from trainers.files import write_atomically
 from trainers.formats import read_for
-from trainers.run_folder import embedding_needed
 from trainers.tools.merge import merge_adapters
 from trainers.warm import Tell, Warm, base_marks, lora_mark
 
@@ -36,7 +35,6 @@ def export(request: ExportRequest, tell: Tell) -> dict[str, Any]:
     output.parent.mkdir(parents=True, exist_ok=True)
     done = merge_adapters(inputs, output, request.rank, None, "kohya", request.family, remarks.append)
     errors = {"overall_error": done.overall_error, "worst_error": done.worst_error}
-    remarks += filter(None, (embedding_needed(path) for path, _ in inputs))
     return {"path": request.output, "told": str(done), "remarks": remarks, **errors}
 
 

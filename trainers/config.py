@@ -194,7 +194,8 @@ class TrainConfig(Settings):
     def _a_mean_of_factors_outlives_no_turn(self) -> TrainConfig:
         every = getattr(self.adapter.trained, "every", 0)
         if self.train.ema and every:
-            which = "rank_schedule = grow" if self.adapter.type == "lora" else f"type = {self.adapter.type}"
+            grows = getattr(self.adapter, "rank_schedule", "fixed") == "grow"
+            which = "rank_schedule = grow" if grows else f"type = {self.adapter.type}"
             what = f"train.ema = {self.train.ema:g} must be 0 with adapter.{which}"
             raise ValueError(f"{what}: it would be a running mean of factors that are replaced every {every} steps")
         return self

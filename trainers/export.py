@@ -73,13 +73,15 @@ class Exported:
 
 def export_adapter(path: Path, exported: Exported, config: TrainConfig, metadata: dict[str, str], family: str = "sd1") -> None:
     """Writes what `trained_modules` gave, as the settings say. Raises AdapterFileError if not finite."""
-    write_adapter(
-        path, exported.modules, metadata | _own_facts(exported, config), config.output.dtype, config.output.form, family
-    )
+    told = {name: value for name, value in (metadata | _own_facts(exported, config)).items() if value}
+    write_adapter(path, exported.modules, told, config.output.dtype, config.output.form, family)
 
 
 def _own_facts(exported: Exported, config: TrainConfig) -> dict[str, str]:
-    """What the file says of its form where that is not the trained LoRA's own, in kohya's and LyCORIS' words."""
+    """What the file says of its form where that is not the trained LoRA's own, in kohya's and LyCORIS' words.
+
+    Empty where it should say nothing: full differences have no rank and no alpha, and programs divide the one by the other.
+    """
     ranks, alphas = ({getattr(module, name) for module in exported.modules.values()} for name in ("rank", "alpha"))
     as_set = all(
         module.rank == (config.adapter.rank if name.startswith("unet.") else config.text_encoder_rank)
@@ -87,10 +89,10 @@ def _own_facts(exported: Exported, config: TrainConfig) -> dict[str, str]:
     )
     if config.adapter.trained is LORA and as_set and not config.adapter.alpha_pattern:
         return {}
-    facts = {
-        "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",
-        "ss_network_alpha": str(alphas.pop()) if len(alphas) == 1 else "Dynamic",
-    }
+    facts = dict.fromkeys(("ss_network_dim", "ss_network_alpha"), "")
+    if ranks != {0}:
+        facts["ss_network_dim"] = str(ranks.pop()) if len(ranks) == 1 else "Dynamic"
+        facts["ss_network_alpha"] = str(alphas.pop()) if len(alphas) == 1 else "Dynamic"
     kinds = {module.kind for module in exported.modules.values()}
     if kinds == {"lora"}:
         return facts

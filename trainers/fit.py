@@ -13,6 +13,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -116,12 +117,13 @@ def fit_before_first_step(training: Training, warn: Callable[[str], None], forwa
     checkpointed = bool(getattr(unet, "is_gradient_checkpointing", False))
     if checkpointed:  # which hides from the count what it recomputes
         unet.disable_gradient_checkpointing()  # type: ignore[operator]
-    kept = bytes_of_a_picture(training, forward)
+    picture, copies = bytes_of_a_picture(training, forward)
     if checkpointed:
         training.model.enable_checkpointing()
     while True:
         rows = min(training.fit.at_once or training.config.train.batch_size, training.config.examples_per_step)
-        needed = int(BESIDE * rows * kept * (RECOMPUTED if training.config.train.checkpointing else 1))
+        pictures = rows * picture * (RECOMPUTED if training.config.train.checkpointing else 1)
+        needed = int(BESIDE * (pictures + copies))
         free = int((1 - LEFT_FREE) * memory_free())
         if needed <= free or not can_fit(training):
             return
@@ -133,39 +135,58 @@ def _fits_by_far(training: Training) -> bool:
     facts, rows = training.model.facts, min(training.config.train.batch_size, training.config.examples_per_step)
     pixels = max(height * width for height, width in training.data.plan.buckets) / facts.pixels_per_latent**2
     numbers = BOUND * rows * pixels * facts.configs["unet"]["block_out_channels"][0]
-    return bool(BESIDE * numbers * training.device.dtype.itemsize < (1 - LEFT_FREE) * memory_free())
+    copied = sum(tensor.numel() for tensor in _adapter(training))
+    return bool(BESIDE * (numbers + copied) * training.device.dtype.itemsize < (1 - LEFT_FREE) * memory_free())
 
 
-def bytes_of_a_picture(training: Training, forward: Callable[[Batch], torch.Tensor]) -> int:
-    """What the forward pass of one picture of the largest bucket keeps for the backward pass, counted on a small part of it."""
+def bytes_of_a_picture(training: Training, forward: Callable[[Batch], torch.Tensor]) -> tuple[int, int]:
+    """What the forward pass keeps for the backward pass: (of each picture of the largest bucket, however many they are).
+
+    The former is counted on a small part of the picture. The latter are copies of what learns, in the base's number format,
+    and weights that are made of small factors: of a full difference, or beside a sum of periods, as large as the layers. It
+    is what one row and two of a still smaller part have in common.
+    """
     plan, facts = training.data.plan, training.model.facts
     height, width = max(plan.buckets, key=lambda bucket: bucket[0] * bucket[1])
     step = next(step for step in range(plan.steps_per_epoch) if plan.buckets[plan.indices(step)[0]] == (height, width))
     batch = next(iter(training.batches.step(step)), None)
     if batch is None:
-        return 0
+        return 0, 0
     whole = (height // facts.pixels_per_latent, width // facts.pixels_per_latent)
     least = max(1, facts.step // facts.pixels_per_latent)
-    side = [min(size, 4 * least) for size in whole]
-    part = Batch(
-        batch.latents[:1, :, : side[0], : side[1]],
-        batch.noise[:1, :, : side[0], : side[1]],
-        batch.timesteps[:1],
-        batch.captions[:1],
-        batch.weights[:1],
-        batch.framing[:1],
-        None if batch.mask is None else batch.mask[:1, :, : side[0], : side[1]],
-        None if batch.keys is None else batch.keys[:1],
+    side, small = ([min(size, times * least) for size in whole] for times in (4, 1))
+    one, two = (_kept_bytes(training, partial(forward, _part(batch, rows, small))) for rows in (1, 2))
+    common = max(0, 2 * one - two)
+    kept = _kept_bytes(training, partial(forward, _part(batch, 1, side))) - common
+    return int(kept * whole[0] * whole[1] / (side[0] * side[1])), common
+
+
+def _part(batch: Batch, rows: int, side: list[int]) -> Batch:
+    """The upper left of the first picture, `side` (height, width) in latent pixels, so many times."""
+
+    def of(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor[[0] * rows]
+
+    def cut(tensor: torch.Tensor) -> torch.Tensor:
+        return of(tensor)[:, :, : side[0], : side[1]]
+
+    return Batch(
+        cut(batch.latents),
+        cut(batch.noise),
+        of(batch.timesteps),
+        batch.captions[:1] * rows,
+        of(batch.weights),
+        of(batch.framing),
+        None if batch.mask is None else cut(batch.mask),
+        None if batch.keys is None else of(batch.keys),
     )
-    return int(_kept_bytes(training, lambda: forward(part)) * whole[0] * whole[1] / (side[0] * side[1]))
 
 
 def _kept_bytes(training: Training, work: Callable[[], torch.Tensor]) -> int:
     """Of the tensors that autograd keeps, those that are there anyhow left out."""
     parts = (*training.model.parts().values(), training.model.vae)
     there = {tensor.untyped_storage().data_ptr() for part in parts for tensor in (*part.parameters(), *part.buffers())}
-    known = (training.flat.weights, *(one for own in training.flat.constants.values() for one in own.values()))
-    there |= {tensor.untyped_storage().data_ptr() for tensor in known}
+    there |= {tensor.untyped_storage().data_ptr() for tensor in _adapter(training)}
     held: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -175,6 +196,11 @@ def _kept_bytes(training: Training, work: Callable[[], torch.Tensor]) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         work()
     return sum(storage.nbytes() for place, storage in held.items() if place not in there)
+
+
+def _adapter(training: Training) -> list[torch.Tensor]:
+    """What learns, and what its type keeps beside it."""
+    return [training.flat.weights, *(one for own in training.flat.constants.values() for one in own.values())]
 
 
 def memory_free() -> int:

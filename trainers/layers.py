@@ -8,8 +8,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from trainers.adapters.dora import MAGNITUDE
 from trainers.adapters.lora import LORA
-from trainers.adapters.plan import LayerPlan, canonical_name, last_fitting
+from trainers.adapters.plan import LayerPlan, canonical_name, fitting, length_of
 from trainers.adapters.settings import LowRankSettings
 from trainers.config import TrainConfig
 from trainers.errors import Problem
@@ -31,6 +32,8 @@ class AdapterSize:
     layers: int
     parameters: int
     file_bytes: int
+    weight_bytes: int
+    """Of these those of its numbers: exact but where the singular values or the run itself tell the rank, and then the most."""
     ranks: str
     """How many layers learn at which rank, in words."""
 
@@ -56,9 +59,9 @@ def plan_layers(config: TrainConfig, parts: Sequence[str], find: Callable[[str, 
 
 def _plan(adapter: LowRankSettings, name: str, rank: int, alpha: float | None, group: str) -> LayerPlan:
     """One layer, with the rank and alpha of the patterns where they say otherwise; an unset alpha is the layer's rank."""
-    own_rank, own_alpha = (last_fitting(given, name) for given in (adapter.rank_pattern, adapter.alpha_pattern))
-    rank = rank if own_rank is None else adapter.rank_pattern[own_rank]
-    alpha = alpha if own_alpha is None else adapter.alpha_pattern[own_alpha]
+    own_rank, own_alpha = (fitting(given, name) for given in (adapter.rank_pattern, adapter.alpha_pattern))
+    rank = adapter.rank_pattern[own_rank[0]] if own_rank else rank
+    alpha = adapter.alpha_pattern[own_alpha[0]] if own_alpha else alpha
     return LayerPlan(name, rank, adapter.scale_of(float(rank) if alpha is None else alpha, rank), group)
 
 
@@ -69,7 +72,10 @@ def ranks_in_words(plans: Sequence[LayerPlan]) -> str:
 
 
 def check_patterns(config: TrainConfig, base: BaseModelFacts) -> list[Problem]:
-    """Patterns of rank and alpha that no layer goes by, and ranks that a layer cannot use. Raises BaseModelError."""
+    """Patterns of rank and alpha that no layer goes by, or of which none goes first, and ranks that a layer cannot use.
+
+    Raises BaseModelError.
+    """
     adapter = config.adapter
     given: dict[str, Mapping[str, float]] = {"rank_pattern": adapter.rank_pattern, "alpha_pattern": adapter.alpha_pattern}
     if not any(given.values()):
@@ -78,10 +84,12 @@ def check_patterns(config: TrainConfig, base: BaseModelFacts) -> list[Problem]:
     names = [plan.name for plan in plans]
     pieces = {piece for name in names for piece in name.split(".") if not piece.isdecimal()}
     for setting, patterns in given.items():
-        used = {last_fitting(patterns, name) for name in names}
-        for pattern in [one for one in patterns if one not in used]:
-            if any(last_fitting([pattern], name) for name in names):
-                what, hint = "is never used: later patterns fit all its layers", "Take it out, or put it behind them."
+        found = [fitting(patterns, name) for name in names]
+        problems += _ties(f"adapter.{setting}", patterns, found)
+        used = {own[0] for own in found if own}
+        for pattern in sorted(patterns.keys() - used):
+            if any(pattern in own for own in found):
+                what, hint = "is never used: longer ones fit all its layers", "Take it out, or name more of the layers' names."
             else:
                 what = f"fits none of the {len(names)} layers that learn"
                 hint = _near(pattern, pieces, names)
@@ -89,6 +97,26 @@ def check_patterns(config: TrainConfig, base: BaseModelFacts) -> list[Problem]:
     if adapter.rank_pattern and not problems:
         problems += _ranks_over_width(plans, layer_shapes(base))
     return problems
+
+
+def _ties(setting: str, patterns: Mapping[str, float], found: Sequence[list[str]]) -> list[Problem]:
+    """The patterns of the same length that say different things of a layer and of which one would have to count."""
+    pairs = {
+        (first, other)
+        for first, *others in filter(None, found)
+        for other in others
+        if length_of(other) == length_of(first) and patterns[other] != patterns[first]
+    }
+    hint = "Name more of the layers' names in one of them: the longer one counts."
+    return [
+        Problem(
+            "error",
+            f"The patterns {printable(first)!r} and {printable(other)!r} are of the same length and fit the same layers",
+            setting,
+            hint,
+        )
+        for first, other in sorted(pairs)
+    ]
 
 
 def _near(pattern: str, pieces: Iterable[str], names: Sequence[str]) -> str:
@@ -119,17 +147,29 @@ def adapter_size(config: TrainConfig, base: BaseModelFacts) -> AdapterSize:
     widths = [base.configs[part]["hidden_size"] for part in base.family.text_encoders]
     parameters += config.adapter.trigger_vectors * sum(widths)
     native = config.output.kind == "native"
-    # A plain LoRA where the delta has a low rank, else one of the most that is written.
-    ranks = [kind.file_rank(plan.rank) or config.output.most_rank for plan in plans]
     own = getattr(kind, "native_shapes", kind.factor_shapes)
     factors = [
-        own(named[plan.name], plan.rank) if native else LORA.factor_shapes(named[plan.name], rank)
-        for plan, rank in zip(plans, ranks, strict=True)
+        own(named[plan.name], plan.rank) if native else _plain_shapes(config, named[plan.name], plan.rank) for plan in plans
     ]
-    alphas = [0 if "diff" in shapes else 1 for shapes in factors]  # a full difference alone has none
-    header = (sum(map(len, factors)) + sum(alphas)) * _ENTRY + _METADATA
-    weights = _numbers(factors) * _BYTES[config.output.dtype] if plans else parameters * _BYTES["fp32"]  # an embedding alone
-    return AdapterSize(len(plans), parameters, weights + header, ranks_in_words(plans))
+    # A full difference alone has no alpha, and in peft form no module has a tensor for it.
+    alphas = sum("diff" not in shapes for shapes in factors) if config.output.form == "kohya" else 0
+    header = (sum(map(len, factors)) + alphas) * _ENTRY + _METADATA
+    weights = parameters * _BYTES["fp32"]  # an embedding alone
+    if plans:
+        weights = _bytes(factors, _BYTES[config.output.dtype]) + alphas * _BYTES["fp32"]
+    return AdapterSize(len(plans), parameters, weights + header, weights, ranks_in_words(plans))
+
+
+def _plain_shapes(config: TrainConfig, weight: tuple[int, ...], rank: int) -> dict[str, tuple[int, ...]]:
+    """Of a plain LoRA: as it was trained, or the nearest to what was trained, which is cut to what the weight can have."""
+    made = config.adapter.trained.file_rank(rank) or config.output.most_rank
+    return LORA.factor_shapes(weight, rank if made == rank else min(made, weight[0], math.prod(weight[1:])))
+
+
+def _bytes(layers: Iterable[Mapping[str, tuple[int, ...]]], each: int) -> int:
+    """Of factors in a file's number format, `each` bytes a number; a DoRA's magnitudes are float32 in every file."""
+    found = (item for shapes in layers for item in shapes.items())
+    return sum(math.prod(shape) * (_BYTES["fp32"] if name == MAGNITUDE else each) for name, shape in found)
 
 
 def _numbers(layers: Iterable[Mapping[str, tuple[int, ...]]]) -> int:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import difflib
 import os
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from trainers.adapters.settings import LowRankSettings
 from trainers.config import TrainConfig, build_config, parse_override
 from trainers.errors import SettingError
 from trainers.families import BaseModelFacts
 from trainers.settings import merge
+from trainers.text import name_list
 
 FOLDER = Path(__file__).resolve().parents[1] / "presets"
 
@@ -71,7 +73,8 @@ def default_preset(base: BaseModelFacts) -> str:
 def resolve(preset: str, given: dict[str, Any], overrides: Sequence[str] = ()) -> TrainConfig:
     """Defaults, then the preset, then `given` (nested values), then `--set` overrides; validated.
 
-    Raises SettingError naming the setting. When the optimizer's type changes, rates meant for the other one are dropped.
+    Raises SettingError naming the setting, also one that is given and of which nothing would be heard. When the optimizer's
+    type changes, rates meant for the other one are dropped.
     """
     layers = [read_preset(preset), given]
     own: dict[str, Any] = {}
@@ -86,7 +89,21 @@ def resolve(preset: str, given: dict[str, Any], overrides: Sequence[str] = ()) -
         text_rate = values.get("text_encoder", {}).get("learning_rate")
         if changed and text_rate and "learning_rate" not in layer.get("text_encoder", {}):
             values["text_encoder"] = {k: v for k, v in values["text_encoder"].items() if k != "learning_rate"}
-    return build_config(values)
+    config = build_config(values)
+    _refuse_unheard(config, merge(given, own))
+    return config
+
+
+def _refuse_unheard(config: TrainConfig, given: Mapping[str, Any]) -> None:
+    """Raises SettingError for what a person says of a LoRA where none is trained; a preset's own settings may pass."""
+    if config.adapter.changes_layers:
+        return
+    adapter, text = given.get("adapter", {}), given.get("text_encoder", {})
+    unheard = [f"adapter.{name}" for name in adapter if name in LowRankSettings.model_fields and name != "type"]
+    unheard += [f"text_encoder.{name}" for name, value in text.items() if value or name != "learning_rate"]
+    if unheard:
+        what = f"{name_list(unheard, 6)} can say nothing: adapter.lora = false trains no LoRA"
+        raise SettingError(what, unheard[0], "Leave out what says something of a LoRA, or set adapter.lora=true.")
 
 
 def _optimizer_type(values: dict[str, Any]) -> str | None:

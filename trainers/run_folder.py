@@ -6,7 +6,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any, Literal
 from trainers.errors import ChangedError, RunFolderError
 from trainers.files import write_atomically
 from trainers.process_id import place
+from trainers.text import printable
 
 
 def run_of(file: Path) -> RunFolder | None:
@@ -26,14 +27,24 @@ def run_of(file: Path) -> RunFolder | None:
     return None
 
 
-def embedding_needed(file: Path) -> str:
-    """What a copy of a LoRA file lacks outside its run, in a sentence: the vectors of its trigger word; empty for most."""
-    run = run_of(file)
-    found = min(run.embeddings.glob("*.safetensors"), default=None) if run else None
-    if run is None or found is None:
+def embedding_needed(file: Path, metadata: Mapping[str, str] | None = None) -> str:
+    """What a copy of a LoRA file lacks outside its run, in a sentence: the vectors of its trigger word; empty for most.
+
+    By the run that it lies in, else by its `metadata`, of which nothing need be true.
+    """
+    run, told = run_of(file), metadata or {}
+    found = sorted(run.embeddings.glob("*.safetensors")) if run else []
+    if run and found:
+        word = re.sub(r"-\d{8,}$", "", found[0].stem)
+        step = re.search(r"-\d{8,}$", file.stem) if file.absolute().parent == run.checkpoints.absolute() else None
+        own = run.embeddings / f"{word}{step[0] if step else ''}.safetensors"
+        which = f"{word} of the run {run.path.name} ({(own if own in found else found[0]).name})"
+    elif '"type": "pivotal"' in told.get("ss_network_args", "") and told.get("modelspec.trigger_phrase"):
+        word = printable(told["modelspec.trigger_phrase"], 80)
+        which = f"of {word} that was trained with it ({word}.safetensors, unless it was renamed)"
+    else:
         return ""
-    word = re.sub(r"-\d{8,}$", "", found.stem)
-    return f"It needs the embedding {word} of the run {run.path.name}, without which {word} is an ordinary word."
+    return f"{file.name} needs the embedding {which}, without which {word} is an ordinary word."
 
 
 def is_of_step(file: Path) -> bool:

@@ -8,7 +8,8 @@ written, so that a turn for which memory was short is not taken at all, and can 
 leaves the optimizer alone.
 
 The optimizer's running means are carried over in one place, `_carried`: a type says what becomes of those of a factor, an
-optimizer by which names it has them (`moments`). One whose state has another form begins with an empty one.
+optimizer by which names it has them (`moments`). Those in 8 bits are changed only where they become others, and there as
+nearly as their blocks allow: see eight_bit.py. One whose state has another form begins with an empty one.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from trainers.adapters.base import Carry, Turn
 from trainers.objective import generator_for
 
 if TYPE_CHECKING:
+    from trainers.eight_bit import Blocks
     from trainers.setup import Training
 
 
@@ -80,13 +82,22 @@ def _in_places(training: Training, layer: str, turn: Turn) -> list[tuple[torch.T
 def _carried(training: Training, carries: dict[str, Carry]) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """(place, what comes there) of the optimizer's running means of the layers that `carries` names."""
     settings, found = training.config.optimizer, []
+    packed: dict[tuple[int, str], tuple[Blocks, torch.Tensor]] = {}  # by state and name, with what the mean becomes
     for state, layer, factor, place, shape in _states(training):
         for name, which in settings.moments.items():
-            if name in state and layer in carries:
-                mean = state[name]
-                part = mean if settings.views else mean.view(-1)[place].view(shape)
-                found.append((part, _held(carries[layer](which, factor, _wide(part)), part)))
-    return found
+            if name not in state or layer not in carries:
+                continue
+            blocks, key = settings.blocks(state, name), (id(state), name)
+            if blocks is not None and key not in packed:
+                packed[key] = blocks, blocks.mean()
+            mean = packed[key][1] if blocks is not None else state[name]
+            part = mean if settings.views else mean.view(-1)[place].view(shape)
+            new = _held(carries[layer](which, factor, _wide(part)), part)
+            if blocks is None:
+                found.append((part, new))
+            else:
+                part.copy_(new)
+    return found + [pair for blocks, new in packed.values() for pair in blocks.pairs(new)]
 
 
 def _begin_anew(training: Training) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shutil
@@ -19,16 +20,16 @@ from tests.tiny_runs import exported, tiny_config
 from trainers.adapters.inject import inject_trainable
 from trainers.adapters.layer import answer_together
 from trainers.adapters.lora import LORA
-from trainers.adapters.plan import LayerPlan, last_fitting
+from trainers.adapters.plan import LayerPlan, fitting
 from trainers.attention import share_rows
 from trainers.checks import check_settings
-from trainers.config import parse_override
+from trainers.config import parse_override, read_config, write_config
 from trainers.errors import SettingError
 from trainers.export import Exported, _own_facts, _told_of
 from trainers.families import recognise_base
 from trainers.formats import ModuleWeights
 from trainers.frozen import KeptLayer
-from trainers.layers import adapter_size, planned_layers
+from trainers.layers import adapter_size, check_patterns, planned_layers
 from trainers.presets import resolve
 from trainers.run_folder import RunFolder
 
@@ -39,12 +40,12 @@ NAME = "unet.down_blocks.0.attentions.1.transformer_blocks.0.attn2.to_out.0"
     "pattern", ["to_out", "to_out.0", "attn2", "attn*.to_*", "down_blocks.0", "unet", "down_blocks.*.to_out", NAME]
 )
 def test_a_pattern_is_whole_parts_of_a_name(pattern: str) -> None:
-    assert last_fitting(["mid_block", pattern], NAME) == pattern
+    assert fitting(["mid_block", pattern], NAME) == [pattern]
 
 
 @pytest.mark.parametrize("pattern", ["out", "to_ou", "attn", "down_blocks.1", "attn2.to_q", "blocks.0", "TO_OUT"])
 def test_a_pattern_that_ends_within_a_part_fits_not(pattern: str) -> None:
-    assert last_fitting([pattern], NAME) is None
+    assert not fitting([pattern], NAME)
 
 
 def planned(base: Path, *settings: str) -> dict[str, tuple[int, float]]:
@@ -52,7 +53,7 @@ def planned(base: Path, *settings: str) -> dict[str, tuple[int, float]]:
     return {plan.name: (plan.rank, plan.scale) for plan in planned_layers(config, recognise_base(str(base)))}
 
 
-def test_the_last_pattern_that_fits_counts_and_alpha_follows_the_rank_unless_it_is_said(tiny_base: Path) -> None:
+def test_the_longest_pattern_that_fits_counts_and_alpha_follows_the_rank_unless_it_is_said(tiny_base: Path) -> None:
     ranks = 'adapter.rank_pattern={to_q=6, "attn2.to_q"=2, q_proj=3}'
     found = planned(tiny_base, ranks, "adapter.alpha_pattern={to_k=1, q_proj=6}")
     last = {name: value for name, value in found.items() if ".attentions.0." in name or ".layers.0." in name}
@@ -62,6 +63,26 @@ def test_the_last_pattern_that_fits_counts_and_alpha_follows_the_rank_unless_it_
     assert ends["self_attn.q_proj"] == (3, 2.0) and ends["self_attn.k_proj"] == (4, 1.0)
     roots = planned(tiny_base, ranks, "adapter.scaling=rslora", "adapter.alpha=8")
     assert {value[1] for name, value in roots.items() if name.endswith("attn2.to_q")} == {8 / 2**0.5}
+
+
+def test_the_order_of_patterns_says_nothing_as_no_file_keeps_it(tiny_base: Path, tmp_path: Path) -> None:
+    """TOML reads `attn2.to_q`, `to_q`, `attn2.to_k` as the two of attn2 and then the other, and a preset's stay in front."""
+    lines = ["attn2.to_q = 2", "to_q = 6", "attn2.to_k = 3", "'attn*.to_k' = 5"]
+    facts, seen = recognise_base(str(tiny_base)), []
+    for written in itertools.permutations(lines):
+        preset = tmp_path / "own.toml"
+        preset.write_text("\n".join(["[adapter.rank_pattern]", *written]), encoding="utf-8")
+        given = {"base": {"model": str(tiny_base)}, "dataset": {"images": "pictures"}}
+        config = resolve(str(preset), given, ["adapter.rank=4", "adapter.rank_pattern.to_v=7"])
+        (tmp_path / "config.toml").write_text(write_config(config), encoding="utf-8")
+        again = read_config(tmp_path / "config.toml")
+        assert again == config
+        seen += [planned_layers(one, facts) for one in (config, again)]
+        assert not check_patterns(again, facts)
+    assert all(plans == seen[0] for plans in seen)
+    ranks = {plan.name.rpartition("blocks.0.")[2]: plan.rank for plan in seen[0] if ".0.transformer_blocks.0." in plan.name}
+    own = {name: rank for name, rank in ranks.items() if name.endswith(("to_q", "to_k", "to_v"))}
+    assert own == {"attn1.to_q": 6, "attn1.to_k": 5, "attn1.to_v": 7, "attn2.to_q": 2, "attn2.to_k": 3, "attn2.to_v": 7}
 
 
 def test_q_and_v_at_double_rank_have_as_many_numbers_as_q_k_v_and_out(tiny_base: Path) -> None:
@@ -94,7 +115,8 @@ def test_projections_leave_other_layers_alone_and_count_in_the_text_encoder_too(
         ("adapter.rank_pattern={to_qq=4}", r"fits none of the \d+ layers.*to_q"),
         ("adapter.alpha_pattern={attn3=4}", "fits none.*attn1, attn2|attn2, attn1"),
         ("adapter.rank_pattern={conv1=4}", "fits none"),  # there, but it does not learn
-        ('adapter.rank_pattern={"attn1.to_q"=4, to_q=8}', "later patterns"),
+        ('adapter.rank_pattern={"attn1.*"=4, attn1=3}', "'attn1' is never used: longer ones"),
+        ('adapter.rank_pattern={"attn1.*_q"=4, "attn*1.to_q"=6, "attn1.to*_q"=8}', "same length and fit the same layers"),
         ("adapter.rank_pattern={to_q=0}", r"adapter\.rank_pattern\.to_q.*greater than or equal to 1"),
         ("adapter.rank_pattern={to_q=many}", r"adapter\.rank_pattern"),
         ("adapter.projections=[]", "at least one of q, k, v"),

@@ -12,10 +12,13 @@ from safetensors.torch import load_file, save_file
 
 from tests.adapters.kinds import EXAMPLES, Example, frozen_weight
 from tests.formats.examples import random_weights
+from trainers.adapters import ADAPTERS
+from trainers.adapters.loha import LOHA
+from trainers.adapters.lokr import TrainedLoKr
 from trainers.errors import AdapterFileError
 from trainers.formats import ModuleWeights, read_adapter, write_adapter
 from trainers.formats.keys import suffix_of
-from trainers.formats.plain import to_lora
+from trainers.formats.plain import nearest_lora, rank_within, to_lora
 from trainers.tools.inspect_file import inspect_file
 
 LINEAR = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -104,6 +107,42 @@ def test_a_plain_lora_of_enough_rank_is_exact_and_of_less_the_best_there_is(tmp_
     singular = torch.linalg.svdvals(delta.flatten(1))
     assert error == pytest.approx(float(singular[1:].norm() / singular.norm()), rel=1e-5, abs=1e-6)
     assert less.rank == 1 and relative(less.delta(), delta) == pytest.approx(error, rel=1e-6, abs=1e-9)
+
+
+@pytest.mark.parametrize("scale", [0.7, -1.3])
+@pytest.mark.parametrize("shape", [(40, 30), (24, 36), (20, 10, 3, 3)], ids=str)
+@pytest.mark.parametrize(("kind", "rank"), [("loha", 3), ("lokr", 2), ("lokr", 64)])
+def test_a_factored_change_is_decomposed_without_its_matrix(kind: str, rank: int, shape: tuple[int, ...], scale: float) -> None:
+    made: Any = LOHA if kind == "loha" else TrainedLoKr(5)
+    generator = torch.Generator().manual_seed(3)
+    sizes = made.factor_shapes(shape, rank)
+    factors = {name: torch.randn(size, generator=generator, dtype=torch.float64) for name, size in sizes.items()}
+    whole = ADAPTERS[kind].delta(factors, scale).flatten(1)
+    left, values, right = ADAPTERS[kind].svd(factors, scale, 99)
+    assert relative(left * values @ right, whole) < 1e-10
+    wanted_left, wanted, wanted_right = torch.linalg.svd(whole, full_matrices=False)
+    assert len(values) < len(wanted) or rank == 64
+    assert float((values - wanted[: len(values)]).abs().max()) < 1e-10 * float(wanted[0]) > float(wanted[len(values) :].norm())
+    left, values, right = ADAPTERS[kind].svd(factors, scale, 4)
+    nearest = wanted_left[:, :4] * wanted[:4] @ wanted_right[:4]
+    assert left.shape[1] == 4 and relative(left * values[:4] @ right, nearest) < 1e-10
+
+
+@pytest.mark.parametrize("shape", [(40, 90), (90, 10, 2, 2)], ids=str)
+def test_a_dora_is_baked_by_its_squares_as_near_as_by_all_of_it(shape: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(4)
+    base = torch.randn(shape, generator=generator)
+    lora = random_weights(shape, 3, 3.0, 5)
+    magnitude = base.flatten(1).norm(dim=1) * (1 + 0.02 * torch.randn(shape[0], generator=generator))
+    dora = ModuleWeights({**lora.factors, "dora_scale": magnitude.reshape(-1, *(1 for _ in shape[1:]))}, 3.0, "dora")
+    values = torch.linalg.svdvals(dora.delta(base).flatten(1))
+    for rank, within in ((8, 0.01), (90, 0.3)):
+        made, error, needed = nearest_lora("x", dora, rank, base, within)
+        assert needed == rank_within(values, within) and made.rank == min(rank, needed)
+        assert error == pytest.approx(float(values[made.rank :].norm() / values.norm()), rel=1e-6)
+    still = ModuleWeights({"diff": torch.zeros(shape)}, 1.0, "full")
+    made, error, _ = nearest_lora("x", still, 8, None, 0.01)
+    assert error == 0.0 and made.rank == 1 and not made.delta().any()
 
 
 def test_a_lora_of_lower_rank_than_asked_stays_exact_and_a_zero_one_becomes_zero() -> None:

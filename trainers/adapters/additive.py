@@ -10,6 +10,7 @@ Its file is a plain LoRA of twice the rank with the identities among its factors
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, Literal
 
 from trainers.adapters.base import Factors, Started, Weight, apply_weight, product, scaled
@@ -38,6 +39,10 @@ class Additive:
         """down (r, in[, kh, kw]) and up (out, r[, 1, 1])."""
         out, *inner = weight
         return {"down": (rank, *inner), "up": (out, rank, *(1 for _ in inner[1:]))}
+
+    def native_shapes(self, weight: tuple[int, ...], rank: int) -> dict[str, tuple[int, ...]]:
+        """A plain LoRA's of twice the rank, or of the most that the weight can have."""
+        return self.factor_shapes(weight, min(2 * rank, weight[0], math.prod(weight[1:])))
 
     def start(self, shape: tuple[int, ...], rank: int, scale: float, generator: torch.Generator, weight: Weight) -> Started:
         """All zero."""

@@ -25,7 +25,9 @@ class AdapterKind(Protocol):
     A type may have `joined(frozen, x, [(factors, scale), ...])`, which gives frozen(x) and what `forward` adds to it in one
     autograd node, for one layer or for several that read the same x, some perhaps without an adapter; None where it cannot (see
     adapters/lora.py). It may have `singular_values(factors, scale)`, which gives those of the delta, float64, falling, without
-    forming it, or None.
+    forming it, or None; and `svd(factors, scale, most)`, which gives the delta, as a matrix (out, in * kernel) in float64, as
+    (left (out, k), all singular values, falling, right (k, in * kernel)) with k = `most` or all that there are, without
+    decomposing the matrix, or None where it knows no shorter way.
     """
 
     @property
@@ -160,6 +162,23 @@ def values_of_product(up: torch.Tensor, down: torch.Tensor, scale: float) -> tor
     upper, lower = (torch.linalg.qr(side, mode="r").R for side in (up, down.T))
     values: torch.Tensor = torch.linalg.svdvals(upper @ lower.T)
     return abs(scale) * values
+
+
+Decomposed = tuple["torch.Tensor", "torch.Tensor", "torch.Tensor"]
+"""left (out, k), singular values, falling, right (k, in): the first k of a matrix's singular vectors, and all values."""
+
+
+def svd_of_product(up: torch.Tensor, down: torch.Tensor, scale: float, most: int) -> Decomposed | None:
+    """Of scale * up @ down, as `AdapterKind.svd`; two thin QR decompositions as in `values_of_product`."""
+    import torch
+
+    up, down = up.double().flatten(1), down.double().flatten(1)
+    if up.shape[1] >= min(up.shape[0], down.shape[1]):
+        return None
+    left, upper = torch.linalg.qr(up)
+    right, lower = torch.linalg.qr(down.T)
+    inner_left, values, inner_right = torch.linalg.svd(scale * (upper @ lower.T))
+    return left @ inner_left[:, :most], values, inner_right[:most] @ right.T
 
 
 def same_layer(made: Sequence[int], shape: Sequence[int]) -> bool:

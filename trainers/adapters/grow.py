@@ -8,10 +8,10 @@ answers as before, bit for bit. The scale is alpha / adapter.rank, the most that
 
 The factors are laid out at that most from the start, and what is not in use is zero on both sides. There it stays without a
 mask: the gradient of B's column is a product with A's row, and the other way round, and no optimizer moves a zero whose
-gradients were all zero. So nothing moves in memory, a training state tells the ranks by itself, and a step takes the time
-and memory of a LoRA of the most rank. What is won is the file, in which each layer has its own rank, and that no layer gets
-ranks that it does not use. To look at a layer takes two thin QRs and an SVD of (rank, rank), on the CPU; all of a model's
-take less time than a step there. Several processes hold the same numbers and so decide alike.
+gradients were all zero (of one in 8 bits this is seen to). So nothing moves in memory, a training state tells the ranks by
+itself, and a step takes the time and memory of a LoRA of the most rank. What is won is the file, in which each layer has its
+own rank, and that no layer gets ranks that it does not use. To look at a layer takes two thin QRs and an SVD of (rank, rank),
+on the CPU; all of a model's take less time than a step there. Several processes hold the same numbers and so decide alike.
 
 The running mean of the squared gradients begins for a new part where it stands on the average of the old part: from zero its
 first steps would be up to twice as large with AdamW, and more with Adafactor, which corrects no start.

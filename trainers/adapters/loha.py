@@ -8,7 +8,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
-from trainers.adapters.base import Factors, Started, Weight, apply_weight, product, scaled, unfolded, values_of_product, wide
+from trainers.adapters.base import (
+    Decomposed,
+    Factors,
+    Started,
+    Weight,
+    apply_weight,
+    product,
+    scaled,
+    svd_of_product,
+    unfolded,
+    values_of_product,
+    wide,
+)
 from trainers.adapters.settings import LowRankSettings
 
 if TYPE_CHECKING:
@@ -123,11 +135,20 @@ class LoHa:
     @staticmethod
     def singular_values(factors: Factors, scale: float) -> torch.Tensor | None:
         """From the r * r products of columns and of rows, whose product it is; None with cores, and where they are many."""
-        if "t1" in factors:
-            return None
-        (up1, down1), (up2, down2) = ([factors[f"w{n}_{part}"].double().flatten(1) for part in "ab"] for n in "12")
-        up = (up1[:, :, None] * up2[:, None, :]).flatten(1)
-        return values_of_product(up, (down1[:, None] * down2[None, :]).flatten(0, 1), scale)
+        return None if "t1" in factors else values_of_product(*_as_product(factors), scale)
+
+    @staticmethod
+    def svd(factors: Factors, scale: float, most: int) -> Decomposed | None:
+        """As `singular_values`."""
+        return None if "t1" in factors else svd_of_product(*_as_product(factors), scale, most)
+
+
+def _as_product(factors: Factors) -> tuple[torch.Tensor, torch.Tensor]:
+    """up (out, r r) and down (r r, in * kernel), float64, whose product is the elementwise one: each column of the first half
+    times each of the second, and so each row (Khatri-Rao products)."""
+    (up1, down1), (up2, down2) = ([factors[f"w{n}_{part}"].double().flatten(1) for part in "ab"] for n in "12")
+    up = (up1[:, :, None] * up2[:, None, :]).flatten(1)
+    return up, (down1[:, None] * down2[None, :]).flatten(0, 1)
 
 
 def _shape_of(factors: Factors, half: int) -> tuple[int, ...]:

@@ -11,7 +11,19 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from trainers.adapters.base import Factors, Started, Weight, apply_weight, product, same_layer, scaled, unfolded, wide
+from trainers.adapters.base import (
+    Decomposed,
+    Factors,
+    Started,
+    Weight,
+    apply_weight,
+    product,
+    same_layer,
+    scaled,
+    svd_of_product,
+    unfolded,
+    wide,
+)
 from trainers.adapters.settings import LowRankSettings
 
 if TYPE_CHECKING:
@@ -130,6 +142,19 @@ class LoKr:
         first, second = (torch.linalg.svdvals(half.flatten(1)) for half in (_w1(factors), _w2(factors)))
         return abs(scale) * torch.outer(first, second).flatten().sort(descending=True).values
 
+    @staticmethod
+    def svd(factors: Factors, scale: float, most: int) -> Decomposed:
+        """From those of the halves: values are products of values, and vectors Kronecker products of vectors."""
+        import torch
+
+        factors = {name: factor.double() for name, factor in factors.items()}
+        small, large = torch.linalg.svd(_w1(factors), full_matrices=False), _svd_of_w2(factors)
+        values, order = (abs(scale) * torch.outer(small[1], large[1])).flatten().sort(descending=True, stable=True)
+        first, second = order[:most] // len(large[1]), order[:most] % len(large[1])
+        left = (small[0][:, None, first] * large[0][None, :, second]).flatten(0, 1)
+        right = (small[2][first][:, :, None] * large[2][second][:, None, :]).flatten(1)
+        return math.copysign(1.0, scale) * left, values, right
+
 
 class TrainedLoKr:
     """See base.Trained: w1 (o1, i1) whole, with o1 and i1 the largest divisors of the widths up to `factor`; w2 in two
@@ -200,6 +225,17 @@ def _w2(factors: Factors) -> torch.Tensor:
     if "t2" in factors:
         return torch.einsum("pqhw,po,qi->oihw", factors["t2"], factors["w2_a"], factors["w2_b"])
     return product(factors["w2_a"], factors["w2_b"])
+
+
+def _svd_of_w2(factors: Factors) -> Decomposed:
+    import torch
+
+    if "w2_a" in factors and "t2" not in factors:
+        short = svd_of_product(factors["w2_a"], factors["w2_b"], 1.0, factors["w2_a"].shape[1])
+        if short is not None:
+            return short
+    left, values, right = torch.linalg.svd(_w2(factors).flatten(1), full_matrices=False)
+    return left, values, right
 
 
 LOKR = LoKr()

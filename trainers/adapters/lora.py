@@ -17,7 +17,18 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
-from trainers.adapters.base import Factors, Started, Weight, apply_weight, product, same_layer, scaled, values_of_product
+from trainers.adapters.base import (
+    Decomposed,
+    Factors,
+    Started,
+    Weight,
+    apply_weight,
+    product,
+    same_layer,
+    scaled,
+    svd_of_product,
+    values_of_product,
+)
 from trainers.adapters.grow import Growing
 from trainers.adapters.settings import LowRankSettings
 from trainers.adapters.symmetric import Symmetric
@@ -249,6 +260,11 @@ class Lora:
     def singular_values(factors: Factors, scale: float) -> torch.Tensor | None:
         """From the factors; None where the whole matrix is smaller than they are."""
         return values_of_product(factors["up"], factors["down"], scale)
+
+    @staticmethod
+    def svd(factors: Factors, scale: float, most: int) -> Decomposed | None:
+        """From the factors; None where the whole matrix is smaller than they are."""
+        return svd_of_product(factors["up"], factors["down"], scale, most)
 
 
 def _kept(inner: torch.Tensor, dropped: torch.Tensor | None, pictures: bool) -> torch.Tensor:

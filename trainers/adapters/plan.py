@@ -33,10 +33,19 @@ def canonical_name(part: str, path: str) -> str:
     return f"{part}.{path.removeprefix('text_model.')}"
 
 
-def last_fitting(patterns: Iterable[str], name: str) -> str | None:
-    """The last of `patterns` that a layer's name fits: whole parts of it between dots, with * for anything."""
+def fitting(patterns: Iterable[str], name: str) -> list[str]:
+    """The patterns that a layer's name fits, the one that counts first: whole parts of it between dots, with * for anything.
+
+    The longest counts, whatever their order, which no file keeps: TOML puts a.b and a.c together, and settings that are laid
+    over others keep the places of those. A * has no length; of the same length the first one by name counts.
+    """
     found = [pattern for pattern in patterns if fnmatchcase(f".{name}.", f"*.{pattern}.*")]
-    return found[-1] if found else None
+    return sorted(found, key=lambda pattern: (-length_of(pattern), pattern))
+
+
+def length_of(pattern: str) -> int:
+    """Characters of a pattern but for *, the dots among them."""
+    return len(pattern) - pattern.count("*")
 
 
 BLOCKS = ("text", "down_0", "down_1", "down_2", "down_3", "mid", "up_0", "up_1", "up_2", "up_3", "other")

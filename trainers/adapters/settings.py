@@ -25,7 +25,7 @@ class LowRankSettings(Settings):
     alpha: float | None = Field(default=None, gt=0, le=4096)
     """The update is scaled by alpha / rank. Unset: equal to the rank, so the scale is 1."""
     rank_pattern: dict[str, Annotated[int, Field(ge=1, le=1024)]] = Field(default={})
-    """Other ranks by layer, as {to_q = 32, "attn2.*" = 4}: whole parts of a name, * for anything; the last that fits counts."""
+    """Other ranks by layer, as {to_q = 32, "attn2.*" = 4}: whole parts of a name, * for anything; the longest one counts."""
     alpha_pattern: dict[str, Annotated[float, Field(gt=0, le=4096)]] = Field(default={})
     """Other alphas by layer, as `adapter.rank_pattern` has ranks."""
     scaling: Literal["standard", "rslora"] = "standard"

@@ -38,6 +38,10 @@ class Symmetric:
         out, *inner = weight
         return {"down": (rank, *inner), "up": (out, rank, *(1 for _ in inner[1:]))}
 
+    def native_shapes(self, weight: tuple[int, ...], rank: int) -> dict[str, tuple[int, ...]]:
+        """A plain LoRA's of twice the rank, or of the most that the weight can have."""
+        return self.factor_shapes(weight, min(2 * rank, weight[0], math.prod(weight[1:])))
+
     def start(self, shape: tuple[int, ...], rank: int, scale: float, generator: torch.Generator, weight: Weight) -> Started:
         """Both factors, and the same once more as the constants down0 and up0."""
         sizes = self.factor_shapes(shape, rank)

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
+from trainers.adapters import ADAPTERS
+from trainers.adapters.base import Decomposed
 from trainers.errors import AdapterFileError
 from trainers.formats.weights import ModuleWeights
 from trainers.text import printable
+
+COARSE = 1e-4
+"""From this relative error on that is asked for, singular values below 1e-8 of the largest tell nothing."""
 
 
 def to_lora(
@@ -42,10 +49,7 @@ def nearest_lora(
 def _factored(weights: ModuleWeights, delta: torch.Tensor, rank: int, within: float) -> tuple[torch.Tensor, torch.Tensor, int]:
     """up (out, r) and down (r, in * kernel) of equal sizes, float32, contiguous, r at least 1; the rank needed."""
     matrix = delta.flatten(1)
-    if weights.kind == "lora" and weights.rank < min(matrix.shape):
-        left, values, right = _svd_of_product(weights)
-    else:
-        left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    left, values, right = _decomposed(weights, matrix, rank, within)
     # What lies below float64's rounding is no direction of the delta's.
     present = int((values > values[0] * 1e-13 * max(matrix.shape)).sum()) if float(values[0]) else 1
     needed = max(1, min(present, rank_within(values, within) if within else present))
@@ -62,10 +66,28 @@ def rank_within(values: torch.Tensor, error: float) -> int:
     return int((left > error**2 * squares.sum()).sum())
 
 
-def _svd_of_product(weights: ModuleWeights) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of scale * up @ down through the two thin QR decompositions, without the whole matrix's."""
-    up, down = weights.factors["up"].double().flatten(1), weights.factors["down"].double().flatten(1)
-    left, upper = torch.linalg.qr(up)
-    right, lower = torch.linalg.qr(down.T)
-    inner_left, values, inner_right = torch.linalg.svd(weights.scale * (upper @ lower.T))
-    return left @ inner_left, values, inner_right @ right.T
+def _decomposed(weights: ModuleWeights, matrix: torch.Tensor, most: int, within: float) -> Decomposed:
+    """See AdapterKind.svd, for a delta of any type."""
+    kind: Any = ADAPTERS[weights.kind]
+    short: Decomposed | None = kind.svd(weights.factors, weights.scale, most) if hasattr(kind, "svd") else None
+    if short is not None:
+        return short
+    if within >= COARSE:
+        return _by_gram(matrix, most)
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    return left, values, right
+
+
+def _by_gram(matrix: torch.Tensor, most: int) -> Decomposed:
+    """By the eigenvectors of M M^T of the smaller side: half the time of the whole decomposition, and less.
+
+    What is kept is as near as it can be but for rounding, as it is M projected on orthogonal vectors. Values below 1e-8 of
+    the largest are lost in the squares' rounding, so that no rank is to be read from them.
+    """
+    flipped = matrix.shape[0] > matrix.shape[1]
+    wide = matrix.T if flipped else matrix
+    squares, vectors = torch.linalg.eigh(wide @ wide.T)
+    values, left = squares.flip(0).clamp_min(0).sqrt(), vectors.flip(1)[:, :most]
+    held = values[:most].clamp_min(torch.finfo(values.dtype).tiny)
+    right = (left.T @ wide) / held[:, None]
+    return (right.T, values, left.T) if flipped else (left, values, right)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -11,6 +12,8 @@ from trainers.optimizers.base import OptimizerSettings
 
 if TYPE_CHECKING:
     import torch
+
+    from trainers.eight_bit import Blocks
 
 
 class AdamW8bitSettings(OptimizerSettings):
@@ -24,6 +27,7 @@ class AdamW8bitSettings(OptimizerSettings):
     """Pull of the weights towards zero, per unit of learning rate."""
 
     package: ClassVar[str] = "bitsandbytes"
+    moments: ClassVar[Mapping[str, Literal["mean", "square"]]] = {"state1": "mean", "state2": "square"}
 
     def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """See OptimizerSettings.build. Raises SettingError when bitsandbytes is not installed."""
@@ -34,5 +38,14 @@ class AdamW8bitSettings(OptimizerSettings):
                 "optimizer.type = adamw8bit needs the package bitsandbytes",
                 hint="Run `pip install bitsandbytes` in the program's environment, or use optimizer.type=adamw.",
             ) from error
+        from trainers.eight_bit import keep_zeros
+
         optimizer: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(groups, weight_decay=self.weight_decay)
+        keep_zeros(optimizer)
         return optimizer
+
+    def blocks(self, state: dict[str, Any], name: str) -> Blocks | None:
+        """See OptimizerSettings.blocks."""
+        from trainers.eight_bit import blocks_of
+
+        return blocks_of(state, name)

@@ -12,6 +12,8 @@ from trainers.settings import Settings
 if TYPE_CHECKING:
     import torch
 
+    from trainers.eight_bit import Blocks
+
 
 class OptimizerSettings(Settings):
     """Base of the optimizers' settings."""
@@ -43,6 +45,10 @@ class OptimizerSettings(Settings):
 
     moments: ClassVar[Mapping[str, Literal["mean", "square"]]] = {}
     """Names in its state of the running means of the gradient, and of its square. None: the state has another form."""
+
+    def blocks(self, state: dict[str, Any], name: str) -> Blocks | None:
+        """One of the `moments` in a parameter's `state` where it is kept in fewer bits; None where it lies there as it is."""
+        return None
 
     def begin_anew(self, optimizer: torch.optim.Optimizer) -> None:
         """The weights are others all at once, their running means are seen to: what else `optimizer` holds of the old ones."""

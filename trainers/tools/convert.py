@@ -12,6 +12,7 @@ from trainers.errors import AdapterFileError
 from trainers.formats import AdapterFile, FileDtype, FileForm, ModuleWeights, read_without_base, write_adapter
 from trainers.formats.names import kernel_of
 from trainers.formats.peft import PARTS
+from trainers.run_folder import embedding_needed
 from trainers.text import name_list
 from trainers.tools.file_problems import kind_notes
 from trainers.tools.inspect_file import inspect_file
@@ -84,6 +85,13 @@ def tell_unread(path: Path, file: AdapterFile, tell: Callable[[str], object]) ->
     if file.unmatched:
         names, total = name_list(list(file.unmatched)), len(file.modules) + len(file.unmatched)
         tell(f"{len(file.unmatched)} of {total} names in {path.name} are not understood and left out: {names}.")
+
+
+def tell_embedding(path: Path, file: AdapterFile, tell: Callable[[str], object]) -> None:
+    """Says which embedding a file draws nothing of its own without, if any: a LoRA holds no words."""
+    needed = embedding_needed(path, file.metadata)
+    if needed:
+        tell(needed)
 
 
 def unfold(name: str, weights: ModuleWeights, family: str) -> ModuleWeights:

@@ -20,7 +20,7 @@ from trainers.formats import AdapterFile, FileDtype, FileForm, ModuleWeights, re
 from trainers.formats.metadata import ARCHITECTURES, source_date
 from trainers.formats.peft import PARTS
 from trainers.text import printable
-from trainers.tools.convert import SPELLED, tell_unread, unfold
+from trainers.tools.convert import SPELLED, tell_embedding, tell_unread, unfold
 
 if TYPE_CHECKING:
     import torch
@@ -88,6 +88,7 @@ def merge_adapters(
     made_for = _common_family(files)
     for path, file in files.items():
         tell_unread(path, file, tell)
+        tell_embedding(path, file, tell)
         _check_kinds(path, file, rank)
     sums = _add_up([(path, files[path], strength) for path, strength in inputs])
     if not sums:

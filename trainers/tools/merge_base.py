@@ -17,6 +17,7 @@ from trainers.families import BaseModelFacts
 from trainers.formats import AdapterFile, FileDtype, read_adapter
 from trainers.layers import layer_shapes
 from trainers.text import printable
+from trainers.tools.convert import tell_embedding
 from trainers.tools.merge import Inputs, Terms, exact_delta, spelled, title_of
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ def merge_into_base(
         for name, weights in files[path].modules.items():
             sums.setdefault(name, []).append((strength_at(strength, block_of(name)), weights))
     for path, file in files.items():
+        tell_embedding(path, file, tell)
         if file.unmatched:
             example = printable(file.unmatched[0])
             tell(f"{len(file.unmatched)} of {_total(file)} modules of {path.name} are not in this base, for example {example}.")
