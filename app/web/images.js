@@ -49,7 +49,6 @@ function makeScreen(room, project) {
   let images = [];
   let shown = "all";
   let gone = false;
-  let picks = new Set(); // what was selected before the pictures were read again
   let changes = 0; // answers about some pictures that were taken in
 
   room.replaceChildren(el("div", { class: "row head" }, el("h1", {}, "Images"), next), trouble, zone, news, work);
@@ -88,7 +87,10 @@ function makeScreen(room, project) {
   }
 
   function draw(answer) {
-    images = answer.images;
+    // A picture that was there keeps its card: somebody may be typing in it.
+    const before = new Map(images.map((image) => [image.rel, image]));
+    const thumbs = new Map(answer.images.map((image) => [image.rel, image.thumb]));
+    images = answer.images.map((now) => Object.assign(before.get(now.rel) || {}, now));
     const empty = !images.length;
     zone.classList.toggle("large", empty);
     zone.querySelector(".where").textContent = answer.source === "own" ? "" : `Read from ${answer.source}; nothing there is ever changed.`;
@@ -100,11 +102,10 @@ function makeScreen(room, project) {
     chips.replaceChildren(...FILTERS.map(([key]) => el("button", { type: "button", class: "small", onclick: () => { shown = key; drawChips(); filter(); } })));
     drawChips();
     foresee();
-    picks = new Set([...cards].filter(([, card]) => card.pick.checked).map(([rel]) => rel));
-    cards.clear();
-    grid.replaceChildren();
+    for (const [rel, card] of cards) if (thumbs.get(rel) !== card.thumb) (card.node.remove(), cards.delete(rel));
     tools.load();
     drawSome(0);
+    grid.dispatchEvent(new Event("impasto:read"));
   }
 
   function drawChips() {
@@ -139,12 +140,13 @@ function makeScreen(room, project) {
   function drawSome(from) {
     if (gone) return;
     const list = images;
-    for (const image of list.slice(from, from + SLICE)) {
-      const card = makeCard(image);
-      card.pick.checked = picks.has(image.rel);
-      cards.set(image.rel, card);
-      grid.append(card.node);
-    }
+    list.slice(from, from + SLICE).forEach((image, at) => {
+      if (cards.has(image.rel)) cards.get(image.rel).refresh();
+      else cards.set(image.rel, makeCard(image));
+      const { node } = cards.get(image.rel);
+      const there = grid.children[from + at];
+      if (there !== node) grid.insertBefore(node, there || null);
+    });
     filter(from);
     if (from + SLICE < list.length) setTimeout(() => list === images && drawSome(from + SLICE));
   }
@@ -197,7 +199,7 @@ function makeScreen(room, project) {
       badges.replaceChildren(...image.problems.map((problem) => el("span", { class: "badge", title: problem.hint }, problem.what)));
     };
     refresh();
-    return { node, pick, refresh };
+    return { node, pick, refresh, thumb: image.thumb };
   }
 
   /** Takes in what the server answers about some pictures; the cards stay, so that nobody loses the focus. */

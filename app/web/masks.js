@@ -1,7 +1,10 @@
 // Masks: whether pictures are learnt whole, and what is left out of them as a veil over each picture.
 import { el, get, inTurn, newest, patch, plural, toast } from "/web/core.js";
 
-/** The switch for masks of the project at `base`; veils the pictures in `grid` that have one. `reload` draws them anew. Returns its node. */
+/**
+ * The switch for masks of the project at `base`; veils the pictures in `grid` that have one, and again when it is told
+ * `impasto:read`. `reload` reads the folder. Returns its node.
+ */
 export function makeMasks(base, grid, reload) {
   const box = el("input", { type: "checkbox", id: "use-masks", onchange: () => { const wanted = box.checked ? "auto" : "off"; set(() => use(wanted)); } });
   const said = el("span", { class: "subdued", role: "status" });
@@ -28,7 +31,7 @@ export function makeMasks(base, grid, reload) {
     } catch (error) {
       toast(error.message);
     }
-    await reload(); // what is wrong with a mask is told with the folder's health; the cards are drawn anew, and veiled
+    await reload(); // what is wrong with a mask is told with the folder's health
   }
 
   function veil() {
@@ -41,7 +44,8 @@ export function makeMasks(base, grid, reload) {
     }
   }
 
-  // The cards are drawn in slices, and anew when a folder is read again.
+  grid.addEventListener("impasto:read", look);
+  // The cards are drawn in slices.
   let resting = 0;
   new MutationObserver(() => {
     clearTimeout(resting);

@@ -161,6 +161,20 @@ def test_a_folder_dropped_on_home_is_a_project_of_its_name(
     page.get_by_text("3 pictures and 3 captions added.").wait_for()
     expect(page.locator(".topbar .project-name")).to_have_text("my paintings")
     expect(page.locator(".picture")).to_have_count(3)
+    # More pictures come in while somebody types.
+    caption = page.get_by_label("Caption of my paintings/0001.png")
+    page.get_by_label("Select my paintings/0002.png").check()
+    caption.press("End")
+    caption.press_sequentially(" of a boat")
+    drop(page, fill(tmp_path / "a few more", 2))
+    page.get_by_text("2 pictures and 2 captions added.").wait_for()
+    expect(page.locator(".picture")).to_have_count(5)
+    expect(page.locator(".picture .name > span:first-child")).to_have_text([f"{n:04}.png" for n in (0, 1, 0, 1, 2)])
+    expect(page.get_by_label("Select my paintings/0002.png")).to_be_checked()
+    expect(caption).to_be_focused()
+    expect(caption).to_have_value("picture 1 of a boat")
+    caption.press("Tab")
+    page.locator(".picture").nth(3).get_by_text("✓ saved").wait_for()
 
 
 def test_answers_that_come_late_do_not_hide_what_is_newer(
