@@ -103,6 +103,16 @@ def packed(mean: torch.Tensor, levels: torch.Tensor) -> Blocks:
     return blocks
 
 
+def test_a_block_that_gets_another_largest_keeps_its_zeros() -> None:
+    """bitsandbytes leaves any code in a block of zeros: 0 / 0 has no nearest level."""
+    blocks = Blocks(torch.zeros(256, dtype=torch.uint8), torch.arange(-127, 128) / 127, torch.zeros(1))
+    new = torch.zeros(256)
+    new[::4] = 0.5
+    for place, value in blocks.pairs(new):
+        place.copy_(value)
+    assert torch.allclose(blocks.mean(), new, atol=1e-3)
+
+
 def test_means_in_eight_bits_are_kept_to_the_byte_but_for_the_new_ranks(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same look with the running means of AdamW in float32, and packed as bitsandbytes has them."""
     levels = {"1": torch.arange(-127, 128) / 127, "2": (torch.arange(256) / 255) ** 3}

@@ -232,7 +232,7 @@ def test_the_lora_of_it_is_a_plain_one_and_alone_there_is_none(start: Any) -> No
 @pytest.mark.parametrize(
     ("setting", "said"),
     [
-        ("adapter.rank=16", "adapter.rank can say nothing"),  # also the usual one: it is not heard
+        ("adapter.rank=8", "adapter.rank can say nothing"),
         ('adapter.targets=["feed_forward"]', "adapter.targets"),
         ("adapter.rank_pattern={to_q=4}", "adapter.rank_pattern"),
         ("text_encoder.learning_rate=1e-4", "text_encoder.learning_rate"),
@@ -243,6 +243,8 @@ def test_what_is_said_of_a_lora_is_refused_where_none_is_trained(setting: str, s
     with pytest.raises(SettingError, match=said):
         resolve("character", {}, [*alone, setting])
     assert not resolve("character", {}, alone).adapter.changes_layers
+    usual = resolve("character", {}).adapter.rank
+    assert not resolve("character", {}, [*alone, f"adapter.rank={usual}"]).adapter.changes_layers, "what is so anyhow passes"
     assert resolve("character", {}, [alone[0], setting]).adapter.changes_layers
     own = tmp_path / "own.toml"
     own.write_text(write_config(resolve("character", {}, [alone[0], "adapter.alpha=3", setting])), encoding="utf-8")

@@ -44,7 +44,7 @@ class Blocks:
         after = torch.searchsorted(self.levels, share).clamp(1, len(self.levels) - 1)
         nearer_below = share - self.levels[after - 1] <= self.levels[after] - share
         nearest = (after - nearer_below.long()).flatten()[: len(self.codes)].to(self.codes)
-        kept = ~changed.flatten()[: len(self.codes)]
+        kept = ~(changed | free[:, None]).flatten()[: len(self.codes)]  # with another largest a code is another number
         return [(self.codes, torch.where(kept, self.codes, nearest)), (self.largest, largest)]
 
 

@@ -86,7 +86,7 @@ def check_patterns(config: TrainConfig, base: BaseModelFacts) -> list[Problem]:
     for setting, patterns in given.items():
         found = [fitting(patterns, name) for name in names]
         problems += _ties(f"adapter.{setting}", patterns, found)
-        used = {own[0] for own in found if own}
+        used = {pattern for own in found for pattern in own if length_of(pattern) == length_of(own[0])}
         for pattern in sorted(patterns.keys() - used):
             if any(pattern in own for own in found):
                 what, hint = "is never used: longer ones fit all its layers", "Take it out, or name more of the layers' names."

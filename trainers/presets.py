@@ -90,17 +90,21 @@ def resolve(preset: str, given: dict[str, Any], overrides: Sequence[str] = ()) -
         if changed and text_rate and "learning_rate" not in layer.get("text_encoder", {}):
             values["text_encoder"] = {k: v for k, v in values["text_encoder"].items() if k != "learning_rate"}
     config = build_config(values)
-    _refuse_unheard(config, merge(given, own))
+    _refuse_unheard(config, preset, merge(given, own))
     return config
 
 
-def _refuse_unheard(config: TrainConfig, given: Mapping[str, Any]) -> None:
-    """Raises SettingError for what a person says of a LoRA where none is trained; a preset's own settings may pass."""
+def _refuse_unheard(config: TrainConfig, preset: str, given: Mapping[str, Any]) -> None:
+    """Raises SettingError for what a person says of a LoRA where none is trained, unless the preset says the same."""
     if config.adapter.changes_layers:
         return
-    adapter, text = given.get("adapter", {}), given.get("text_encoder", {})
-    unheard = [f"adapter.{name}" for name in adapter if name in LowRankSettings.model_fields and name != "type"]
-    unheard += [f"text_encoder.{name}" for name, value in text.items() if value or name != "learning_rate"]
+    usual = build_config(merge(read_preset(preset), {"adapter": {"type": config.adapter.type, "lora": False}}))
+    unheard = []
+    for group, known in (("adapter", LowRankSettings.model_fields.keys() - {"type"}), ("text_encoder", None)):
+        own, before = getattr(config, group), getattr(usual, group)
+        for name in given.get(group, {}):
+            if (known is None or name in known) and getattr(own, name) not in (getattr(before, name), 0):
+                unheard.append(f"{group}.{name}")
     if unheard:
         what = f"{name_list(unheard, 6)} can say nothing: adapter.lora = false trains no LoRA"
         raise SettingError(what, unheard[0], "Leave out what says something of a LoRA, or set adapter.lora=true.")

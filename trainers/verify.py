@@ -250,8 +250,10 @@ def _pixels_apart(one: torch.Tensor, other: torch.Tensor | None) -> int | None:
 
 
 def _share_of_the_effect(base: torch.Tensor, ours: torch.Tensor, theirs: torch.Tensor | None) -> float | None:
-    effect = float((ours - base).norm())
-    return float((ours - theirs).norm()) / effect if theirs is not None and effect else None
+    if theirs is None:
+        return None
+    share = float((ours - theirs).norm() / (ours - base).norm())
+    return share if math.isfinite(share) else None  # without an effect, or where a base in fp16 draws no numbers
 
 
 def _computes_in_float32(model: DiffusionModel) -> bool:

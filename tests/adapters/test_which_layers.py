@@ -131,6 +131,13 @@ def test_a_pattern_without_use_is_refused_in_words(
     assert re.search(said, told), told
 
 
+def test_patterns_of_one_length_that_say_the_same_are_no_fault(tiny_base: Path) -> None:
+    """attentions and attn2.to_q are ten letters long, and both fit some layers."""
+    for rank, faults in ((4, 0), (5, 1)):
+        config = tiny_config(tiny_base, Path("pictures"), f'adapter.rank_pattern={{attentions=4, "attn2.to_q"={rank}}}')
+        assert len(check_patterns(config, recognise_base(str(tiny_base)))) == faults
+
+
 def test_a_rank_above_a_layers_width_is_told(tiny_base: Path) -> None:
     config = tiny_config(tiny_base, Path("pictures"), "adapter.rank_pattern={to_q=999}")
     (problem,) = [one for one in check_settings(config, recognise_base(str(tiny_base))) if one.where == "adapter.rank_pattern"]
