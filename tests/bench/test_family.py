@@ -13,9 +13,11 @@ from trainers.presets import resolve
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
 def test_every_entry_is_a_recipe(entry: Entry) -> None:
-    assert len(entry.rates) == 3
-    config = resolve("pocket", {}, [*entry.settings, f"optimizer.learning_rate={entry.rates[0]}"])
+    assert len(entry.rates) >= 3
+    config, usual = resolve("pocket", {}, entry.at(entry.rates[0])), resolve("pocket", {}).text_encoder.learning_rate
     assert config.optimizer.learning_rate == entry.rates[0]
+    share = entry.text_share
+    assert config.text_encoder.learning_rate == (usual if share is None else pytest.approx(share * entry.rates[0]))
 
 
 def test_no_two_entries_share_a_file() -> None:

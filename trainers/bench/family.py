@@ -1,6 +1,6 @@
 """The table of adapter types, as a program of its own: `python -P -m trainers.bench.family IMAGES TRUTH OUT ...`.
 
-Every entry is trained on pocket at three learning rates, each run in a process of its own, and draws two sets of prompts:
+Every entry is trained on pocket at three or four learning rates, each run in a process of its own, and draws two sets of prompts:
 concepts of which TRUTH holds true pictures in the same style that were never trained on, and plain ones without the trigger.
 What is done lies in OUT and is not done again, so that hours of it may be cut off; `--table` prints what there is, and
 `--sheet` shows it.
@@ -35,7 +35,8 @@ from trainers.page import label_grid
 from trainers.presets import resolve
 from trainers.warm import Warm
 
-LORA_RATES = (5e-4, 1e-3, 2e-3)
+LORA_RATES = (2.5e-4, 5e-4, 1e-3, 2e-3)
+_RATES_OF_FEW = LORA_RATES[1:]  # what has few numbers learns best at the higher ones
 _QUIET = ("samples.every=0", "checkpoints.every=0", "output.verify=false", "dataset.holdout=0.1")
 # None of the preset's own prior prompts, of which a run learns pictures.
 _PLAIN = (
@@ -55,11 +56,18 @@ class Entry:
     name: str
     settings: tuple[str, ...]
     rates: tuple[float, ...] = LORA_RATES
+    text_share: float | None = None
+    """The text encoder's rate, of this one; None: the preset's, which suits a LoRA."""
+
+    def at(self, rate: float) -> tuple[str, ...]:
+        """All settings of a run at this learning rate."""
+        text = () if self.text_share is None else (f"text_encoder.learning_rate={self.text_share * rate:g}",)
+        return (*self.settings, f"optimizer.learning_rate={rate:g}", *text)
 
 
-def _type(name: str, *settings: str, rates: tuple[float, ...] = LORA_RATES) -> Entry:
+def _type(name: str, *settings: str, rates: tuple[float, ...] = LORA_RATES, text_share: float | None = None) -> Entry:
     kept = ("output.kind=native",) if name in ("dora", "loha", "lokr", "full", "random_projection", "restart") else ()
-    return Entry(name, (f"adapter.type={name}", *settings, *kept), rates)
+    return Entry(name, (f"adapter.type={name}", *settings, *kept), rates, text_share)
 
 
 def _only(name: str, rank: int, *projections: str) -> Entry:
@@ -72,14 +80,15 @@ ENTRIES = (
     *(Entry(f"lora, {init}", (f"adapter.init={init}",)) for init in ("symmetric", "pissa", "olora")),
     _type("dora"),
     _type("loha"),
-    _type("lokr"),
+    _type("lokr", rates=(5e-4, 1e-3, 2e-3, 4e-3)),
     _type("additive"),
     _type("random_projection", "adapter.every=25", rates=(3e-4, 1e-3, 3e-3)),
     _type("restart", "adapter.every=50", "adapter.warmup=10"),
-    Entry("lora, grow", ("adapter.rank_schedule=grow", "adapter.grow_every=25")),
+    Entry("lora, grow", ("adapter.rank_schedule=grow", "adapter.grow_every=25"), _RATES_OF_FEW),
     _type("pivotal", "dataset.trigger=blackcut"),
-    _type("full", rates=(2e-5, 5e-5, 1e-4)),
-    *(Entry(f"lora, rank {rank}", (f"adapter.rank={rank}",)) for rank in (1, 2, 4, 8, 64)),
+    _type("full", rates=(5e-5, 1.5e-4, 5e-4), text_share=0.3),
+    *(Entry(f"lora, rank {rank}", (f"adapter.rank={rank}",), _RATES_OF_FEW) for rank in (1, 2, 4, 8)),
+    Entry("lora, rank 64", ("adapter.rank=64",)),
     _only("q, k, v, out, rank 16", 16, "q", "k", "v", "out"),
     _only("q, v, rank 32", 32, "q", "v"),
 )
@@ -123,9 +132,10 @@ def main(arguments: Sequence[str]) -> int:
         for entry in chosen:
             _measure_pace(entry, options)
         return 0
-    for place in (1, 0, 2):  # the middle rates first, so that what is cut off tells something
+    for place in (1, 2, 0, 3):  # the middle rates first, so that what is cut off tells something
         for entry in chosen:
-            _measure(entry, entry.rates[place], options)
+            for rate in entry.rates[place : place + 1]:
+                _measure(entry, rate, options)
     return 0
 
 
@@ -135,7 +145,7 @@ def _measure(entry: Entry, rate: float, options: Any) -> None:
     result = options.out / f"{run.name}.json"
     if result.exists():
         return
-    settings = (*entry.settings, f"optimizer.learning_rate={rate}", f"prior.folder={_prior(options)}")
+    settings = (*entry.at(rate), f"prior.folder={_prior(options)}")
     ran = _train(run, options.steps, settings, options)
     steps = [event for event in ran.events if event["type"] == "step"]
     losses = [event["held_out_loss"] for event in steps if event["held_out_loss"] is not None]
@@ -174,7 +184,7 @@ def _measure_pace(entry: Entry, options: Any) -> None:
         return
     result.parent.mkdir(exist_ok=True)
     run = options.out / "runs" / f"pace-{result.stem}"
-    settings = (*entry.settings, f"optimizer.learning_rate={entry.rates[0]}", f"prior.folder={_prior(options)}")
+    settings = (*entry.at(entry.rates[0]), f"prior.folder={_prior(options)}")
     ran = _train(run, _PACE_STEPS, settings, options)
     paces = [event["seconds_per_step"] for event in ran.events if event["type"] == "step"]
     result.write_text(json.dumps({"seconds_per_step": paces[-1], "peak_bytes": ran.peak_bytes}), encoding="utf-8")
