@@ -1,9 +1,8 @@
 """The table of adapter types, as a program of its own: `python -P -m trainers.bench.family IMAGES TRUTH OUT ...`.
 
-Every entry is trained on pocket at three or four learning rates, each run in a process of its own, and draws two sets of prompts:
-concepts of which TRUTH holds true pictures in the same style that were never trained on, and plain ones without the trigger.
-What is done lies in OUT and is not done again, so that hours of it may be cut off; `--table` prints what there is, and
-`--sheet` shows it.
+Every entry is trained on pocket at several learning rates, each run in a process of its own, and draws concepts of which TRUTH
+holds true pictures in the same style that were never trained on, and prompts without the trigger. What is done lies in OUT and
+is not done again, so that hours of it may be cut off; `--table` prints what there is, and `--sheet` shows it.
 """
 
 from __future__ import annotations
@@ -241,8 +240,7 @@ def _prompts(images: Path, concepts: Sequence[tuple[str, Path]]) -> list[str]:
 
 
 def _run_of(name: str, rate: float, options: Any) -> Path:
-    folder: Path = options.out / "runs" / f"{_file_name(name)}-{rate:g}"
-    return folder
+    return Path(options.out, "runs", f"{_file_name(name)}-{rate:g}")
 
 
 def _file_name(name: str) -> str:
