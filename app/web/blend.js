@@ -44,6 +44,8 @@ function makeScreen(room, project, defaults) {
     steps: makeField("Sampling steps", { type: "number", min: 1, max: 200, step: 1, value: defaults.steps }),
     scheduler: makeField("Sampler", { value: defaults.scheduler }, defaults.schedulers),
   };
+  const formed = () => Object.fromEntries(Object.entries(fields).map(([name, { control }]) => [name, control.value]));
+  const given = formed();
   for (const [name, value] of Object.entries(before.values)) if (fields[name]) fields[name].control.value = value;
   const trouble = el("div");
   const rowsRoom = el("div", { class: "rows" });
@@ -210,8 +212,8 @@ function makeScreen(room, project, defaults) {
 
   fields.prompt.control.addEventListener("input", () => routeSoon());
   for (const { control } of Object.values(fields)) control.addEventListener("change", () => rows.length && drawSoon());
-  library.ready.then((isKnown) => {
-    if (gone || !isKnown) return;
+  library.ready.then(() => {
+    if (gone) return;
     const missing = before.loras.filter(({ use }) => !library.card(use.file)).map(({ use }) => use.file.split("/").pop());
     for (const { use, word } of before.loras) if (library.card(use.file)) addRow(use, library.card(use.file), word, true);
     isBack = true;
@@ -221,8 +223,11 @@ function makeScreen(room, project, defaults) {
     routeSoon(0);
   });
   const put = () => {
-    const values = Object.fromEntries(Object.entries(fields).map(([name, { control }]) => [name, control.value]));
-    const loras = isBack ? rows.map((row) => ({ use: row.use(), word: row.word })) : before.loras;
+    // What nobody has changed is not kept: another run may bring another base, with its own size and steps.
+    const values = Object.fromEntries(Object.entries(formed()).filter(([name, value]) => value !== given[name]));
+    const awaited = isBack ? [] : before.loras;
+    const added = rows.filter((row) => !awaited.some(({ use }) => use.file === row.file));
+    const loras = [...awaited, ...added.map((row) => ({ use: row.use(), word: row.word }))];
     keep("blend", project, { values, routing: routing.checked, dismissed: [...dismissed], loras });
   };
   window.addEventListener("pagehide", put);

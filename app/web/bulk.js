@@ -103,7 +103,7 @@ export function makeBulk(base, kit) {
     if (!given) return;
     apply.disabled = true;
     try {
-      kit.take(await post(`${base}/bulk`, given));
+      kit.take(await kit.save(() => post(`${base}/bulk`, given))); // after a caption that is just being left
       toast(`${plural(changed, "caption")} changed.`);
       if (["prepend", "append"].includes(given.kind)) text.value = ""; // pressed again it would stand there twice
     } catch (error) {

@@ -18,6 +18,8 @@ export function makeCalibration({ files }) {
 
   async function measure() {
     halt();
+    ended(); // until it has begun there is nothing to cancel
+    current = 0;
     tell(trouble, null);
     view.hidden = true;
     try {

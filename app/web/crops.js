@@ -34,8 +34,9 @@ export function makeCrops(base, kit, changed) {
 
   async function save(image, at) {
     try {
-      Object.assign(crops, await kit.save(() => put(`${base}/crops`, { [image.rel]: at })));
+      const now = await kit.save(() => put(`${base}/crops`, { [image.rel]: at }));
       moves += 1;
+      Object.assign(crops, now); // not before: meanwhile they may have been read anew
       changed();
     } catch (error) {
       kit.tell(error);

@@ -104,7 +104,8 @@ export function makeDescribe(base, kit) {
     return image && el("img", { src: `${image.thumb}&w=96`, alt: name, loading: "lazy" });
   };
 
-  async function act() {
+  /** What the captions become; those that are to be kept beside the new ones are read as they stand now. */
+  function composed() {
     const captions = {};
     for (const [name, field] of rows) {
       const image = kit.images().find((one) => one.rel === name);
@@ -112,8 +113,15 @@ export function makeDescribe(base, kit) {
       const text = field.value.trim();
       if (image && text) captions[name] = how.value === "replace" || !now ? text : how.value === "front" ? `${text}, ${now}` : `${now}, ${text}`;
     }
+    return captions;
+  }
+
+  async function act() {
+    take.disabled = true;
+    let captions = {};
     try {
-      kit.take(await post(`${base}/changes`, { label: `Captions by ${used.split(/[\\/]/).filter(Boolean).pop() || "a model"}`.slice(0, 200), captions }));
+      const label = `Captions by ${used.split(/[\\/]/).filter(Boolean).pop() || "a model"}`.slice(0, 200);
+      kit.take(await kit.save(() => post(`${base}/changes`, { label, captions: (captions = composed()) }))); // after a caption that is just being left
       rows = new Map();
       list.replaceChildren();
       taking.hidden = true;
@@ -121,6 +129,7 @@ export function makeDescribe(base, kit) {
     } catch (error) {
       fault.replaceChildren(errorCard(error));
     }
+    take.disabled = false;
   }
 
   return {

@@ -52,7 +52,7 @@ function makeScreen(room, project) {
   let changes = 0; // answers about some pictures that were taken in
 
   room.replaceChildren(el("div", { class: "row head" }, el("h1", {}, "Images"), next), trouble, zone, news, work);
-  work.insertBefore(el("div", { class: "row about-set" }, makeMasks(base, grid, load), makeVersions(base, load)), bulk);
+  work.insertBefore(el("div", { class: "row about-set" }, makeMasks(base, grid, load, save), makeVersions(base, load, save)), bulk);
   const receive = (files, unread = []) => {
     tell(trouble, null);
     if (files.length || unread.length) {
@@ -175,21 +175,26 @@ function makeScreen(room, project) {
       el("label", { class: "thumb" }, pick, el("img", { src: `${image.thumb}&w=192`, alt: image.rel, loading: "lazy", decoding: "async", draggable: false }), tools.crop(image), el("button", { type: "button", class: "small view", "aria-label": `View ${image.rel}`, onclick: () => tools.view(image) }, "View")),
       el("div", { class: "row name" }, el("span", { title: image.rel }, image.rel.split("/").pop()), mark),
       text, cut, el("div", { class: "row under" }, count, out), badges, fault);
+    let known = ""; // the caption as it was last told: a field that holds anything else is being written in
     text.addEventListener("input", () => (mark.textContent = "unsaved"));
     text.addEventListener("change", () => save(keep));
     async function keep() {
+      const sent = text.value;
       mark.textContent = "saving";
       try {
-        take(await put(`${base}/captions`, { [image.rel]: text.value }));
+        const answer = await put(`${base}/captions`, { [image.rel]: sent });
+        known = sent;
+        take(answer);
         fault.replaceChildren();
-        mark.textContent = "✓ saved";
+        mark.textContent = text.value === known ? "✓ saved" : "unsaved";
       } catch (error) {
         mark.textContent = "not saved";
         fault.replaceChildren(errorCard(error));
       }
     }
     const refresh = () => {
-      if (document.activeElement !== text && mark.textContent !== "unsaved") text.value = image.caption; // after a bulk edit, or a step back
+      if (text.value === known && text.value !== image.caption) text.value = image.caption; // after a bulk edit, a step back or an upload
+      known = image.caption;
       text.placeholder = image.fallback || "Say what is in the picture";
       node.classList.toggle("out", image.excluded);
       out.textContent = image.excluded ? "Include" : "Exclude";

@@ -4,6 +4,8 @@ import { makeBringing } from "/web/bring.js";
 import { choosePicture } from "/web/card_picture.js";
 import { chosenFiles, takeDrops } from "/web/drop.js";
 
+const AGAIN = 2000; // milliseconds after which is asked again what was not answered
+
 const FAMILIES = { sd1: "SD 1.x", sd2: "SD 2.x", sdxl: "SDXL", flux: "Flux", sd3: "SD 3", unknown: "family unknown" };
 
 const wordsOf = (card) => (card.words.length ? card.words.join(", ") : "no trigger word (Details sets one)");
@@ -21,8 +23,10 @@ export function makeLibrary({ family, add, has }) {
   let all = new Map();
   let timer = 0;
   const listed = newest();
-  let drawn;
-  const ready = new Promise((done) => (drawn = done)); // whether the cards came, once that is known
+  let gone = false;
+  let isUnanswered = false;
+  let known;
+  const ready = new Promise((done) => (known = done)); // once it is known which LoRAs there are
   const trouble = el("div");
   const search = el("input", { type: "search", "aria-label": "Search the library", placeholder: "Search: name, trigger word, family, metadata", oninput: () => { clearTimeout(timer); timer = setTimeout(look, 200); } });
   const file = el("input", { type: "file", multiple: true, accept: ".safetensors,.png,.zip", hidden: true, "aria-label": "LoRA files", onchange: () => (bringing.bring(chosenFiles(file), []), (file.value = "")) });
@@ -34,9 +38,25 @@ export function makeLibrary({ family, add, has }) {
     bringing.node, trouble, told, grid);
   const endDrops = takeDrops(bringing.bring);
 
-  async function look() {
-    const found = await listed(get(`/library?q=${encodeURIComponent(search.value)}`)).catch((error) => (tell(trouble, error), drawn(false), null));
+  const ask = (words) => get(`/library?q=${encodeURIComponent(words)}`);
+  const look = () => draw(search.value, ask(search.value));
+
+  /** Asks for every LoRA until it is told: what a search answers, which may come first, leaves some out. */
+  async function learn() {
+    const asking = ask("");
+    if (!search.value) draw("", asking);
+    const found = await asking.catch(() => null);
+    if (gone) return;
+    if (!found) return void setTimeout(() => gone || learn(), AGAIN);
+    all = new Map([...found.cards.map((card) => [card.key, card]), ...all]);
+    known();
+  }
+
+  async function draw(words, asking) {
+    const found = await listed(asking).catch((error) => (tell(trouble, error), (isUnanswered = true), null));
     if (!found) return;
+    if (isUnanswered) tell(trouble, null);
+    isUnanswered = false;
     // A card that says what it said keeps its place in the page: somebody may be typing in its details.
     const before = shown;
     shown = new Map(found.cards.map((card) => {
@@ -44,15 +64,14 @@ export function makeLibrary({ family, add, has }) {
       return [card.key, old && JSON.stringify(old.card) === JSON.stringify(card) ? old : { card, node: makeCard(card) }];
     }));
     cards = [...shown.values()].map((one) => one.card);
-    all = new Map([...(search.value ? all : []), ...cards.map((card) => [card.key, card])]);
+    all = new Map([...(words ? all : []), ...cards.map((card) => [card.key, card])]);
     told.textContent = found.total
-      ? search.value ? `${cards.length} of ${plural(found.total, "LoRA")}` : plural(found.total, "LoRA")
+      ? words ? `${cards.length} of ${plural(found.total, "LoRA")}` : plural(found.total, "LoRA")
       : "Empty: drop .safetensors files here, or train one. Finished runs show up by themselves.";
     const nodes = [...shown.values()].map((one) => one.node);
     for (const old of [...grid.children]) if (!nodes.includes(old)) old.remove();
     nodes.forEach((one, at) => grid.children[at] !== one && grid.insertBefore(one, grid.children[at] || null));
     mark();
-    drawn(true);
   }
 
   function makeCard(card) {
@@ -115,13 +134,13 @@ export function makeLibrary({ family, add, has }) {
   /** Shows which cards are in the blend. */
   function mark() {
     for (const button of grid.querySelectorAll("button.add")) {
-      const card = all.get(button.dataset.key);
+      const { card } = shown.get(button.dataset.key);
       const isOther = card.family && !["unknown", family].includes(card.family);
       button.disabled = Boolean(card.problem) || isOther || has(card.key);
       button.textContent = has(card.key) ? "In the blend" : "Add";
     }
   }
 
-  look();
-  return { node, ready, look, mark, card: (key) => all.get(key), leave: () => (endDrops(), clearTimeout(timer)) };
+  learn();
+  return { node, ready, look, mark, card: (key) => all.get(key), leave: () => ((gone = true), endDrops(), clearTimeout(timer)) };
 }

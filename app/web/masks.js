@@ -1,16 +1,16 @@
 // Masks: whether pictures are learnt whole, and what is left out of them as a veil over each picture.
-import { el, get, inTurn, newest, patch, plural, toast } from "/web/core.js";
+import { el, get, newest, patch, plural, toast } from "/web/core.js";
 
 /**
  * The switch for masks of the project at `base`; veils the pictures in `grid` that have one, and again when it is told
- * `impasto:read`. `reload` reads the folder. Returns its node.
+ * `impasto:read`. `reload` reads the folder, `save` does what it is given in its turn. Returns its node.
  */
-export function makeMasks(base, grid, reload) {
-  const box = el("input", { type: "checkbox", id: "use-masks", onchange: () => { const wanted = box.checked ? "auto" : "off"; set(() => use(wanted)); } });
+export function makeMasks(base, grid, reload, save) {
+  const box = el("input", { type: "checkbox", id: "use-masks", onchange: () => use(box.checked ? "auto" : "off") });
   const said = el("span", { class: "subdued", role: "status" });
   const node = el("section", { class: "masks", "aria-label": "Masks" }, el("div", { class: "row" }, box, el("label", { for: "use-masks" }, "Learn only what masks show"), said),
     el("span", { class: "help" }, "A mask is cat-masklabel.png, cat.mask.png or masks/cat.png for cat.jpg, white where it is learnt; else a picture's own transparency."));
-  const [listed, set] = [newest(), inTurn()];
+  const listed = newest();
   let masks = {};
 
   async function look() {
@@ -25,8 +25,10 @@ export function makeMasks(base, grid, reload) {
 
   async function use(setting) {
     try {
-      const { recipe } = await get(base);
-      await patch(base, { recipe: { ...recipe, dataset: { ...(recipe.dataset || {}), masks: setting } } });
+      await save(async () => {
+        const { recipe } = await get(base);
+        await patch(base, { recipe: { ...recipe, dataset: { ...(recipe.dataset || {}), masks: setting } } });
+      });
       toast(setting === "off" ? "Pictures are learnt whole." : "Only what masks show is learnt.");
     } catch (error) {
       toast(error.message);

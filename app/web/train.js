@@ -24,39 +24,37 @@ export function mount(element) {
 
 function show(room, place) {
   let gone = false;
-  let run = { id: "", leave: () => {}, list: () => {} };
+  const none = { id: "", leave: () => {}, list: () => {} };
+  let run = none;
+  let again = 0;
   const trouble = el("div");
   const latest = newest();
   const queue = makeQueue(() => refresh());
   const inner = el("div", { class: "run" }, trouble);
   room.replaceChildren(queue.node, inner);
-  const begin = async () => {
-    try {
-      const project = await get(`/projects/${encodeURIComponent(place.project)}`);
-      if (gone) return;
-      const id = place.run || (project.latest && project.latest.id);
-      if (!id) {
-        inner.replaceChildren(el("div", { class: "card none" }, el("h1", {}, "Nothing has been trained yet"), el("p", {}, "Look over the settings and press Start."), el("a", { class: "button primary", href: address("recipe", place.project) }, "Go to Recipe")));
-        return;
-      }
-      run = follow(inner, project, id);
-    } catch (error) {
-      if (!gone) tell(trouble, error);
-    }
+  const find = () => get(`/projects/${encodeURIComponent(place.project)}`);
+  const begin = (project) => {
+    const id = place.run || (project.latest && project.latest.id);
+    if (id) run = follow(inner, project, id);
+    else inner.replaceChildren(el("div", { class: "card none" }, el("h1", {}, "Nothing has been trained yet"), el("p", {}, "Look over the settings and press Start."), el("a", { class: "button primary", href: address("recipe", place.project) }, "Go to Recipe")));
   };
   /** A run that is taken out of the queue before it began is gone. */
   async function refresh() {
-    const project = await latest(get(`/projects/${encodeURIComponent(place.project)}`)).catch(() => null);
+    const project = await latest(find()).catch(() => {
+      if (!gone) again = setTimeout(refresh, 2000); // the queue tells a change only once
+    });
     if (!project || gone || !run.id) return;
     if (project.runs.includes(run.id)) return run.list(project.runs);
     run.leave();
+    run = none;
     if (place.run) go("train", place.project);
-    else begin();
+    else begin(project);
   }
 
-  begin();
+  find().then((project) => gone || begin(project)).catch((error) => gone || tell(trouble, error));
   return () => {
     gone = true;
+    clearTimeout(again);
     queue.close();
     run.leave();
   };

@@ -1,12 +1,12 @@
 // Versions of the dataset: which one each run trained on, what changed, and the way back.
 import { address, el, get, newest, place, plural, post, tell, toast } from "/web/core.js";
 
-/** The folded list of a project's versions; `reload` draws its pictures anew. Returns its node. */
-export function makeVersions(base, reload) {
+/** The folded list of a project's versions; `reload` draws its pictures anew, `save` does what it is given in its turn. Returns its node. */
+export function makeVersions(base, reload, save) {
   const listed = newest();
   const list = el("ol", { class: "versions" });
   const trouble = el("div");
-  const keep = el("button", { type: "button", class: "small", onclick: () => act(async () => { await show(post(`${base}/versions`)); toast("This version is kept."); }) }, "Keep this version");
+  const keep = el("button", { type: "button", class: "small", onclick: () => act(async () => { await show(save(() => post(`${base}/versions`))); toast("This version is kept."); }) }, "Keep this version");
   const node = el("details", { class: "versions-of" }, el("summary", {}, "Versions"), el("div", { class: "card" },
     el("p", { class: "help" }, "Every run pins the captions, crops and choice of pictures that it trained on. Going back changes those, never a picture."), list, keep, trouble));
   node.addEventListener("toggle", () => node.open && act(() => show(get(`${base}/versions`))));
@@ -26,7 +26,7 @@ export function makeVersions(base, reload) {
   }
 
   const back = (id, isUndo) => act(async () => {
-    const went = await post(`${base}/versions/${id}/back`);
+    const went = await save(() => post(`${base}/versions/${id}/back`)); // after a caption that is just being left
     await reload();
     await show(get(`${base}/versions`));
     const gone = went.gone.length ? ` ${plural(went.gone.length, "picture")} of it ${went.gone.length === 1 ? "is" : "are"} gone or changed.` : "";

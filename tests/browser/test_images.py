@@ -175,6 +175,25 @@ def test_a_folder_dropped_on_home_is_a_project_of_its_name(
     expect(caption).to_have_value("picture 1 of a boat")
     caption.press("Tab")
     page.locator(".picture").nth(3).get_by_text("✓ saved").wait_for()
+    # A field that somebody only stands in takes what comes from elsewhere; it is not put back when it is left.
+    other = page.get_by_label("Caption of my paintings/0000.png")
+    other.focus()
+    page.evaluate(
+        """() => import('/web/core.js').then(({ put, place }) =>
+          put(`/projects/${place().project}/captions`, { 'my paintings/0000.png': 'from elsewhere' }))"""
+    )
+    drop(page, fill(tmp_path / "one more", 1))
+    page.get_by_text("1 picture and 1 caption added.").wait_for()
+    expect(other).to_have_value("from elsewhere")
+    # What could not be saved stays in its field.
+    page.watched.allowed = {500}
+    page.route("**/captions", lambda route: route.fulfill(status=500, json={"what": "The disk is full"}))
+    other.fill("not yet saved")
+    other.press("Tab")
+    page.get_by_text("The disk is full").wait_for()
+    drop(page, fill(tmp_path / "the last", 1))
+    expect(page.locator(".picture")).to_have_count(7)
+    expect(other).to_have_value("not yet saved")
 
 
 def test_answers_that_come_late_do_not_hide_what_is_newer(
