@@ -25,6 +25,8 @@ class SettingAnswer(BaseModel):
     optional: bool
     """May be unset, which leaves the choice to the program."""
     choices: list[str] = []
+    types: list[str] = []
+    """The types of its group, of an adapter or optimizer, that have it; empty: all, or a group without types."""
     least: float | None = None
     most: float | None = None
     above: float | None = None
@@ -41,6 +43,14 @@ def _types(group: str) -> list[str]:
     annotation = TrainConfig.model_fields[group].annotation
     members = get_args(annotation) or (annotation,)
     return [str(member.model_fields["type"].default) for member in members if hasattr(member, "model_fields")]
+
+
+def _types_with(name: str) -> list[str]:
+    """The types of a setting's group that have it, where others have not."""
+    group, _, last = name.partition(".")
+    members = get_args(TrainConfig.model_fields[group].annotation)
+    having = [one for one in members if last in getattr(one, "model_fields", {})]
+    return [] if len(having) == len(members) else [str(one.model_fields["type"].default) for one in having]
 
 
 def _describe(name: str, field: Any) -> SettingAnswer:
@@ -61,6 +71,7 @@ def _describe(name: str, field: Any) -> SettingAnswer:
         kind=kind,
         optional=optional,
         choices=choices,
+        types=_types_with(name),
         **limits,
     )
 

@@ -206,13 +206,15 @@ export function tell(room, error) {
   if (isNew) room.scrollIntoView({ block: "nearest" });
 }
 
-/** A line at the foot of the page that goes by itself; `undo` adds a button. */
+/** A line at the foot of the page that goes by itself, or with its screen; `undo` adds a button. Of many the last three stay. */
 export function toast(text, undo) {
   let room = document.getElementById("toasts");
   if (!room) {
     room = el("div", { id: "toasts", role: "status", "aria-live": "polite" });
     document.body.append(room);
+    document.addEventListener("impasto:place", () => room.querySelectorAll("button").forEach((one) => one.parentElement.remove()));
   }
+  while (room.childElementCount > 2) room.firstElementChild.remove();
   const line = el("div", { class: "toast" }, text);
   if (undo) {
     line.append(el("button", { type: "button", class: "quiet small", onclick: () => (line.remove(), undo()) }, "Undo"));

@@ -231,7 +231,7 @@ function makeScreen(room, project) {
       foresee();
       const names = Object.keys(values);
       const back = Object.fromEntries(names.map((name) => [name, !values[name]]));
-      toast(`${plural(names.length, "picture")} ${values[names[0]] ? "left out" : "taken in again"}.`, () => exclude(back));
+      toast(`${names.length > 1 ? plural(names.length, "picture") : names[0].split("/").pop()} ${values[names[0]] ? "left out" : "taken in again"}.`, () => exclude(back));
     } catch (error) {
       tell(trouble, error);
     }

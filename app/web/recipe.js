@@ -57,6 +57,8 @@ function makeScreen(room, facts, project) {
   let saving = Promise.resolve();
   let asked = null;
   let rest = 0;
+  let now = {}; // the settings as they were last found
+  let sift = () => {}; // shows the settings that are looked for
   let gone = false;
 
   /** Changes are saved one after the other, each over the one before: none is lost, and Start waits for the last. */
@@ -116,6 +118,8 @@ function makeScreen(room, facts, project) {
 
   function draw(found) {
     drawPresets(found.preset || preset, found.family);
+    if (found.settings.adapter) now = found.settings;
+    sift();
     for (const [name, field] of fields) {
       field.problem(wrong.get(name) || "");
       if (found.settings.adapter && !wrong.has(name) && !waiting.get(name)) field.show(at(found.settings, name), at(found.settings, UNSET[name] || name));
@@ -228,14 +232,18 @@ function makeScreen(room, facts, project) {
       groups.set(one.group, [...(groups.get(one.group) || []), field.node]);
     }
     const sections = [...groups].map(([group, nodes]) => el("fieldset", { class: "card" }, el("legend", {}, group.replace(/_/g, " ")), el("div", { class: "settings" }, nodes)));
-    find.addEventListener("input", () => {
+    // What only another type has would be refused; it is seen where the recipe says it all the same.
+    const fits = ({ name, group, types }) => !types.length || types.includes(now[group]?.type) || at(recipe, name) !== undefined;
+    sift = () => {
       for (const section of sections) {
         const nodes = [...section.querySelectorAll(".setting")];
-        for (const node of nodes) node.hidden = !`${node.dataset.name} ${setting[node.dataset.name].help}`.toLowerCase().includes(find.value.toLowerCase());
+        const words = ({ name, help, choices }) => `${name} ${help} ${choices.join(" ")}`.toLowerCase();
+        for (const node of nodes) node.hidden = !fits(setting[node.dataset.name]) || !words(setting[node.dataset.name]).includes(find.value.toLowerCase());
         section.hidden = nodes.every((node) => node.hidden);
       }
       none.hidden = sections.some((section) => !section.hidden);
-    });
+    };
+    find.addEventListener("input", () => sift());
     return el("details", { class: "more" }, el("summary", {}, "More settings"), find, none, sections);
   }
 

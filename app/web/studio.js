@@ -197,8 +197,9 @@ function makeScreen(room, { project, runs, defaults }) {
     if (under.getAttribute("src") !== found.below[1]) under.src = found.below[1];
     if (over.getAttribute("src") !== found.above[1]) over.src = found.above[1];
     over.style.opacity = found.share;
-    under.alt = `${asked.prompt}, strength ${strength}`;
-    mark.textContent = `${strength.toFixed(2)} · ${found.exact ? "rendered" : "in between, blended from its neighbours"}`;
+    const isOther = !found.exact && found.below === found.above; // nothing on its other side is drawn yet
+    under.alt = `${asked.prompt}, strength ${isOther ? found.below[0] : strength}`;
+    mark.textContent = `${strength.toFixed(2)} · ${found.exact ? "rendered" : isOther ? `not drawn yet: this is ${found.below[0]}` : "in between, blended from its neighbours"}`;
     slider.setAttribute("aria-valuetext", mark.textContent);
     save.hidden = !found.exact;
     save.href = found.below[1];

@@ -65,6 +65,8 @@ def test_excluded_pictures_are_left_out_and_named(pictures: Path) -> None:
     assert sorted(captions_of(scan)) == ["01.png", "02.png", "03.png", "04.png"]
     assert "left out" in told(scan, "00.png") and "left out" in told(scan, "05.png")
     assert told(scan, "00.txt") == ""
+    many = scan_folder(pictures, edits=Edits(excluded=frozenset(f"{number:02}.png" for number in range(5))))
+    assert told(many, "").count("Excluded by you: 5 pictures (00.png, 01.png, 02.png, ...)") == 1
 
 
 def test_with_every_picture_excluded_there_is_nothing_to_train_on(pictures: Path) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trainers.errors import DatasetError
+from trainers.errors import DatasetError, Problem
 from trainers.files import open_regular
 
 MAX_BYTES = 64 << 20
@@ -25,6 +25,13 @@ class Edits:
     """Names of pictures that are left out."""
     crops: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     """Name of a picture -> where its crop lies, from left and from top, each in [0, 1]; all others have 0.5, the middle."""
+
+    def told_of(self, names: Sequence[str]) -> list[Problem]:
+        """That those of `names` are left out which are excluded: each by its name, or many in one line."""
+        out = [name for name in names if name in self.excluded]
+        if len(out) > 3:
+            return [Problem("note", f"Excluded by you: {len(out)} pictures ({', '.join(out[:3])}, ...); left out")]
+        return [Problem("note", "Excluded by you; left out", name) for name in out]
 
 
 def read_edits(path: Path) -> Edits:

@@ -122,9 +122,9 @@ def scan_folder(
     remarks: list[Problem] = []
     edits = edits or Edits()
     read = read or (decode_picture if len(pictures) <= MOST_DECODED else look_at_picture)
+    left_out += edits.told_of([file.name for file in pictures])
     for file in pictures:
         if file.name in edits.excluded:
-            left_out.append(Problem("note", "Excluded in the edited captions; left out", file.name))
             continue
         example, problems = _read_example(file, captions.beside.get(file.path), edits, trigger, repeats, read)
         if example is None:
