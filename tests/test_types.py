@@ -48,11 +48,11 @@ def stop_after_two(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 def test_a_stopped_run_goes_on_to_the_bytes_and_the_proof_of_an_unbroken_one(
     settings: tuple[str, ...], pictures: Path, tiny_base: Path, tmp_path: Path, stop_after_two: pytest.MonkeyPatch
 ) -> None:
-    words: list[Any] = ["train", pictures, "--base", tiny_base, *TINY, "--steps", 4, *words_of(settings, "output.verify=true")]
+    words: list[Any] = ["train", pictures, "--base", tiny_base, *TINY, "--steps", 4, *words_of(settings)]
     assert impasto(*words, "-o", tmp_path / "run") == 3
     stop_after_two.undo()
     assert impasto("resume", tmp_path / "run") == 0
-    assert impasto(*words, "-o", tmp_path / "whole") == 0
+    assert impasto(*words, "--set", "output.verify=true", "-o", tmp_path / "whole") == 0
     broken, whole = result_of(tmp_path / "run"), result_of(tmp_path / "whole")
     assert tensor_bytes(broken) == tensor_bytes(whole)
     proof = json.loads(RunFolder(tmp_path / "whole").proof.read_text(encoding="utf-8"))

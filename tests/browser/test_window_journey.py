@@ -20,7 +20,7 @@ from tests.command_line import ROOT
 
 SAMPLE = ROOT / "assets" / "samples" / "blackcut"
 SHOTS = os.environ.get("IMPASTO_SHOTS")
-STEPS = int(os.environ.get("IMPASTO_JOURNEY_STEPS", "40"))
+STEPS = int(os.environ.get("IMPASTO_JOURNEY_STEPS", "30"))
 """Steps of the journey; the preset's own number, 400, takes some minutes more."""
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from assets.pocket.build import prompts, unet
+from assets.pocket.build import evaluate, prompts, sheets, unet
 from assets.pocket.build.__main__ import FIGURES, FIGURES_END, main, write_card
 from tests.registry import skip_without_registry
 from trainers.errors import TrainingError
@@ -18,7 +18,9 @@ from trainers.errors import TrainingError
 
 def test_the_whole_build_from_fetch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     skip_without_registry()
-    # Every picture on the sheets is drawn, in two steps each: twenty only make it prettier.
+    # Every stage does all that it does, with few pictures: more, or twenty steps for each, only make it prettier.
+    monkeypatch.setattr(evaluate, "PLAIN_PICTURES", 16)
+    monkeypatch.setattr(sheets, "COLUMNS", 3)
     monkeypatch.setattr(prompts, "STEPS", 2)
     monkeypatch.setattr(unet, "draw_prompts", partial(unet.draw_prompts, steps=2))
     work, card = tmp_path / "work", tmp_path / "card.md"

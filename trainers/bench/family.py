@@ -50,7 +50,7 @@ SEED = 7
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of the table: settings beside the preset's, and the learning rates of which the best is told."""
+    """One line of the table: settings beside the preset's (lora's, where it is that), and the rates of which the best is told."""
 
     name: str
     settings: tuple[str, ...]
@@ -66,7 +66,7 @@ class Entry:
 
 def _type(name: str, *settings: str, rates: tuple[float, ...] = LORA_RATES, text_share: float | None = None) -> Entry:
     kept = ("output.kind=native",) if name in ("dora", "loha", "lokr", "full", "random_projection", "restart") else ()
-    return Entry(name, (f"adapter.type={name}", *settings, *kept), rates, text_share)
+    return Entry(name, (f"adapter.type={name}", 'adapter.targets=["attention"]', *settings, *kept), rates, text_share)
 
 
 def _only(name: str, rank: int, *projections: str) -> Entry:
