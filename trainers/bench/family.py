@@ -50,7 +50,7 @@ SEED = 7
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of the table: settings beside the preset's (lora's, where it is that), and the rates of which the best is told."""
+    """One line of the table: settings over the preset's (another type takes none of its adapter's), and the rates to try."""
 
     name: str
     settings: tuple[str, ...]
