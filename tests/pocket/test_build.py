@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from tests.registry import skip_without_registry
 from trainers.errors import TrainingError
 
 
+@pytest.mark.skipif(not os.environ.get("WHOLE_BUILD"), reason="the whole build takes most of a minute: WHOLE_BUILD=1 runs it")
 def test_the_whole_build_from_fetch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     skip_without_registry()
     # Every stage does all that it does, with few pictures: more, or twenty steps for each, only make it prettier.
