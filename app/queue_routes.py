@@ -96,7 +96,7 @@ def post_to_queue(body: RunStart, place: ThePlace) -> RunAnswer:
             measured = desk.preflight.known(plan, (run.path / "edits.json").read_bytes())
             seconds = time_to_finish(plan.config, plan.data.steps, measured) if measured else None
             adapter = plan.config.adapter
-            rank = "" if adapter.type == "full" or not adapter.changes_layers else f", rank {adapter.rank}"
+            rank = f", rank {adapter.rank}" if adapter.has_rank else ""
             title = f"{plan.data.steps} steps on {plan.base.name}, preset {plan.preset}{rank}"
             entry = Entry(run=run.path.name, project=place.project.id, title=title, steps=plan.data.steps, seconds=seconds)
             desk.queue.add(entry.model_copy(update={"added": time.time()}))
